@@ -1,0 +1,109 @@
+"""How much softmax mass the best key blocks of a model's self-attention hold.
+
+    python -m benchmarks.attention_mass --checkpoint FILE [--prompts 2] [--steps 20] [--json F]
+
+Exact: every score is computed, in cubes of 64 tokens, and each query block takes its best quarter
+of key blocks. It says how sparse a model's attention is before any router is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch.overrides import TorchFunctionMode
+
+from dit_opt.demo import clips
+from dit_opt.demo.model import CHECKPOINT, GRID, load_model
+from dit_opt.demo.sampler import STEPS, denoise
+
+CUBE = (4, 4, 4)
+
+
+def list_cubes(grid: tuple[int, int, int]) -> torch.Tensor:
+    """Token numbers `[cubes, 64]` of a row-major grid that cubes divide."""
+    index = torch.arange(grid[0] * grid[1] * grid[2]).view(
+        grid[0] // CUBE[0], CUBE[0], grid[1] // CUBE[1], CUBE[1], grid[2] // CUBE[2], CUBE[2]
+    )
+    return index.permute(0, 2, 4, 1, 3, 5).reshape(-1, CUBE[0] * CUBE[1] * CUBE[2])
+
+
+def best_share_mass(q: torch.Tensor, k: torch.Tensor, share: float = 0.25) -> torch.Tensor:
+    """Mass `[H]` that the best `share` of key blocks holds, averaged over query blocks.
+
+    Args:
+        q, k: `[H, N, D]` over the demo grid.
+    """
+    cubes = list_cubes(GRID)
+    order = cubes.flatten()
+    kept = max(1, round(share * len(cubes)))
+    out = []
+    for qh, kh in zip(q.float(), k.float()):
+        scores = torch.softmax(qh[order] @ kh[order].T * q.shape[-1] ** -0.5, dim=-1)
+        blocks = scores.view(len(cubes), -1, len(cubes), cubes.shape[1]).sum(3).mean(1)
+        out.append(blocks.topk(kept, dim=-1).values.sum(-1).mean())
+    return torch.stack(out)
+
+
+class RecordMass(TorchFunctionMode):
+    """Collects the mass of every self-attention call over the demo grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[torch.Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            q = kwargs.get("query", args[0] if args else None)
+            k = kwargs.get("key", args[1] if len(args) > 1 else None)
+            if q.shape[-2] == k.shape[-2] == GRID[0] * GRID[1] * GRID[2]:
+                self.rows.append(best_share_mass(q[0], k[0]))
+        return func(*args, **kwargs)
+
+
+def measure_mass(model, prompts: list[clips.Prompt], steps: int, every: int = 5) -> torch.Tensor:
+    """Mass `[calls, layers, H]` over some steps and both branches of dense runs."""
+    layers, rows = len(model.blocks), []
+    for seed, prompt in enumerate(prompts):
+        counter = {"call": 0}
+
+        def run(counter=counter, **kwargs):
+            index = counter["call"] // 2
+            counter["call"] += 1
+            if index % every != every // 2:
+                return model(**kwargs)
+            with RecordMass() as record:
+                out = model(**kwargs)
+            rows.append(torch.stack(record.rows).view(layers, -1))
+            return out
+
+        for _ in denoise(run, prompt, seed, steps):
+            pass
+    return torch.stack(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model = load_model(args.checkpoint)
+    mass = measure_mass(model, clips.list_prompts(args.prompts), args.steps)
+    per_head = mass.mean(0)
+    heads = [f"head {h}" for h in range(per_head.shape[1])]
+    rows = [[f"layer {i}", *row.tolist()] for i, row in enumerate(per_head)]
+    print(tabulate(rows, ["", *heads], floatfmt=".3f"))
+    print(f"mass of the best quarter: {mass.mean():.4f}")
+    if args.json:
+        result = {"mass_best_quarter": mass.mean().item(), "per_head": per_head.tolist()}
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

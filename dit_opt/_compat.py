@@ -1,0 +1,189 @@
+"""The only home of torch names that torch keeps private: a torch upgrade is a change of one file.
+
+Each name says why the public API does not do, and has a contract test in tests/test_compat.py. Both
+torch 2.11 and 2.13 have all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch._dynamo.source import (
+    ConstantSource,
+    NNModuleSource,
+    ParamBufferSource,
+    UnspecializedNNModuleSource,
+)
+from torch._logging import trace_structured
+from torch._logging._internal import trace_log
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx import Graph, Node
+
+# Floor division and modulo of sizes: sympy has no exact integer forms of its own.
+from torch.utils._sympy.functions import FloorDiv, Mod
+
+__all__ = [
+    "FloorDiv",
+    "Mod",
+    "belongs_to_model",
+    "compile_with_inductor",
+    "emit_artifact",
+    "expand_mode",
+    "inductor_settings",
+    "is_tracing",
+    "kernel_selections",
+    "mark_static_input",
+    "operator_name",
+    "parameter_path",
+    "size_expression",
+]
+
+
+def size_expression(size: int | torch.SymInt) -> sympy.Expr:
+    """The size as an expression over the graph's symbols; reading it adds no guard.
+
+    `SymInt.node` is the only way to a size's expression.
+    """
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return sympy.Integer(int(size))
+
+
+def compile_with_inductor(
+    gm: torch.fx.GraphModule, inputs: list[Any], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Hand a graph over to Inductor. It takes ownership of `gm`.
+
+    `torch.compile` is the public door to Inductor, but a backend is called from inside it.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs, config_patches=dict(patches))
+
+
+def expand_mode(mode: str) -> dict[str, Any]:
+    """The Inductor settings that a `torch.compile` mode stands for.
+
+    Raises:
+        ValueError: `mode` is none of torch's; the message names those there are.
+    """
+    from torch._inductor import list_mode_options
+
+    modes = list_mode_options()
+    if mode not in modes:
+        raise ValueError(f"{mode!r} is no torch.compile mode; there are {', '.join(sorted(modes))}")
+    return dict(modes[mode])
+
+
+def inductor_settings() -> frozenset[str]:
+    """The names that Inductor takes as settings."""
+    from torch._inductor import list_options
+
+    return frozenset(list_options())
+
+
+def mark_static_input(placeholder: Node) -> None:
+    """Tell AOTAutograd and Inductor that a placeholder added by a pass keeps its address.
+
+    Weights have the same mark. Without a source AOTAutograd refuses the graph; without the mark
+    CUDA graphs copy the input at every call.
+    """
+    placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    placeholder._dynamo_source = ConstantSource(placeholder.name)  # type: ignore[attr-defined]
+
+
+def parameter_path(placeholder: Node) -> tuple[str, ...] | None:
+    """Where a placeholder's parameter lives, as `("blocks", "0", "attn1", "to_q", "weight")`.
+
+    None for user inputs, buffers and unregistered tensors. Dynamo's source chain is read because
+    placeholder names cannot be split: `norm_q` and `norm.q` give the same name.
+    """
+    if not isinstance(placeholder.meta.get("example_value"), torch.nn.Parameter):
+        return None
+    path: list[str] = []
+    for source in _sources(placeholder):
+        for attribute in ("index", "member"):
+            value = getattr(source, attribute, None)
+            if isinstance(value, (str, int)) and value not in _CONTAINERS:
+                path.append(str(value))
+    return tuple(reversed(path))
+
+
+def belongs_to_model(placeholder: Node) -> bool:
+    """Whether a placeholder is a parameter, a buffer or another attribute of a module.
+
+    The others are what the user passes, and sizes.
+    """
+    if isinstance(placeholder.meta.get("example_value"), torch.nn.Parameter):
+        return True
+    kinds = (UnspecializedNNModuleSource, NNModuleSource, ParamBufferSource)
+    return any(isinstance(source, kinds) for source in _sources(placeholder))
+
+
+_CONTAINERS = ("__dict__", "_modules", "_parameters", "_buffers")
+
+
+def _sources(placeholder: Node) -> Iterator[Any]:
+    """Dynamo's chain of sources, from the tensor to the local variable."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    while source is not None:
+        yield source
+        source = getattr(source, "base", None)
+
+
+def operator_name(target: Any) -> str | None:
+    """`"namespace.name"` of an operator, `"higher_order.name"` of a higher-order one, else None.
+
+    The operator classes of the dispatcher have no public name.
+    """
+    if isinstance(target, OpOverload):
+        return str(target.overloadpacket)
+    if isinstance(target, OpOverloadPacket):
+        return str(target)
+    if isinstance(target, HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    return None
+
+
+def kernel_selections(graph: Graph) -> dict[Node, tuple[str, ...]]:
+    """The entries and exits of `torch.nn.attention.sdpa_kernel`, each with the backends it selects.
+
+    Dynamo writes the context manager as calls of a private function, one at each end.
+    """
+    selections = {}
+    for node in graph.find_nodes(op="call_function", target=torch.nn.attention._sdpa_kernel):
+        names = node.args[0]
+        assert isinstance(names, (list, tuple))
+        selections[node] = tuple(str(n.args[0]) if isinstance(n, Node) else str(n) for n in names)
+    return selections
+
+
+def is_tracing() -> bool:
+    """Whether torch's structured trace goes anywhere; making its texts costs time."""
+    return bool(trace_log.handlers)
+
+
+def emit_artifact(name: str, text: str, encoding: str = "string") -> None:
+    """Add a text to torch's structured trace (TORCH_TRACE, read by tlparse).
+
+    `encoding` is "string" or "json". Free where no trace is being written.
+    """
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=lambda: text,
+    )
+
+
+def cache_counts() -> tuple[int, int]:
+    """Hits and misses of AOTAutograd's cache so far; it wraps Inductor's. For reports only.
+
+    There is no public counter.
+    """
+    from torch._dynamo.utils import counters
+
+    found = counters["aot_autograd"]
+    return found["autograd_cache_hit"], found["autograd_cache_miss"]

@@ -1,0 +1,319 @@
+"""What Dynamo calls: read the facts of a graph, run the passes, hand it to Inductor, bind the result.
+
+`torch.compile(model, backend="ditopt")` finds it through an entry point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule
+
+# registering ops is a side effect that must happen before any tracing
+import dit_opt.kernels.block_sparse_attention
+import dit_opt.kernels.routers
+import dit_opt.kernels.token_order  # noqa: F401
+from dit_opt import cost
+from dit_opt._compat import cache_counts, compile_with_inductor, size_expression
+from dit_opt.decisions import GraphRecord, PassRecord
+from dit_opt.facts.provenance import find_timestep, layer_anchor, model_anchor
+from dit_opt.facts.sites import Form, Site, find_sites
+from dit_opt.facts.tokens import Tokens, find_tokens
+from dit_opt.inspect.dump import Dumper
+from dit_opt.inspect.render import render_decisions, summarise
+from dit_opt.options import Options
+from dit_opt.passes.canonicalize_attention import canonicalize_attention
+from dit_opt.passes.choose_sites import Choice, choose_sites
+from dit_opt.passes.graph_edit import copy_graph
+from dit_opt.passes.sparse_attention import SparseSite, sparse_attention
+from dit_opt.runtime.bound import Bound, Wiring, refuse_gradients
+from dit_opt.runtime.schedule import Phase
+
+log = logging.getLogger(__name__)
+
+
+class NothingReplaced(RuntimeError):
+    """`on_no_match="error"` and no attention site of a graph could be replaced."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The facts of one graph and what follows from them.
+
+    Attributes:
+        sites, tokens: the facts. choices: one for each site.
+        timesteps: placeholder positions that may be the timestep.
+    """
+
+    sites: tuple[Site, ...]
+    tokens: Tokens
+    choices: tuple[Choice, ...]
+    timesteps: tuple[int, ...]
+    timestep_name: str | None
+
+    @property
+    def sparse(self) -> tuple[SparseSite, ...]:
+        return tuple(c.sparse for c in self.choices if c.sparse)
+
+
+_bounds: weakref.WeakSet[Bound] = weakref.WeakSet()
+
+
+def ditopt(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend.
+
+    Args:
+        gm: a graph from Dynamo; never changed here.
+        example_inputs: its inputs, fake or real.
+        mode, options: as given to `torch.compile`; see `Options`.
+
+    Raises:
+        OptionError: options that are wrong in themselves or for this graph.
+        GradientError: an input or weight requires grad and gradients are on.
+        NothingReplaced: see there.
+    """
+    parsed = Options.parse(options, mode=mode)
+    refuse_gradients(tuple(example_inputs))
+    analysis, passes = analyse(gm, parsed)
+    dumper = Dumper(parsed.dump)
+    dumper.graph("capture", gm)
+    record = GraphRecord(
+        decisions=tuple(c.decision for c in analysis.choices),
+        timestep=analysis.timestep_name,
+        passes=tuple(passes),
+    )
+    _announce(record, parsed)
+    bound = _bind(gm, list(example_inputs), analysis, parsed, record, dumper)
+    _bounds.add(bound)
+    return bound
+
+
+def analyse(gm: GraphModule, options: Options) -> tuple[Analysis, list[PassRecord]]:
+    """Facts and decisions of a graph; nothing is rewritten or compiled."""
+    passes: list[PassRecord] = []
+
+    def timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        began = time.perf_counter()
+        out = function(*args)
+        passes.append(PassRecord(name, 0, time.perf_counter() - began))
+        return out
+
+    sites = timed("find_sites", find_sites, gm.graph)
+    tokens = timed("find_tokens", find_tokens, gm.graph, sites)
+    timestep = timed("find_timestep", find_timestep, gm.graph)
+    choices = timed("choose_sites", choose_sites, gm, sites, tokens, options)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    candidates = () if timestep is None else timestep.candidates
+    return (
+        Analysis(
+            sites=sites,
+            tokens=tokens,
+            choices=tuple(choices),
+            timesteps=tuple(placeholders.index(n) for n in candidates),
+            timestep_name=None if timestep is None else timestep.candidates[0].name,
+        ),
+        passes,
+    )
+
+
+def _announce(record: GraphRecord, options: Options) -> None:
+    """One line for each graph with attention, warm starts included; more where nothing matched."""
+    if not record.decisions:
+        return
+    log.info("%s", summarise(record))
+    log.debug("%s", render_decisions(record.decisions))
+    if any(d.replaced for d in record.decisions) or options.router == "dense":
+        return
+    message = (
+        "ditopt replaced no attention site of this graph, which runs as under plain Inductor:\n%s"
+    )
+    if options.on_no_match == "error":
+        raise NothingReplaced(message % render_decisions(record.decisions))
+    if options.on_no_match == "warn":
+        log.warning(message, render_decisions(record.decisions))
+
+
+def _bind(
+    gm: GraphModule,
+    inputs: list[Any],
+    analysis: Analysis,
+    options: Options,
+    record: GraphRecord,
+    dumper: Dumper,
+) -> Bound:
+    sparse = analysis.sparse
+    searching = [s for s in sparse if s.grid is not None]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    position = {n: i for i, n in enumerate(placeholders)}
+    anchors = [layer_anchor(s.site, gm.graph) for s in searching]
+    layers = tuple(position[a] if a is not None else None for a in anchors)
+    model = model_anchor(gm.graph)
+
+    phases = {Phase.OBSERVE}
+    if sparse:
+        phases.add(Phase.SEARCH)
+        if searching and options.refresh_every > 1 and None not in layers:
+            phases.add(Phase.REUSE)
+    lengths = [size_expression(s.site.query.meta["example_value"].shape[-2]) for s in sparse]
+    layouts = [
+        (*s.grid, s.start, size_expression(s.site.query.meta["example_value"].shape[-2]))
+        for s in searching
+    ]
+    flat = _read_sizes([e for layout in layouts for e in layout], placeholders)
+    wiring = Wiring(
+        outputs=_count_outputs(gm),
+        timesteps=analysis.timesteps if sparse else (),
+        model=position[model] if model is not None else None,
+        layers=layers,
+        layouts=lambda args: list(zip(*[iter(flat(args))] * 5)),
+        lengths=_read_sizes(lengths, placeholders),
+        min_tokens=_min_tokens(sparse, options),
+    )
+
+    # Dynamo changes and clears its graph once the backend has returned
+    source = copy_graph(gm)
+    patches = options.inductor_patches()
+    lock = threading.Lock()
+
+    def compile_variant(phase: Phase) -> tuple[Callable[..., Any], bool]:
+        with lock:
+            copy = copy_graph(source)
+            extra = []
+            if phase is not Phase.OBSERVE:
+                extra = _rewrite(copy, analysis, phase, dumper)
+            hits, _ = cache_counts()
+            compiled = compile_with_inductor(copy, inputs + extra, patches)
+            return compiled, cache_counts()[0] > hits
+
+    bound = Bound(
+        compile_variant,
+        frozenset(phases),
+        wiring,
+        options.effective_dense_steps,
+        options.refresh_every,
+        record,
+    )
+    # While Dynamo traces, the symbols of a graph may still gain guards; later they may not. A
+    # static graph has none, so its variants can wait for their first use.
+    needed = phases if any(isinstance(i, torch.SymInt) for i in inputs) else {_first_phase(bound)}
+    for phase in sorted(needed, key=lambda p: p.value):
+        bound.variant(phase)
+    return bound
+
+
+def _first_phase(bound: Bound) -> Phase:
+    sparse_first = Phase.SEARCH in bound.phases and not bound.dense_steps
+    return Phase.SEARCH if sparse_first else Phase.OBSERVE
+
+
+def _rewrite(
+    copy: GraphModule, analysis: Analysis, phase: Phase, dumper: Dumper
+) -> list[Any]:
+    """Run the passes on a copy; returns example values of the placeholders they added."""
+    at = {n.name: n for n in copy.graph.nodes}
+    before = len(copy.graph.find_nodes(op="placeholder"))
+    chosen = {s.site.index: s for s in analysis.sparse}
+    decomposed = [
+        _moved(s.site, at) for s in analysis.sparse if s.site.form is Form.DECOMPOSED
+    ]
+    if decomposed:
+        with dumper.around("canonicalize_attention", copy, phase.value):
+            canonicalize_attention(copy, decomposed)
+    sites = find_sites(copy.graph)
+    with dumper.around("sparse_attention", copy, phase.value):
+        sparse_attention(
+            copy,
+            [_replace_site(chosen[s.index], s, at) for s in sites if s.index in chosen],
+            reuse_plans=phase is Phase.REUSE,
+        )
+    added = copy.graph.find_nodes(op="placeholder")[before:]
+    return [n.meta["example_value"] for n in added]
+
+
+def _moved(site: Site, at: dict[str, Any]) -> Site:
+    """The same site in a copy of its graph, where nodes keep their names."""
+    fields = ("node", "query", "key", "value", "mask")
+    moved = {f: at[n.name] for f in fields if (n := getattr(site, f)) is not None}
+    return dataclasses.replace(site, **moved)
+
+
+def _replace_site(sparse: SparseSite, site: Site, at: dict[str, Any]) -> SparseSite:
+    mask = None if sparse.key_mask is None else at[sparse.key_mask.name]
+    return dataclasses.replace(sparse, site=site, key_mask=mask)
+
+
+def _min_tokens(sparse: Sequence[SparseSite], options: Options) -> int:
+    if not sparse:
+        return 0
+    device = sparse[0].site.query.meta["example_value"].device.type
+    return cost.min_tokens(options.min_tokens, device)
+
+
+def _count_outputs(gm: GraphModule) -> int:
+    (output,) = gm.graph.find_nodes(op="output")
+    return len(output.args[0])
+
+
+def _read_sizes(
+    expressions: Sequence[Any], placeholders: list
+) -> Callable[[tuple[Any, ...]], list[int]]:
+    """A function from the arguments of a call to the values of size expressions."""
+    symbols = {
+        size_expression(value): i
+        for i, n in enumerate(placeholders)
+        if isinstance(value := n.meta.get("example_value"), torch.SymInt)
+    }
+    shapes = {
+        size_expression(size): (i, dim)
+        for i, n in enumerate(placeholders)
+        if isinstance(value := n.meta.get("example_value"), torch.Tensor)
+        for dim, size in enumerate(value.shape)
+        if isinstance(size, torch.SymInt)
+    }
+    wanted = [sympy.sympify(e) for e in expressions]
+    free = sorted(set().union(*(e.free_symbols for e in wanted)), key=str)
+    if not free:
+        constants = [int(e) for e in wanted]
+        return lambda args: constants
+    compute = sympy.lambdify(free, wanted, modules=[{"FloorDiv": int.__floordiv__}, "math"])
+
+    def read(args: tuple[Any, ...]) -> list[int]:
+        values = []
+        for symbol in free:
+            if symbol in symbols:
+                values.append(int(args[symbols[symbol]]))
+            else:
+                i, dim = shapes[symbol]
+                values.append(args[i].shape[dim])
+        return [int(v) for v in compute(*values)]
+
+    return read
+
+
+def live_bounds() -> list[Bound]:
+    """Every compiled graph that Dynamo still holds."""
+    return list(_bounds)
+
+
+def reset() -> None:
+    """Forget all plans, statistics and trajectories; `torch.compiler.reset()` calls it too."""
+    for bound in live_bounds():
+        bound.forget()
+
+
+ditopt.reset = reset  # type: ignore[attr-defined]

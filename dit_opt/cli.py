@@ -1,0 +1,153 @@
+"""The `ditopt` command.
+
+It exists so that a fresh machine can show what ditopt does in one line.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import dit_opt
+
+if TYPE_CHECKING:
+    from dit_opt.demo.run import DemoResult
+    from dit_opt.demo.side_by_side import Notify
+
+PROMPT = "a red disk moving left and a blue ring moving up"
+
+app = typer.Typer(
+    help="A compiler backend that makes diffusion transformers generate faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ditopt {dit_opt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say it.")
+    ] = False,
+) -> None:
+    """A callback makes Typer keep `demo` as a subcommand."""
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="Colour, shape and direction of 1 or 2 objects.")] = (
+        PROMPT
+    ),
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 20,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; all cores by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for pictures and report.json.")] = Path("demo"),
+    json: Annotated[Path | None, typer.Option(help="Write the report here too.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights; by default those of the package.")
+    ] = None,
+) -> None:
+    """Generate one video with eager PyTorch, Inductor and ditopt: the same clip, timed.
+
+    Exits with 0 where ditopt's clip is as good as Inductor's, 1 where it is not, 2 where the
+    command cannot run.
+    """
+    # torch takes seconds to import, which `--help` need not
+    torch = importlib.import_module("torch")
+    from dit_opt.demo import run
+    from dit_opt.demo.model import CHECKPOINT, CheckpointError
+    from dit_opt.demo.side_by_side import Task, load_contestants
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        run.check_outputs(out, json)
+        task = Task(run.read_prompt(prompt), seed, steps, device=run.check_device(device))
+        contestants = load_contestants(checkpoint or CHECKPOINT, steps, device)
+    except (run.DemoError, CheckpointError) as error:
+        typer.echo(f"ditopt demo: {error}", err=True)
+        raise typer.Exit(2) from error
+    console = Console()
+    columns = (
+        TextColumn("{task.description:>20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        result = run.run_demo(contestants, task, _show_steps(progress))
+    written = run.write_outputs(result, out, json)
+    _print_result(console, result)
+    console.print("Wrote " + ", ".join(map(str, written)), soft_wrap=True)
+    if not result.accurate:
+        typer.echo(
+            f"ditopt demo: the clip differs too much from the dense one (PSNR "
+            f"{result.likeness.psnr_db:.1f} dB, at least {run.MIN_PSNR_DB:.0f} wanted), so its "
+            "speedup does not count.",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def _show_steps(progress: Progress) -> Notify:
+    """A bar for each run, shown from its first step on."""
+    bars = {}
+
+    def notify(name: str, done: int, steps: int) -> None:
+        if name not in bars:
+            bars[name] = progress.add_task(name, total=steps)
+        progress.update(bars[name], completed=done)
+
+    return notify
+
+
+def _print_result(console: Console, result: DemoResult) -> None:
+    figures = result.to_json()
+    table = Table(title="Seconds per step")
+    for heading in ("", "cold, compiling", "warm, mean", "median", "quartiles apart", "prompt"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, row in figures["seconds_per_step"].items():
+        seconds = [row[k] for k in ("cold", "warm_mean", "warm_median", "warm_iqr")]
+        score = result.prompt_score.get(name)
+        table.add_row(
+            name,
+            *("-" if s is None else f"{s:.3f}" for s in seconds),
+            "-" if score is None else f"{score:.2f}",
+        )
+    console.print(table)
+    summary = Table(show_header=False)
+    later = result.speedup_sparse_steps
+    rows = [
+        ("speedup over Inductor, whole trajectory", f"{result.speedup:.2f}x", result.accurate),
+        (
+            f"the same after the {result.dense_steps} dense steps",
+            "-" if later is None else f"{later:.2f}x",
+            result.accurate,
+        ),
+        ("PSNR against Inductor", f"{result.likeness.psnr_db:.1f} dB", result.accurate),
+        ("SSIM against Inductor", f"{result.likeness.ssim:.4f}", result.accurate),
+        ("attention's share of an eager step", f"{result.attention_share:.0%}", True),
+        (
+            "realised density of sparse steps",
+            "nothing was replaced" if result.density is None else f"{result.density:.3f}",
+            result.density is not None,
+        ),
+    ]
+    for label, value, good in rows:
+        summary.add_row(label, value, style=None if good else "yellow")
+    console.print(summary)

@@ -1,0 +1,232 @@
+"""What was decided about every attention site and why, as data.
+
+Reports, JSON and asserts are all made of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, unique
+from typing import Any
+
+import sympy
+
+Size = int | sympy.Expr
+
+
+@unique
+class Reason(Enum):
+    """Why a site was replaced or left alone: a sentence and, where there is one, a way out."""
+
+    REPLACED = ("Replaced by block-sparse attention.", "")
+    CROSS_ATTENTION = (
+        "Its keys hold none of the latent tokens (cross-attention): there is little to skip.",
+        "",
+    )
+    TOO_SHORT = (
+        "It has fewer keys than the sparse kernel needs to win.",
+        "Set min_tokens lower to replace it nevertheless.",
+    )
+    NOT_WORTH_IT = (
+        "The cost model predicts no gain.",
+        "Set density or quality lower, or min_tokens to replace it nevertheless.",
+    )
+    ROUTER_DENSE = ("router='dense' leaves every site alone.", "Choose router='auto'.")
+    CAUSAL = ("It is causal; the routers assume that every query may see every key.", "")
+    DROPOUT = ("It drops attention weights at random.", "Put the model in eval mode.")
+    MASK_NOT_KEY_PADDING = (
+        "Its mask is more than a key-padding mask, as far as the graph proves.",
+        "Pass the mask as [B, 1, 1, N], or none where nothing is padded.",
+    )
+    NO_GRID = (
+        "The graph does not tell the latent grid (T, H, W), and the router needs it.",
+        'Pass options={"grid": (T, H, W)}, in tokens.',
+    )
+    GRID_MISMATCH = (
+        "The grid does not multiply to the number of latent tokens.",
+        "Give the grid in tokens, after patching.",
+    )
+    UNKNOWN_TOKENS = (
+        "The graph does not tell which of its tokens are latents.",
+        'Pass options={"grid": (T, H, W)}, in tokens.',
+    )
+    NO_TIMESTEP = (
+        "No input feeds a sinusoidal embedding, so steps cannot be told apart.",
+        "Compile the whole model, or use ditopt.optimize, which reads the scheduler.",
+    )
+    NO_LAYER_IDENTITY = (
+        "No parameter feeds it, so its state could not be told from another layer's.",
+        "Set refresh_every=1, which keeps no state between steps.",
+    )
+    UNSUPPORTED_DTYPE = (
+        "The sparse kernel takes float32, float16 and bfloat16 only.",
+        "Convert the model with model.to(dtype).",
+    )
+    UNSUPPORTED_HEAD_DIM = (
+        "The sparse kernel does not take this head dimension, or not one for keys and another for "
+        "values.",
+        "",
+    )
+    UNSUPPORTED_SHAPE = (
+        "Its query, key and value are not [B, H, N, D] with one B, or their number of heads "
+        "differs without enable_gqa.",
+        "",
+    )
+    DYNAMIC_SCALE = ("Its scale is computed in the graph.", "Pass the scale as a number.")
+    PINNED_BACKEND = (
+        "torch.nn.attention.sdpa_kernel pins its kernel.",
+        "Remove the sdpa_kernel context to let ditopt choose.",
+    )
+    SHARED_INTERMEDIATE = (
+        "Its scores or weights are also used elsewhere, or written in place.",
+        "Do not return the attention weights.",
+    )
+    UNREADABLE_SCORES = (
+        "Its scores pass through an operation that is no scale and no additive mask.",
+        "Call torch.nn.functional.scaled_dot_product_attention instead.",
+    )
+    OPAQUE_MHA = (
+        "torch.nn.MultiheadAttention hides its projections and its attention in one call.",
+        "Call torch.nn.functional.scaled_dot_product_attention on projected tensors.",
+    )
+    FLEX = (
+        "flex_attention brings a block mask and score function of its own.",
+        "Call torch.nn.functional.scaled_dot_product_attention instead.",
+    )
+    FOREIGN_OP = (
+        "A custom attention op computes it.",
+        'With diffusers, call model.set_attention_backend("native").',
+    )
+
+    def __init__(self, message: str, remedy: str) -> None:
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.message, self.remedy)))
+
+
+@dataclass(frozen=True)
+class LayoutSummary:
+    """What is known about the tokens of a site, in words.
+
+    Attributes:
+        kind: "self", "joint", "cross" or "unknown".
+        segments: of the keys, as "latents[0:60]".
+        grid: (T, H, W) in tokens, or None.
+        grid_source: "latents", "tables" or "option"; "" without a grid.
+        reason: why there is no grid; "" where there is one.
+    """
+
+    kind: str
+    segments: tuple[str, ...] = ()
+    grid: tuple[Size, Size, Size] | None = None
+    grid_source: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided about one site.
+
+    Attributes:
+        site: number of the site in its graph.
+        module: name of the module that calls it, as "blocks.0.attn1".
+        source: file and line of the call in the model, as "transformer_wan.py:214".
+        reason: why; `detail` adds what only this site can tell.
+        shapes: (query, key), each as "[1, 12, s0, 128]".
+        layout: what is known about its tokens, or None.
+        router: name of the router, "" where the site was left alone.
+        flops_dense, flops_sparse: of one call; expressions under dynamic shapes.
+        gain: predicted time of dense attention over that of sparse; None where unknown.
+    """
+
+    site: int
+    module: str
+    source: str
+    reason: Reason
+    detail: str = ""
+    shapes: tuple[str, ...] = ()
+    layout: LayoutSummary | None = None
+    router: str = ""
+    flops_dense: Size | None = None
+    flops_sparse: Size | None = None
+    gain: float | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the site now runs block-sparse attention."""
+        return self.reason is Reason.REPLACED
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in types that `json.dumps` takes; expressions as text."""
+        layout = self.layout
+        return {
+            "site": self.site,
+            "module": self.module,
+            "source": self.source,
+            "replaced": self.replaced,
+            "reason": self.reason.name,
+            "message": str(self.reason),
+            "detail": self.detail,
+            "shapes": list(self.shapes),
+            "layout": None
+            if layout is None
+            else {
+                "kind": layout.kind,
+                "segments": list(layout.segments),
+                "grid": None if layout.grid is None else [_plain(s) for s in layout.grid],
+                "grid_source": layout.grid_source,
+                "reason": layout.reason,
+            },
+            "router": self.router,
+            "flops_dense": _plain(self.flops_dense),
+            "flops_sparse": _plain(self.flops_sparse),
+            "gain": self.gain,
+        }
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One run of one pass: its name, how many places it changed, and how long it took."""
+
+    name: str
+    changed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """Everything that was decided about one graph.
+
+    Attributes:
+        decisions: one for each site, in graph order.
+        timestep: name of the input that tells the step, or None.
+        passes: in the order in which they ran.
+    """
+
+    decisions: tuple[Decision, ...]
+    timestep: str | None = None
+    passes: tuple[PassRecord, ...] = field(default=())
+
+    @property
+    def replaced(self) -> tuple[Decision, ...]:
+        """The decisions of replaced sites."""
+        return tuple(d for d in self.decisions if d.replaced)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in types that `json.dumps` takes."""
+        return {
+            "timestep": self.timestep,
+            "decisions": [d.to_json() for d in self.decisions],
+            "passes": [
+                {"name": p.name, "changed": p.changed, "seconds": p.seconds} for p in self.passes
+            ],
+        }
+
+
+def _plain(size: Size | None) -> int | str | None:
+    """A number where it is one, the text of the expression else."""
+    if size is None or isinstance(size, int):
+        return size
+    return int(size) if size.is_Integer else str(size)

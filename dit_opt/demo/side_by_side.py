@@ -1,0 +1,171 @@
+"""Run the same sampling with several compiled forms of a model and time them fairly.
+
+A shared machine drifts within seconds, so warm runs take turns step by step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch.overrides import TorchFunctionMode
+
+import dit_opt
+from dit_opt.demo import clips
+from dit_opt.demo.model import load_model
+from dit_opt.demo.sampler import SHIFT, STEPS, Step, denoise
+from dit_opt.options import Options
+
+Model = Callable[..., tuple[torch.Tensor, ...]]
+# told of every finished step: the name of the run, steps done, steps in all
+Notify = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One clip to sample, whichever the model; the same seed gives the same noise."""
+
+    prompt: clips.Prompt
+    seed: int = 0
+    steps: int = STEPS
+    size: tuple[int, int, int] = (clips.FRAMES, clips.HEIGHT, clips.WIDTH)
+    device: str = "cpu"
+
+    def sample(self, model: Model) -> Iterator[Step]:
+        return denoise(
+            model, self.prompt, self.seed, self.steps, size=self.size, device=self.device
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of each step of one sampling, and the clip `[1, 3, T, H, W]` it ended with."""
+
+    seconds: tuple[float, ...]
+    latents: torch.Tensor
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds)
+
+    def summarise(self) -> dict[str, float]:
+        """Mean, median and interquartile range of the seconds of a step."""
+        low, _, high = (
+            statistics.quantiles(self.seconds, n=4, method="inclusive")
+            if len(self.seconds) > 1
+            else self.seconds * 3
+        )
+        return {
+            "mean": self.total / len(self.seconds),
+            "median": statistics.median(self.seconds),
+            "iqr": high - low,
+        }
+
+
+@dataclass
+class Pipeline:
+    """What `dit_opt.optimize` reads of a diffusers pipeline: the denoiser and its scheduler."""
+
+    transformer: torch.nn.Module
+    scheduler: Any
+
+
+@dataclass(frozen=True)
+class Contestants:
+    """One model three ways.
+
+    Attributes:
+        eager, inductor: share one instance. pipeline: another one, compiled with ditopt.
+        options: as ditopt was given them.
+    """
+
+    eager: torch.nn.Module
+    inductor: Model
+    pipeline: Pipeline
+    options: Options
+
+    @property
+    def ditopt(self) -> torch.nn.Module:
+        return self.pipeline.transformer
+
+    def dense_steps(self, steps: int) -> int:
+        """How many of `steps` ditopt runs dense at the start."""
+        asked = self.options.effective_dense_steps
+        return min(steps, asked if isinstance(asked, int) else round(asked * steps))
+
+
+def load_contestants(
+    checkpoint: Path, steps: int, device: str = "cpu", options: Mapping[str, Any] | None = None
+) -> Contestants:
+    """Load the demo model twice and set the compilers up; nothing is compiled before a call.
+
+    Raises CheckpointError (see `load_model`) and OptionError.
+    """
+    parsed = Options.parse(options)
+    eager = load_model(checkpoint).to(device)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler.set_timesteps(steps, device=device)
+    pipeline = Pipeline(load_model(checkpoint).to(device), scheduler)
+    dit_opt.optimize(pipeline, **(options or {}))
+    return Contestants(eager, torch.compile(eager), pipeline, parsed)
+
+
+def run_steps(name: str, model: Model, task: Task, steps: int, notify: Notify) -> Run:
+    """The first `steps` steps of a sampling; the clip is unfinished unless they are all."""
+    finished: list[Step] = []
+    for step in itertools.islice(task.sample(model), steps):
+        finished.append(step)
+        notify(name, len(finished), steps)
+    return Run(tuple(s.seconds for s in finished), finished[-1].latents)
+
+
+def run_interleaved(models: Mapping[str, Model], task: Task, notify: Notify) -> dict[str, Run]:
+    """Whole samplings that take turns: a step of each, another one first every time."""
+    names = list(models)
+    samplings = {name: task.sample(model) for name, model in models.items()}
+    finished: dict[str, list[Step]] = {name: [] for name in names}
+    for index in range(task.steps):
+        for place in range(len(names)):
+            name = names[(index + place) % len(names)]
+            finished[name].append(next(samplings[name]))
+        notify(" / ".join(names), index + 1, task.steps)
+    return {
+        name: Run(tuple(s.seconds for s in steps), steps[-1].latents)
+        for name, steps in finished.items()
+    }
+
+
+class _TimeAttention(TorchFunctionMode):
+    """Adds up the seconds spent in scaled_dot_product_attention."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._device = torch.device(device)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        began = self._now()
+        out = func(*args, **(kwargs or {}))
+        self.seconds += self._now() - began
+        return out
+
+
+def measure_attention_share(model: Model, task: Task) -> float:
+    """Share of an eager step that all scaled-dot-product attention (cross-attention too) takes."""
+    with _TimeAttention(task.device) as attention:
+        step = next(task.sample(model))
+    return attention.seconds / step.seconds

@@ -1,0 +1,268 @@
+"""Attention written out as softmax(q k^T * scale + mask) v, read backwards from its last product.
+
+Older attention processors and hand-written models write it so, and then no fused kernel ever runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from dit_opt._compat import size_expression
+from dit_opt.decisions import Reason
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """What the nodes of one written-out attention mean; see `sites.Site` for the fields.
+
+    Without a readable path from the softmax to q and k, those are None and `refusal` says why.
+    """
+
+    node: Node
+    value: Node
+    query: Node | None = None
+    key: Node | None = None
+    mask: Node | None = None
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    interior: tuple[Node, ...] = ()
+    refusal: Reason | None = None
+    detail: str = ""
+
+
+def match_decomposed(node: Node) -> Decomposed | None:
+    """The attention whose last product `node` is, or None if it is no such product.
+
+    A match with a refusal is attention that cannot be written as one call: it drops weights at
+    random, its scores are used or written elsewhere, or they pass through an unknown operation.
+    """
+    product = _read_product(node)
+    if product is None or product[2]:
+        return None
+    weights, value, _ = product
+    found = Decomposed(node, value)
+    while not _is(weights, "softmax"):
+        if _is(weights, "dropout"):
+            p, training = _argument(weights, 1, "p", 0.5), _argument(weights, 2, "training", True)
+            found = replace(found, dropout_p=float(p) if training else 0.0)
+        elif not _is(weights, *_CASTS):
+            return None
+        found = replace(found, interior=(weights, *found.interior))
+        weights = weights.args[0]
+        if not isinstance(weights, Node):
+            return None
+    if _argument(weights, 1, "dim", None) not in (-1, _rank(weights) - 1):
+        return None
+    found = replace(found, interior=(weights, *found.interior))
+    scores = weights.args[0] if weights.args else weights.kwargs.get("input")
+    complete = _read_scores(scores, found)
+    if complete is not None:
+        return _judge(complete)
+    if _find_product(scores) is None:
+        return None
+    return replace(found, refusal=Reason.UNREADABLE_SCORES, detail=str(scores))
+
+
+_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "matmul": (operator.matmul, torch.matmul, torch.bmm),
+    "baddbmm": (torch.baddbmm,),
+    "einsum": (torch.functional.einsum, torch.einsum),
+    "softmax": (F.softmax, torch.softmax),
+    "dropout": (F.dropout, torch.dropout),
+    "add": (operator.add, operator.iadd, torch.add),
+    "mul": (operator.mul, operator.imul, torch.mul),
+    "div": (operator.truediv, operator.itruediv, torch.div),
+    "transpose": (torch.transpose, torch.swapaxes, torch.swapdims),
+    "permute": (torch.permute,),
+}
+_METHODS = {
+    "bmm": "matmul",
+    "__matmul__": "matmul",
+    "add_": "add",
+    "mul_": "mul",
+    "div_": "div",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+}
+_CASTS = ("to", "float", "half", "bfloat16", "type_as", "type")
+_NAMES = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
+
+
+def _is(node: Any, *names: str) -> bool:
+    if not isinstance(node, Node):
+        return False
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target), str(node.target)) in names
+    return node.op == "call_function" and _NAMES.get(node.target) in names
+
+
+def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def _read_product(node: Any) -> tuple[Node, Node, bool] | None:
+    """The factors of a batched matrix product; True where the second one stands transposed."""
+    if _is(node, "einsum"):
+        factors = node.args[1:]
+        if len(factors) == 2 and isinstance(node.args[0], str):
+            transposed = _read_equation(node.args[0])
+            if transposed is not None:
+                return (*factors, transposed)
+    if not _is(node, "matmul"):
+        return None
+    factors = [*node.args, *node.kwargs.values()]
+    if len(factors) != 2 or not all(isinstance(f, Node) for f in factors):
+        return None
+    return factors[0], factors[1], False
+
+
+def _read_equation(equation: str) -> bool | None:
+    """False for "..ij,..jd->..id", True for "..id,..jd->..ij", None for anything else."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    left, _, right = inputs.partition(",")
+    batch = output[:-2]
+    if not output[-2:].isalpha() or (left[:-2], right[:-2]) != (batch, batch):
+        return None
+    (a, b), (c, d), (e, f) = left[-2:], right[-2:], output[-2:]
+    if (a, b, d) == (e, c, f):
+        return False
+    return True if (a, b, c) == (e, d, f) else None
+
+
+def _read_scores(node: Any, found: Decomposed) -> Decomposed | None:
+    """Follow the scores back to q k^T; None where an operation cannot be read."""
+    if not isinstance(node, Node):
+        return None
+    found = replace(found, interior=(node, *found.interior))
+    if _is(node, *_CASTS):
+        return _read_scores(node.args[0], found)
+    if _is(node, "add") and found.mask is None and found.scale == 1.0:
+        left, right = node.args[0], _argument(node, 1, "other", None)
+        if "alpha" in node.kwargs:
+            return None
+        for scores, mask in ((left, right), (right, left)):
+            if _is_additive(mask):
+                complete = _read_scores(scores, replace(found, mask=mask))
+                if complete is not None:
+                    return complete
+        return None
+    if _is(node, "mul", "div"):
+        scores, factor = node.args[0], _argument(node, 1, "other", None)
+        if _is(node, "mul") and isinstance(factor, Node):
+            scores, factor = factor, scores
+        # a mask that was added before would be scaled too
+        if isinstance(factor, (int, float)) and "rounding_mode" not in node.kwargs:
+            complete = _read_scores(scores, replace(found, mask=None))
+            if complete is None or complete.mask is not None:
+                return None
+            factor = float(factor) if _is(node, "mul") else 1.0 / factor
+            return replace(complete, mask=found.mask, scale=complete.scale * factor)
+        return None
+    if _is(node, "baddbmm"):
+        beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+        if len(node.args) != 3 or not isinstance(alpha, (int, float)) or beta not in (0, 1):
+            return None
+        if beta == 1:
+            if found.mask is not None or not _is_additive(node.args[0]):
+                return None
+            found = replace(found, mask=node.args[0])
+        return _read_factors(node.args[1], node.args[2], False, replace(found, scale=float(alpha)))
+    product = _read_product(node)
+    return None if product is None else _read_factors(*product, found)
+
+
+def _is_additive(mask: Any) -> bool:
+    """A boolean mask would be added as zeros and ones; SDPA would read it as a choice."""
+    dtype = _dtype(mask) if isinstance(mask, Node) else None
+    return dtype is not None and dtype.is_floating_point
+
+
+def _read_factors(q: Any, k: Any, transposed: bool, found: Decomposed) -> Decomposed | None:
+    key = k if transposed else _untranspose(k)
+    if key is None or not isinstance(q, Node):
+        return None
+    return replace(found, query=_uncast(q, found.value), key=_uncast(key, found.value))
+
+
+def _untranspose(node: Any) -> Node | None:
+    """What `node` is the transpose of, in its last two dimensions."""
+    rank = _rank(node)
+    if _is(node, "transpose"):
+        dims = {d % rank for d in node.args[1:3] if isinstance(d, int)}
+        return node.args[0] if dims == {rank - 2, rank - 1} else None
+    if _is(node, "permute"):
+        dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        swapped = [*range(rank - 2), rank - 1, rank - 2]
+        return node.args[0] if [d % rank for d in dims] == swapped else None
+    if isinstance(node, Node) and node.target is getattr and node.args[1] == "mT":
+        return node.args[0]
+    return None
+
+
+def _uncast(node: Node, value: Node) -> Node:
+    """Undo an upcast of q or k to float32: fused kernels add up in float32 by themselves."""
+    if _is(node, *_CASTS) and isinstance(node.args[0], Node):
+        inner = node.args[0]
+        if _dtype(node) == torch.float32 and _dtype(inner) == _dtype(value):
+            return inner
+    return node
+
+
+def _judge(found: Decomposed) -> Decomposed:
+    """Refuse what one call of scaled_dot_product_attention cannot say."""
+    inside = {*found.interior, found.node}
+    escaping = [n.name for n in found.interior if not inside.issuperset(n.users)]
+    tensors = [n for n in (found.query, found.key, found.value) if n is not None]
+    if escaping:
+        return replace(found, refusal=Reason.SHARED_INTERMEDIATE, detail=", ".join(escaping))
+    if found.dropout_p:
+        return replace(found, refusal=Reason.DROPOUT, detail=f"p={found.dropout_p}")
+    if len({_dtype(n) for n in tensors}) > 1:
+        detail = ", ".join(str(_dtype(n)) for n in tensors)
+        return replace(found, refusal=Reason.UNSUPPORTED_DTYPE, detail=detail)
+    if _rank(found.node) not in (3, 4) or len({_batch(n) for n in tensors}) > 1:
+        detail = ", ".join(str(tuple(n.meta["example_value"].shape)) for n in tensors)
+        return replace(found, refusal=Reason.UNSUPPORTED_SHAPE, detail=detail)
+    return found
+
+
+def _find_product(scores: Any, depth: int = 8) -> Node | None:
+    """A matrix product that `scores` comes from through operations that keep its shape."""
+    if not isinstance(scores, Node) or depth == 0:
+        return None
+    if _read_product(scores) is not None or _is(scores, "baddbmm"):
+        return scores
+    for node in scores.all_input_nodes:
+        if _rank(node) == _rank(scores) and _shape(node) == _shape(scores):
+            product = _find_product(node, depth - 1)
+            if product is not None:
+                return product
+    return None
+
+
+def _shape(node: Node) -> tuple[Any, ...]:
+    # sympy expressions: comparing SymInts would add guards
+    return tuple(size_expression(s) for s in node.meta["example_value"].shape)
+
+
+def _batch(node: Node) -> tuple[Any, ...]:
+    return _shape(node)[:-2]
+
+
+def _rank(node: Any) -> int:
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value.dim() if isinstance(value, torch.Tensor) else -1
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = node.meta.get("example_value")
+    return value.dtype if isinstance(value, torch.Tensor) else None

@@ -1,0 +1,292 @@
+"""Labels: the axes of every dimension of every tensor in a graph.
+
+Each op says, by its rule, which axes of its inputs and outputs are one index space. An op without a rule ends the axes of
+its inputs, and new ones begin: nothing is guessed from sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from dit_opt._compat import size_expression
+from dit_opt.facts.axes import (
+    Axis,
+    Dim,
+    Origin,
+    are_equal,
+    axis_of,
+    join,
+    leaves,
+    size,
+    unify,
+)
+
+__all__ = [
+    "Label",
+    "Labels",
+    "NoRule",
+    "Rule",
+    "is_pointwise",
+    "number_of",
+    "op_name",
+    "origin_of",
+    "sizes_of",
+]
+
+log = logging.getLogger(__name__)
+
+# One entry per dimension of a tensor; a tuple of labels for a tuple of tensors; None for what is no tensor.
+Label: TypeAlias = "list[Dim] | tuple[Any, ...] | None"
+Rule: TypeAlias = Callable[..., Any]
+
+# A later pass sees what an earlier one unified: a slice taken before its source was tied to a concatenation.
+PASSES = 3
+
+
+class NoRule(Exception):
+    """An op in a form that its rule does not know."""
+
+
+class Labels:
+    """The axes of all values of a graph, worked out by the rules in `rules`.
+
+    Args:
+        graph: pre-grad graph; nodes hold fake tensors in `meta["example_value"]`. It is read only.
+        rules: one function per op name, called with the labels and the node's arguments.
+
+    Attributes:
+        joins: (dims, dim): a reshape of a constant table made one dimension of several, row-major.
+        ended: the node at which an axis was last seen to end, by axis.
+    """
+
+    def __init__(self, graph: Graph, rules: dict[str, Rule]) -> None:
+        self.node: Node
+        self.joins: list[tuple[tuple[Dim, ...], Dim]] = []
+        self.ended: dict[Axis, Node] = {}
+        self._labels: dict[Node, Label] = {}
+        self._memo: dict[tuple[Any, ...], Axis] = {}
+        self._rules = rules
+        self._nodes = tuple(n for n in graph.nodes if n.op != "output")
+        self._data = _find_data(self._nodes)
+        for _ in range(PASSES):
+            self.joins.clear()
+            self.ended.clear()
+            for node in self._nodes:
+                self._labels[node] = self._visit(node)
+
+    def __getitem__(self, node: Any) -> list[Dim]:
+        """The dimensions of a tensor. Raises NoRule for anything else."""
+        label = self._labels.get(node) if isinstance(node, Node) else None
+        if not isinstance(label, list):
+            raise NoRule(f"{node} is no tensor")
+        return label
+
+    def label_of(self, node: Node) -> Label:
+        return self._labels.get(node)
+
+    def is_tensor(self, value: Any) -> bool:
+        return isinstance(value, Node) and isinstance(self._labels.get(value), list)
+
+    def _visit(self, node: Node) -> Label:
+        self.node, name = node, op_name(node)
+        value = node.meta.get("example_value")
+        if node.op in ("placeholder", "get_attr"):
+            return self._begin(value, origin_of(node), "")
+        if not _holds_tensor(value) and name != "setitem":
+            return None
+        rule = self._rules.get(name)
+        if rule is None and is_pointwise(name):
+            rule = self._rules["pointwise"]
+        try:
+            if rule is None:
+                raise NoRule(f"{name} has no rule")
+            label = rule(self, *node.args, **node.kwargs)
+            if self._fits(label, value):
+                return label
+            reason: Exception = NoRule("sizes of the rule and of the tensor differ")
+        # An argument form that a rule does not know ends the axes; it must not end the compilation.
+        except (NoRule, TypeError, IndexError, AttributeError) as error:
+            reason = error
+        log.debug("No label for %s (%s): %s", node.name, name, reason)
+        for source in node.all_input_nodes:
+            for dim in _dims(self._labels.get(source)):
+                self.end(dim)
+        return self._begin(value, None, f"made by `{name}` (node {node.name})")
+
+    def _begin(self, value: Any, origin: tuple[str, bool] | None, note: str) -> Label:
+        """New axes for a value; `origin`: the name of the graph input and whether the user gives it."""
+        if isinstance(value, (tuple, list)):
+            return tuple(
+                self._begin_one(v, origin, note, (i,)) if isinstance(v, torch.Tensor) else None
+                for i, v in enumerate(value)
+            )
+        return self._begin_one(value, origin, note, ()) if isinstance(value, torch.Tensor) else None
+
+    def _begin_one(
+        self, value: torch.Tensor, origin: tuple[str, bool] | None, note: str, slot: tuple[int, ...]
+    ) -> list[Dim]:
+        floating, rank = value.is_floating_point() or value.is_complex(), value.dim()
+        return [
+            self.new(
+                (*slot, i),
+                length,
+                [Origin(origin[0], i, rank, floating, origin[1])] if origin else (),
+                note,
+            )
+            for i, length in enumerate(sizes_of(value))
+        ]
+
+    def _fits(self, label: Label, value: Any) -> bool:
+        """Whether a label has the sizes of the value: a wrong rule must not pass."""
+        if isinstance(value, (tuple, list)):
+            return (
+                isinstance(label, tuple)
+                and len(label) == len(value)
+                and all(map(self._fits, label, value))
+            )
+        if not isinstance(value, torch.Tensor):
+            return label is None
+        return (
+            isinstance(label, list)
+            and len(label) == value.dim()
+            and all(are_equal(size(d), s) for d, s in zip(label, sizes_of(value), strict=True))
+        )
+
+    # What rules are made of.
+
+    def new(
+        self, slot: Any, length: sympy.Expr, origins: Iterable[Origin] = (), note: str = ""
+    ) -> Dim:
+        """A dimension of a new axis, the same axis in every pass. `slot` tells the axes of one node apart."""
+        if length == 1:
+            return ()
+        key = (self.node, slot, length)
+        if key not in self._memo:
+            made = note or f"made by `{op_name(self.node)}` (node {self.node.name})"
+            self._memo[key] = axis_of(length, origins, made)[0]
+        return (self._memo[key],)
+
+    def join(self, dims: Sequence[Dim], slot: Any) -> Dim:
+        """The concatenation of dimensions, by the same axis in every pass."""
+        length = sum((size(d) for d in dims), sympy.S.Zero)
+        return () if length == 1 else join(dims, self.new(slot, length)[0])
+
+    def end(self, dim: Dim) -> None:
+        """The op reads positions along a dimension, or mixes them: its axes end here."""
+        for leaf in leaves(dim):
+            self.ended[leaf] = self.node
+
+    def agree(self, *dims: Dim) -> Dim:
+        """Tie dimensions that an op walks together; those of size 1 are broadcast. Raises NoRule on a clash."""
+        wide = [d for d in dims if size(d) != 1]
+        for other in wide[1:]:
+            if not unify(wide[0], other):
+                raise NoRule(f"sizes or structures of {size(wide[0])} and {size(other)} clash")
+        return wide[0] if wide else ()
+
+    def tie(self, x: Dim, y: Dim) -> None:
+        """Tie two dimensions if they can agree; where they cannot, both end."""
+        if not unify(x, y):
+            self.end(x)
+            self.end(y)
+
+    def sizes(self, part: int | None = None) -> tuple[sympy.Expr, ...]:
+        """The sizes of the node's own value, read from its fake tensor."""
+        value = self.node.meta.get("example_value")
+        value = value if part is None else value[part]
+        if not isinstance(value, torch.Tensor):
+            raise NoRule("the value is no tensor")
+        return sizes_of(value)
+
+    def parts(self) -> int:
+        """How many tensors the node's value has."""
+        value = self.node.meta.get("example_value")
+        if not isinstance(value, (tuple, list)):
+            raise NoRule("the value is no tuple")
+        return len(value)
+
+    def is_table(self, node: Node) -> bool:
+        """Whether a value is made of weights and sizes alone, as position tables are."""
+        return node not in self._data
+
+
+def op_name(node: Node) -> str:
+    """The public name of an op, the same for function, method, in-place form and dispatcher overload."""
+    return _plain_name(
+        node.target
+        if isinstance(node.target, str)
+        else getattr(node.target, "__name__", str(node.target))
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plain_name(name: str) -> str:
+    name = name.split(".")[0]
+    # `and_`, `or_` and `xor_` end in an underscore and are not in place.
+    in_place = name.endswith("_") and not name.startswith("_")
+    return name[:-1] if in_place and name not in ("and_", "or_", "xor_") else name
+
+
+@lru_cache(maxsize=4096)
+def is_pointwise(name: str) -> bool:
+    """Whether torch tags the op as elementwise with broadcasting."""
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
+
+
+def origin_of(node: Node) -> tuple[str, bool]:
+    """(short name of a graph input, whether the user gives it rather than the module)."""
+    inner = node.op == "get_attr" or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+    # Buffers look like any other tensor; Dynamo names inputs after where it found them.
+    if inner or re.search(r"_(parameters|buffers)_|^l_self_|^g_", node.name):
+        return node.name, False
+    return re.sub(r"^l_(kwargs_|args_|stack\d+_)?|_$", "", node.name), True
+
+
+def sizes_of(value: torch.Tensor) -> tuple[sympy.Expr, ...]:
+    """The shape as expressions; adds no guard."""
+    return tuple(size_expression(s) for s in value.shape)
+
+
+def number_of(value: Any) -> sympy.Expr | None:
+    """An argument that is an int or a node of a size, as an expression; None for anything else."""
+    if isinstance(value, Node):
+        value = value.meta.get("example_value")
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return size_expression(value)
+    return None
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(v, torch.Tensor) for v in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _dims(label: Label) -> list[Dim]:
+    if isinstance(label, tuple):
+        return [dim for part in label for dim in _dims(part)]
+    return label or []
+
+
+def _find_data(nodes: Iterable[Node]) -> set[Node]:
+    """The tensors that depend on the user's tensors."""
+    data: set[Node] = set()
+    for node in nodes:
+        if node.op == "placeholder":
+            if isinstance(node.meta.get("example_value"), torch.Tensor) and origin_of(node)[1]:
+                data.add(node)
+        elif _holds_tensor(node.meta.get("example_value")):
+            data.update([node] if any(n in data for n in node.all_input_nodes) else [])
+    return data
+

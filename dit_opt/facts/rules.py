@@ -1,0 +1,141 @@
+"""Rules for ops that keep index spaces: elementwise ops, norms, reductions, constants.
+
+A rule is named after what torch calls the op in public, so functions, methods and dispatcher overloads share one. It gets
+the labels and the node's own arguments, ties what the op walks together and returns the label of the value. The tables of
+the other families are in `rules_shape`, `rules_parts` and `rules_contract`; `RULES` holds all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from torch.fx import Graph, Node
+
+from dit_opt.facts.axes import Dim, are_equal, size, unify
+from dit_opt.facts.labels import Labels, NoRule, Rule
+from dit_opt.facts.rules_contract import CONTRACT_RULES
+from dit_opt.facts.rules_parts import PART_RULES
+from dit_opt.facts.rules_shape import SHAPE_RULES
+
+__all__ = ["RULES", "label_axes"]
+
+
+def label_axes(graph: Graph) -> Labels:
+    """The axes of all values of a graph, by all rules."""
+    return Labels(graph, RULES)
+
+
+def carry(labels: Labels, x: Any, *_: Any, **__: Any) -> list[Dim]:
+    """The value has the index spaces of the first argument."""
+    return labels[x]
+
+
+def constant(labels: Labels, *_: Any, **__: Any) -> list[Dim]:
+    """A new tensor begins new axes."""
+    return [labels.new(i, length) for i, length in enumerate(labels.sizes())]
+
+
+def pointwise(labels: Labels, *args: Any, **kwargs: Any) -> list[Dim]:
+    """Operands are walked together, aligned at the last dimension."""
+    operands = [labels[a] for a in _flatten([*args, *kwargs.values()]) if labels.is_tensor(a)]
+    lengths = labels.sizes()
+    return [
+        _walk(labels, [o[d] for o in operands if len(o) >= -d], lengths[d], d)
+        for d in range(-len(lengths), 0)
+    ]
+
+
+def normalize(
+    labels: Labels, x: Node, normalized_shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any
+) -> list[Dim]:
+    """Norms over the last dimensions, with weights of these dimensions."""
+    return pointwise(labels, x, weight, bias)
+
+
+def reduce(
+    labels: Labels, x: Node, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> list[Dim]:
+    """Reduced dimensions vanish; a reduction is alike in every order."""
+    label, dim = labels[x], kwargs.get("axis", dim)
+    keepdim = kwargs.get("keepdims", keepdim)
+    dims = range(len(label)) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
+    if not all(isinstance(d, int) for d in dims):
+        raise NoRule("the dimension is no number")
+    gone = {d % len(label) for d in dims}
+    return [
+        () if i in gone else d for i, d in enumerate(label) if keepdim or i not in gone
+    ]
+
+
+def norm(
+    labels: Labels, x: Node, p: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any
+) -> list[Dim]:
+    return reduce(labels, x, dim, keepdim)
+
+
+def extremum(labels: Labels, x: Node, *args: Any, **kwargs: Any) -> list[Dim]:
+    """`max` and `min` of one argument; with a dimension they also give positions."""
+    if args or kwargs:
+        raise NoRule("positions are read")
+    return reduce(labels, x)
+
+
+def _walk(labels: Labels, dims: list[Dim], length: sympy.Expr, slot: int) -> Dim:
+    wide = [d for d in dims if size(d) != 1]
+    if not wide:
+        return ()
+    # An operand whose size is proved to be the result's own is not broadcast, whatever the others' sizes are.
+    first = next((d for d in wide if are_equal(size(d), length)), None)
+    if first is None:
+        raise NoRule("no operand has the size of the result")
+    agreed = True
+    for other in wide:
+        if are_equal(size(other), length):
+            agreed &= unify(first, other)
+    if agreed:
+        return first
+    # Two structures of one dimension contradict each other: none is picked.
+    for dim in wide:
+        labels.end(dim)
+    return labels.new(("clash", slot), length)
+
+
+def _flatten(args: Any) -> list[Any]:
+    if isinstance(args, (tuple, list)):
+        return [leaf for a in args for leaf in _flatten(a)]
+    return [args]
+
+
+# Elementwise ops whose name is not that of an aten op with the pointwise tag.
+POINTWISE = (
+    "pointwise add sub mul truediv div floordiv mod pow neg pos eq ne lt le gt ge and_ or_ xor "
+    "invert __and__ __or__ __invert__ rsub where masked_fill maximum minimum polar complex clip "
+    "leaky_relu relu relu6 elu iadd isub imul itruediv copy scalar_tensor lerp silu gelu"
+)
+CARRY = (
+    "to float double half bfloat16 long int bool type type_as contiguous clone detach dropout "
+    "softmax log_softmax cpu cuda zeros_like ones_like empty_like full_like rand_like randn_like "
+    "real imag group_norm requires_grad _get_data_attr alias"
+)
+CONSTANT = (
+    "zeros ones full empty new_zeros new_ones new_full new_empty arange linspace rand randn tensor"
+)
+REDUCE = "mean sum var std amax amin any all prod logsumexp"
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(POINTWISE.split(), pointwise),
+    **dict.fromkeys(CARRY.split(), carry),
+    **dict.fromkeys(CONSTANT.split(), constant),
+    **dict.fromkeys(REDUCE.split(), reduce),
+    "layer_norm": normalize,
+    "rms_norm": normalize,
+    "norm": norm,
+    "vector_norm": norm,
+    "linalg_vector_norm": norm,
+    "max": extremum,
+    "min": extremum,
+    **SHAPE_RULES,
+    **PART_RULES,
+    **CONTRACT_RULES,
+}

@@ -1,0 +1,1 @@
+"""What happened and why, for people: explain, report and dump. Reads decisions, changes nothing."""

@@ -1,0 +1,174 @@
+"""Decisions as text and JSON; the only place that makes tables."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+from tabulate import tabulate
+
+from dit_opt.decisions import Decision, GraphRecord, LayoutSummary, Reason, Size
+
+_HEADERS = (
+    "site",
+    "module",
+    "decision",
+    "tokens",
+    "grid",
+    "query",
+    "key",
+    "GFLOP dense",
+    "sparse",
+    "gain",
+    "source",
+)
+
+
+def render_decisions(decisions: Sequence[Decision], title: str = "") -> str:
+    """A table with one row for each site (layers that differ by number share one), then reasons.
+
+    Args:
+        decisions: in graph order.
+        title: a line above the table, or "".
+    """
+    if not decisions:
+        return f"{title}\nNo attention site.".strip()
+    groups = _group_layers(decisions)
+    rows = [_make_row(name, members) for name, members in groups]
+    table = tabulate(rows, headers=_HEADERS, disable_numparse=True)
+    notes = "\n".join(_explain_reasons([members[0] for _, members in groups]))
+    return "\n".join(part for part in (title, table, notes) if part)
+
+
+def render_json(record: GraphRecord) -> str:
+    """The whole record as indented JSON."""
+    return json.dumps(record.to_json(), indent=2)
+
+
+def summarise(record: GraphRecord) -> str:
+    """One line: how many sites were replaced and why the others were not."""
+    total = len(record.decisions)
+    left = Counter(d.reason.name for d in record.decisions if not d.replaced)
+    reasons = ", ".join(f"{name} {count}" for name, count in left.most_common())
+    line = f"ditopt: {len(record.replaced)} of {total} attention sites replaced"
+    return line + (f" (left alone: {reasons})" if reasons else "")
+
+
+def _group_layers(decisions: Sequence[Decision]) -> list[tuple[str, list[Decision]]]:
+    """Decisions that say the same about modules that differ by layer number only."""
+    groups: dict[Decision, list[Decision]] = {}
+    for decision in decisions:
+        # hashable: every field of a decision is frozen
+        key = replace(decision, site=0, module=_star(decision.module))
+        groups.setdefault(key, []).append(decision)
+    return [(_name_group(members), members) for members in groups.values()]
+
+
+def _star(module: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module)
+
+
+def _name_group(members: list[Decision]) -> str:
+    first = members[0].module or "(top level)"
+    if len(members) == 1:
+        return first
+    return f"{_star(first)} (x{len(members)})"
+
+
+def _make_row(name: str, members: list[Decision]) -> tuple[str, ...]:
+    first = members[0]
+    sites = str(first.site) if len(members) == 1 else f"{first.site}..{members[-1].site}"
+    query, key = (*first.shapes, "", "")[:2]
+    return (
+        sites,
+        name,
+        f"{first.reason.name} by {first.router}" if first.router else first.reason.name,
+        _describe_tokens(first.layout),
+        _describe_grid(first.layout),
+        query,
+        key,
+        _describe_flops(first.flops_dense),
+        _describe_flops(first.flops_sparse),
+        "" if first.gain is None else f"{first.gain:.2f}x",
+        first.source,
+    )
+
+
+def _describe_tokens(layout: LayoutSummary | None) -> str:
+    if layout is None:
+        return ""
+    return " ".join(filter(None, (layout.kind, " + ".join(layout.segments))))
+
+
+def _describe_grid(layout: LayoutSummary | None) -> str:
+    if layout is None or layout.grid is None:
+        return ""
+    return f"{' x '.join(map(str, layout.grid))} ({layout.grid_source})"
+
+
+def _describe_flops(flops: Size | None) -> str:
+    if flops is None:
+        return ""
+    value = sympy.sympify(flops) / 10**9
+    return f"{float(value):.3g}" if value.is_number else str(flops)
+
+
+def _explain_reasons(decisions: Sequence[Decision]) -> list[str]:
+    """One line for each reason to leave a site alone, and for each detail."""
+    lines: dict[str, None] = {}
+    for decision in decisions:
+        if decision.reason is Reason.REPLACED:
+            continue
+        detail = f" [{decision.detail}]" if decision.detail else ""
+        lines[f"{decision.reason.name}: {decision.reason}{detail}"] = None
+    return list(lines)
+
+
+def render_records(records: Sequence[GraphRecord]) -> str:
+    """The tables of several graphs, with what tells the step."""
+    parts = []
+    for number, record in enumerate(records):
+        step = record.timestep or "nothing in the graph"
+        title = f"graph {number}: {summarise(record)}; the step is told by {step}"
+        parts.append(render_decisions(record.decisions, title))
+    return "\n\n".join(parts) or "No graph was traced."
+
+
+def render_report(graphs: Sequence[Any], density: float | None) -> str:
+    """A `Report`: decisions, phases and realised density, one table for each graph."""
+    parts = []
+    for number, graph in enumerate(graphs):
+        calls = ", ".join(f"{n} {phase}" for phase, n in graph.calls.items()) or "none yet"
+        warm = {True: "warm cache", False: "cold cache", None: "not compiled yet"}[graph.warm]
+        parts.append(
+            render_decisions(
+                graph.record.decisions,
+                f"graph {number}: {summarise(graph.record)}; calls: {calls}; {warm}",
+            )
+        )
+        if graph.layers:
+            rows = [
+                (
+                    row.module,
+                    row.layer,
+                    row.branch,
+                    f"{row.density:.3f}",
+                    f"{row.recall:.3f}",
+                    ", ".join(
+                        f"{count} {kind} ({row.density_by_type[kind]:.2f})"
+                        for kind, count in row.heads.items()
+                    ),
+                    f"{row.searches}/{row.calls}",
+                )
+                for row in graph.layers
+            ]
+            headers = ("module", "layer", "branch", "density", "recall", "heads", "searches/calls")
+            parts.append(tabulate(rows, headers=headers, disable_numparse=True))
+    if density is not None:
+        parts.append(f"mean density over sparse steps: {density:.3f}")
+    return "\n\n".join(parts) or "This model has not run under ditopt yet."

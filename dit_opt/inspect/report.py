@@ -1,0 +1,142 @@
+"""What ditopt did with a model: decisions, phases, realised density per layer and head type."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dit_opt.decisions import Decision, GraphRecord
+from dit_opt.inspect.render import render_report
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One searching site of one layer, over all sparse calls of one guidance branch.
+
+    Attributes:
+        module: as "blocks.0.attn1". layer: name of the parameter that identifies the layer.
+        branch: 0 conditional, 1 unconditional (in the order of calls).
+        density: realised mean kept share, over heads and sparse calls, in real tokens.
+        recall: mean softmax mass inside the plans, as sampled at the searches.
+        heads: how many heads had each type at the last search, over the batch.
+        density_by_type: mean density of the heads of each type at the last search.
+        calls, searches: sparse calls, and those that searched.
+    """
+
+    module: str
+    layer: str
+    branch: int
+    density: float
+    recall: float
+    heads: dict[str, int]
+    density_by_type: dict[str, float]
+    calls: int
+    searches: int
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph: what was decided, how often each phase ran, what its layers did.
+
+    Attributes:
+        warm: Inductor's artifacts came from its cache; None where nothing was compiled yet.
+    """
+
+    record: GraphRecord
+    calls: dict[str, int]
+    layers: tuple[LayerReport, ...]
+    warm: bool | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything about one model; `str()` gives the tables."""
+
+    graphs: tuple[GraphReport, ...]
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        return tuple(d for g in self.graphs for d in g.record.decisions)
+
+    @property
+    def density(self) -> float | None:
+        """Mean realised density over layers and sparse calls; None before the first one."""
+        rows = [(row.density, row.calls) for g in self.graphs for row in g.layers]
+        calls = sum(c for _, c in rows)
+        return sum(d * c for d, c in rows) / calls if calls else None
+
+    def to_json(self) -> str:
+        graphs = [
+            {
+                **g.record.to_json(),
+                "calls": g.calls,
+                "warm": g.warm,
+                "layers": [asdict(row) for row in g.layers],
+            }
+            for g in self.graphs
+        ]
+        return json.dumps({"density": self.density, "graphs": graphs}, indent=1)
+
+    def __str__(self) -> str:
+        return render_report(self.graphs, self.density)
+
+
+def report(model: torch.nn.Module) -> Report:
+    """What happened to a compiled model so far. Reads statistics from the device (one sync).
+
+    Args:
+        model: the module that was compiled, or what `torch.compile` returned.
+    """
+    from dit_opt.backend import live_bounds
+
+    names = {id(p): name for name, p in model.named_parameters()}
+    graphs = []
+    for bound in live_bounds():
+        if not any(id(p) in names for p in bound.models):
+            continue
+        layers = [
+            _describe(bound.record, names[id(owner)], key, state)
+            for owner, key, state in bound.states
+            if id(owner) in names
+        ]
+        graphs.append(
+            GraphReport(
+                record=bound.record,
+                calls={phase.value: n for phase, n in bound.calls.items() if n},
+                layers=tuple(sorted(layers, key=lambda r: (_natural(r.layer), r.branch))),
+                warm=bound.warm,
+            )
+        )
+    return Report(tuple(graphs))
+
+
+def _natural(name: str) -> list[Any]:
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
+
+
+def _describe(record: GraphRecord, name: str, key: Any, state: Any) -> LayerReport:
+    from dit_opt.passes.sparse_attention import name_choices
+
+    index, (_, _, branch) = key
+    searching = [d for d in record.decisions if d.replaced and d.router != "full"]
+    names = name_choices(state.layout)
+    types = [names[c].split()[0] for c in state.plan.flatten().tolist()]
+    densities = state.last_density.flatten().tolist()
+    by_type: dict[str, list[float]] = {}
+    for kind, density in zip(types, densities):
+        by_type.setdefault(kind, []).append(density)
+    return LayerReport(
+        module=searching[index].module,
+        layer=name,
+        branch=branch,
+        density=float(state.density.mean()) / state.calls,
+        recall=float(state.recall.mean()) / state.searches,
+        heads=dict(Counter(types)),
+        density_by_type={k: sum(v) / len(v) for k, v in by_type.items()},
+        calls=state.calls,
+        searches=state.searches,
+    )

@@ -1,0 +1,213 @@
+"""Block-sparse attention for processors: batched products over gathered key blocks.
+
+Dense library kernels are hard to beat on a CPU, so the lists are turned into small dense problems
+whose keys stay in the cache, and the libraries do the arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
+from dit_opt.kernels.block_sparse_attention.runs import Bucket, find_buckets
+
+# Larger gathers fall out of the second-level cache and fault in fresh pages (10x slower).
+GATHER_BYTES = 1 << 20
+
+# Scores that the product form rounds to bfloat16 are off by up to 2^-9 of their size; above this
+# bound on |score| the slower form with float32 scores is used.
+BF16_SCORE_BOUND = 32.0
+
+# Score tile of the product form, in elements.
+SCORE_TILE = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call, cut into blocks: [B * heads * blocks, block, ...], ragged blocks padded."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    out: Tensor
+    lse: Tensor
+    query_blocks: int
+    key_blocks: int
+    group: int
+    scale: float
+    multiply: bool
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as `reference.attend`.
+
+    float32 runs flash attention on the gathered blocks; bfloat16 runs two matrix products around a
+    softmax, which is twice as fast, unless the scores are too large for it; float16 has no fast
+    arithmetic on processors and is computed in float32.
+    """
+    out, lse = new_outputs(q)
+    if q.numel() == 0 or k.shape[2] == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    if q.dtype == torch.float16:
+        q, k, v = q.float(), k.float(), v.float()
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    if key_bias is not None:
+        key_bias = _as_blocks(key_bias.expand(batch, heads, keys).unsqueeze(-1), block_k)
+    query_blocks = ceil_div(queries, block_q)
+    rows = batch * heads * query_blocks
+    call = _Call(
+        q=_as_blocks(q, block_q),
+        k=_as_blocks(k, block_k),
+        v=_as_blocks(v, block_k),
+        bias=None if key_bias is None else key_bias.squeeze(-1),
+        out=q.new_zeros((rows, block_q, dim)),
+        lse=q.new_full((rows, block_q), -torch.inf, dtype=torch.float32),
+        query_blocks=query_blocks,
+        key_blocks=ceil_div(keys, block_k),
+        group=heads // k.shape[1],
+        scale=scale,
+        multiply=q.dtype == torch.bfloat16 and _bound_scores(q, k, scale) <= BF16_SCORE_BOUND,
+    )
+    for bucket in find_buckets(counts, indices, batch, queries, keys, block_q, block_k):
+        if bucket.contiguous and bucket.query_tokens > block_q:
+            _attend_slices(call, bucket)
+        else:
+            _attend_gathered(call, bucket)
+    out.copy_(call.out.view(batch, heads, -1, dim)[:, :, :queries])
+    lse.copy_(call.lse.view(batch, heads, -1)[:, :, :queries])
+    return out, lse
+
+
+def _as_blocks(x: Tensor, block: int) -> Tensor:
+    """[B, H, N, D] as [B * H * blocks, block, D]; copies if N is ragged or x is strided.
+
+    One copy of the keys costs less than gathering strided rows of them many times over.
+    """
+    missing = -x.shape[2] % block
+    padded = pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+    return padded.view(-1, block, x.shape[3])
+
+
+def _bound_scores(q: Tensor, k: Tensor, scale: float) -> float:
+    """Upper bound on |score|: the longest query times the longest key."""
+    longest = [torch.linalg.vector_norm(x, dim=-1).max() for x in (q, k)]
+    return abs(scale) * float(longest[0]) * float(longest[1])
+
+
+def _attend_slices(call: _Call, bucket: Bucket) -> None:
+    """Runs that keep one unbroken range of keys: nothing is copied."""
+    dim = call.q.shape[-1]
+    rows = bucket.heads * call.query_blocks + bucket.first
+    keys = bucket.heads // call.group * call.key_blocks + bucket.lists[:, 0]
+    biases = bucket.heads * call.key_blocks + bucket.lists[:, 0]
+    count = ceil_div(bucket.query_tokens, call.q.shape[1])
+    kept = bucket.lists.shape[1]
+    for row, key, first_bias in zip(rows.tolist(), keys.tolist(), biases.tolist(), strict=True):
+        out, lse = _attend_dense(
+            call,
+            bucket,
+            call.q[row : row + count].view(1, -1, dim),
+            call.k[key : key + kept].view(1, -1, dim),
+            call.v[key : key + kept].view(1, -1, dim),
+            None if call.bias is None else call.bias[first_bias : first_bias + kept].view(1, -1),
+        )
+        call.out[row : row + count].view(-1, dim)[: bucket.query_tokens] = out[0]
+        call.lse[row : row + count].view(-1)[: bucket.query_tokens] = lse[0]
+
+
+def _attend_gathered(call: _Call, bucket: Bucket) -> None:
+    """Runs with scattered keys: a few runs at a time, so that what is gathered stays cached."""
+    runs, kept = bucket.lists.shape
+    block_q, dim = call.q.shape[1:]
+    block_k = call.k.shape[1]
+    count = ceil_div(bucket.query_tokens, block_q)
+    rows = (bucket.heads * call.query_blocks + bucket.first).unsqueeze(1) + torch.arange(count)
+    keys = (bucket.heads // call.group * call.key_blocks).unsqueeze(1) + bucket.lists
+    biases = (bucket.heads * call.key_blocks).unsqueeze(1) + bucket.lists
+    step = max(1, GATHER_BYTES // (kept * block_k * dim * call.k.element_size()))
+    missing = count * block_q - bucket.query_tokens
+    for begin in range(0, runs, step):
+        part = slice(begin, begin + step)
+        row, key = rows[part].flatten(), keys[part].flatten()
+        bias = call.bias
+        if bias is not None:
+            bias = bias.index_select(0, biases[part].flatten()).view(-1, kept * block_k)
+        out, lse = _attend_dense(
+            call,
+            bucket,
+            call.q.index_select(0, row).view(-1, count * block_q, dim),
+            call.k.index_select(0, key).view(-1, kept * block_k, dim),
+            call.v.index_select(0, key).view(-1, kept * block_k, dim),
+            bias,
+        )
+        if missing:
+            out, lse = pad(out, (0, 0, 0, missing)), pad(lse, (0, missing))
+        call.out.index_copy_(0, row, out.reshape(-1, block_q, dim))
+        call.lse.index_copy_(0, row, lse.reshape(-1, block_q))
+
+
+def _attend_dense(
+    call: _Call, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of each run, [runs, tokens, D] each, without the padding of ragged blocks."""
+    q = q[:, : bucket.query_tokens]
+    k, v = k[:, : bucket.key_tokens], v[:, : bucket.key_tokens]
+    attend_dense = _multiply if call.multiply else _flash
+    if bias is None:
+        return attend_dense(q, k, v, None, call.scale)
+    bias = bias[:, None, : bucket.key_tokens]
+    out, lse = attend_dense(q, k, v, bias, call.scale)
+    # The library kernels leave NaN where no key is left.
+    empty = bias.amax(-1) == -torch.inf
+    return out.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, -torch.inf)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense attention with float32 scores: out [runs, tokens, D] and lse [runs, tokens]."""
+    mask = None if bias is None else bias.unsqueeze(1).to(q.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), attn_mask=mask, scale=scale
+    )
+    return out.squeeze(1), lse.squeeze(1)
+
+
+def _multiply(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense attention by two matrix products, with scores in the dtype of q."""
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    tile = max(1, SCORE_TILE // (k.shape[0] * k.shape[1]))
+    for begin in range(0, q.shape[1], tile):
+        rows = slice(begin, begin + tile)
+        scores = torch.bmm(q[:, rows] * scale, k.transpose(1, 2))
+        if bias is None:
+            # The scores are bounded, so no weight underflows: one column gives the denominator.
+            witness = scores[..., 0].float()
+            weights = torch.softmax(scores, -1, out=scores)
+            lse[:, rows] = witness - weights[..., 0].float().log()
+        else:
+            scores += bias
+            witness = scores.amax(-1).float()
+            weights = torch.softmax(scores, -1, out=scores)
+            lse[:, rows] = witness - weights.amax(-1).float().log()
+        out[:, rows] = torch.bmm(weights, v)
+    return out, lse

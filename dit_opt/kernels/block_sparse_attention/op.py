@@ -1,0 +1,112 @@
+"""Registers `ditopt::block_sparse_attention_v1` for processors and GPUs, and its fake.
+
+One opaque op keeps the graph the same on every device and hides nothing from it: the plan comes in
+as data, so CUDA graphs, caches and reordering stay correct.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.block_sparse_attention import cpu
+from dit_opt.kernels.block_sparse_attention.contract import (
+    Arguments,
+    check_arguments,
+    new_outputs,
+)
+
+# The version is part of the name because the fake's body is in no compile cache key.
+NAME = "block_sparse_attention_v1"
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, Tensor? key_bias, "
+    "float scale, int block_q, int block_k) -> (Tensor out, Tensor lse)"
+)
+
+torch.library.define(f"ditopt::{NAME}", SCHEMA, tags=(torch.Tag.flexible_layout,))
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    block_q: int = 128,
+    block_k: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Attention in which each block of queries sees only the key blocks of its list.
+
+    Args:
+        q: [B, H, Nq, D] in float32, float16 or bfloat16, any strides, D from 1 to 256.
+        k, v: [B, Hk, Nk, D], H a multiple of Hk; query head h reads key head h // (H // Hk).
+        counts: int32 [B or 1, H, ceil(Nq / block_q)], how many entries of a list are used.
+        indices: int32 [B or 1, H, ceil(Nq / block_q), capacity], key blocks, ascending without
+            repeats in the used entries; the others are never read.
+        key_bias: additive float32 [B or 1, H or 1, Nk]; 0 keeps a key, -inf removes it.
+        scale: factor on the scores; D ** -0.5 if None.
+        block_q, block_k: tokens in a query and in a key block; the last of either may be ragged.
+
+    Returns:
+        out [B, H, Nq, D], a transposed view of [B, Nq, H, D] memory, and lse, float32 [B, H, Nq],
+        the natural logarithm of the softmax denominator. Rows without keys give 0 and -inf.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `contract.check_arguments`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    operator = torch.ops.ditopt.block_sparse_attention_v1
+    return operator(q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+
+
+@torch.library.impl(f"ditopt::{NAME}", "CPU")
+def _run_on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor]:
+    check_arguments(Arguments(q, k, v, counts, indices, key_bias, block_q, block_k))
+    return cpu.attend(q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+
+
+@torch.library.impl(f"ditopt::{NAME}", "CUDA")
+def _run_on_gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor]:
+    # Imported here because Triton is absent where there is no GPU to run it on.
+    from dit_opt.kernels.block_sparse_attention import triton
+
+    check_arguments(Arguments(q, k, v, counts, indices, key_bias, block_q, block_k))
+    return triton.launch(q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+
+
+@torch.library.register_fake(f"ditopt::{NAME}")
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor]:
+    check_arguments(Arguments(q, k, v, counts, indices, key_bias, block_q, block_k))
+    return new_outputs(q)

@@ -1,0 +1,89 @@
+"""Regroups the rows of a plan into equal pieces of work for the CPU path.
+
+A processor is fast on few large matrix products: neighbouring query blocks that keep the same keys
+become one run, and runs of one shape become a bucket that a batched product can take whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Runs of equal size: each has `query_tokens` queries and keeps `key_tokens` keys.
+
+    Attributes:
+        heads: int64 [runs], the position of each run's head among batch * heads.
+        first: int64 [runs], the first query block of each run.
+        lists: int64 [runs, blocks], the key blocks of each run, ascending.
+        contiguous: every list is one unbroken range, so that keys can be sliced, not gathered.
+    """
+
+    query_tokens: int
+    key_tokens: int
+    heads: Tensor
+    first: Tensor
+    lists: Tensor
+    contiguous: bool
+
+
+def find_buckets(
+    counts: Tensor, indices: Tensor, batch: int, queries: int, keys: int, block_q: int, block_k: int
+) -> Iterator[Bucket]:
+    """Group the rows of a plan by the size of their work; rows without keys are left out.
+
+    Args:
+        counts: int32 [1 or batch, H, nq]; indices: int32 [1 or batch, H, nq, capacity].
+        queries, keys: numbers of tokens; the last block of either may be ragged.
+    """
+    query_blocks = counts.shape[2]
+    starts = _starts_run(counts, indices)
+    counts, indices, starts = (x.expand(batch, *x.shape[1:]) for x in (counts, indices, starts))
+    begin = starts.flatten().nonzero().flatten()
+    end = torch.cat([begin[1:], begin.new_tensor([counts.numel()])])
+    used = counts.flatten()[begin] > 0
+    begin, end = begin[used], end[used]
+    if begin.numel() == 0:
+        return
+
+    count = counts.flatten()[begin].long()
+    lists = indices.flatten(0, 2)[begin].long()
+    last = lists.gather(1, (count - 1).unsqueeze(1)).squeeze(1)
+    first = begin % query_blocks
+    query_tokens = ((end - begin) * block_q).minimum(queries - first * block_q)
+    missing = ceil_div(keys, block_k) * block_k - keys
+    key_tokens = count * block_k - torch.where((last + 1) * block_k > keys, missing, 0)
+    unbroken = (last - lists[:, 0] == count - 1).long()
+
+    size = (query_tokens * (keys + 1) + key_tokens) * 2 + unbroken
+    size, order = size.sort(stable=True)
+    lengths = size.unique_consecutive(return_counts=True)[1]
+    columns = torch.stack([query_tokens, key_tokens, count, unbroken], 1)[order]
+    of_bucket = columns[lengths.cumsum(0) - 1].tolist()
+    heads, first, lists = (
+        x[order].split(lengths.tolist()) for x in (begin // query_blocks, first, lists)
+    )
+    for number, (queries_each, keys_each, blocks, is_unbroken) in enumerate(of_bucket):
+        yield Bucket(
+            query_tokens=queries_each,
+            key_tokens=keys_each,
+            heads=heads[number],
+            first=first[number],
+            lists=lists[number][:, :blocks],
+            contiguous=bool(is_unbroken),
+        )
+
+
+def _starts_run(counts: Tensor, indices: Tensor) -> Tensor:
+    """Bool [B, H, nq]: the row's list differs from the one above it."""
+    unused = torch.arange(indices.shape[-1]) >= counts.unsqueeze(-1)
+    equal = (indices[:, :, 1:] == indices[:, :, :-1]) | unused[:, :, 1:]
+    same = equal.all(-1) & (counts[:, :, 1:] == counts[:, :, :-1])
+    return torch.nn.functional.pad(~same, (1, 0), value=True)

@@ -1,0 +1,93 @@
+"""The query rows that recognition looks at, and what each candidate keeps for them.
+
+A few exact rows say how much softmax mass a pattern holds; which rows must not resonate with the
+grid, or all would stand in the same column of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.block_sparse_attention.reference import expand_lists
+from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.routers.tables import Tables
+
+# Video tokens that one row stands for, within bounds that keep the estimate steady and cheap.
+_TOKENS_PER_ROW = 128
+_MIN_ROWS, _MAX_ROWS = 32, 64
+
+# Share of the rows in the first frame, RainFusion's local sample.
+_LOCAL_SHARE = 1 / 8
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """`rows` int64 [m]: token positions in the model's own order.
+
+    `kept` float32 [m, C, orders * nk]: 1 where candidate C's list for that row's query block holds
+    the key block; block j of order o stands at o * nk + j. `gather` int64 [orders * N] and
+    `offsets` int64 [orders * nk] name the tokens of all those blocks, one after the other.
+    """
+
+    rows: Tensor
+    kept: Tensor
+    gather: Tensor
+    offsets: Tensor
+
+
+def count_rows(layout: VideoLayout) -> int:
+    """How many rows recognition samples by default: one in 128 video tokens, at least 32, at most
+    64.
+    """
+    return min(max(layout.video_tokens // _TOKENS_PER_ROW, _MIN_ROWS), _MAX_ROWS)
+
+
+def place_rows(layout: VideoLayout, count: int) -> list[int]:
+    """Token positions of `count` video rows: one in each of `count` equal stretches, some of them
+    in the first frame.
+
+    Inside its stretch a row stands at a multiple of the golden ratio, so that no period of the grid
+    is met twice.
+    """
+    count = min(count, layout.video_tokens)
+    local = max(1, int(count * _LOCAL_SHARE)) if layout.frames > 1 else 0
+    first_frame = _spread(local, layout.height * layout.width)
+    positions = first_frame + _spread(count - local, layout.video_tokens)
+    return [layout.video_start + position for position in positions]
+
+
+@functools.lru_cache(maxsize=8)
+def draw_sample(tables: Tables, count: int) -> Sample:
+    """The sample of `count` rows (fewer when the video has fewer tokens), on the tables' device.
+
+    Cached.
+    """
+    device = tables.orders.device
+    rows = torch.tensor(place_rows(tables.layout, count), device=device)
+    query_blocks = tables.inverses[:, rows][tables.order_of] // tables.block_q
+    candidates = torch.arange(len(tables.order_of), device=device)[:, None]
+    key_blocks = tables.indices.shape[-1]
+    kept = expand_lists(
+        tables.counts[candidates, query_blocks],
+        tables.indices[candidates, query_blocks],
+        key_blocks,
+    )
+    orders = torch.arange(len(tables.orders), device=device)
+    kept = kept[:, :, None] & (orders == tables.order_of[:, None])[:, None, :, None]
+    starts = torch.arange(0, tables.layout.tokens, tables.block_k, device=device)
+    return Sample(
+        rows=rows,
+        kept=kept.flatten(2).transpose(0, 1).float().contiguous(),
+        gather=tables.orders.flatten(),
+        offsets=(starts + orders[:, None] * tables.layout.tokens).flatten(),
+    )
+
+
+def _spread(count: int, length: int) -> list[int]:
+    return [int((i + (i + 1) * _GOLDEN_RATIO % 1) * length / count) for i in range(count)]

@@ -1,0 +1,114 @@
+"""Compile a pipeline or a model in place, with what only its scheduler knows.
+
+`torch.compile(model, backend="ditopt")` reads everything else from the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from typing import Any, TypeVar
+
+import torch
+
+from dit_opt.options import Options
+from dit_opt.runtime.schedule import Clock
+from dit_opt.runtime.state import Announcement, announce
+
+log = logging.getLogger(__name__)
+
+# what diffusers pipelines call their denoisers; Wan 2.2 has two
+DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+
+T = TypeVar("T")
+
+
+def optimize(
+    pipe_or_model: T,
+    *,
+    regional: bool = False,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> T:
+    """Compile the denoisers of a pipeline, or one model, with the ditopt backend, in place.
+
+    Args:
+        pipe_or_model: a diffusers pipeline (its scheduler tells how long a trajectory is) or a
+            module.
+        regional: compile the repeated blocks one by one (`compile_repeated_blocks`), which is
+            quicker to compile. The step is then read by a hook around the model.
+        fullgraph, dynamic: as in `torch.compile`.
+        **options: see `Options`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        OptionError: an option is wrong. TypeError: nothing in the object can be compiled.
+    """
+    Options.parse(options)
+    scheduler = getattr(pipe_or_model, "scheduler", None)
+    for model in _find_denoisers(pipe_or_model):
+        announcement = Announcement(_timestep_reader(scheduler))
+        announce(model, announcement)
+        settings = dict(
+            backend="ditopt", fullgraph=fullgraph, dynamic=dynamic, options=dict(options)
+        )
+        if regional:
+            _announce_steps(model, announcement)
+            if not hasattr(model, "compile_repeated_blocks"):
+                raise TypeError(
+                    f"{type(model).__name__} has no compile_repeated_blocks; call optimize without "
+                    "regional=True to compile the whole model."
+                )
+            model.compile_repeated_blocks(**settings)
+        else:
+            model.compile(**settings)
+        log.info("compiling %s with ditopt on its first call", type(model).__name__)
+    return pipe_or_model
+
+
+def _find_denoisers(pipe_or_model: Any) -> list[torch.nn.Module]:
+    if isinstance(pipe_or_model, torch.nn.Module):
+        return [pipe_or_model]
+    found = [getattr(pipe_or_model, name, None) for name in DENOISERS]
+    modules = [m for m in found if isinstance(m, torch.nn.Module)]
+    if not modules:
+        raise TypeError(
+            f"{type(pipe_or_model).__name__} is neither a module nor a pipeline with one of "
+            f"{', '.join(DENOISERS)}; pass the denoising model itself."
+        )
+    return modules
+
+
+def _timestep_reader(scheduler: Any):
+    """Reads the scheduler's current timesteps, without keeping the scheduler alive."""
+    if scheduler is None:
+        return lambda: None
+    reference = weakref.ref(scheduler)
+    return lambda: getattr(reference(), "timesteps", None)
+
+
+def _announce_steps(model: torch.nn.Module, announcement: Announcement) -> None:
+    """Tell the blocks where the run stands, from the model's own `timestep` argument.
+
+    One clock for each shape of the first tensor argument, as in a whole graph.
+    """
+    signature = inspect.signature(model.forward)
+    clocks: dict[tuple[int, ...], Clock] = {}
+
+    def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind_partial(*args, **kwargs).arguments
+        timestep = bound.get("timestep")
+        if timestep is None:
+            announcement.position = None
+            return
+        first = next((a for a in bound.values() if isinstance(a, torch.Tensor)), None)
+        shape = tuple(first.shape) if first is not None else ()
+        clock = clocks.setdefault(shape, Clock())
+        value = timestep.max() if isinstance(timestep, torch.Tensor) else timestep
+        announcement.position = clock.tick(float(value), announcement.timesteps())
+
+    model.register_forward_pre_hook(before, with_kwargs=True)

@@ -1,0 +1,272 @@
+"""What a user may ask of ditopt, checked once.
+
+A typo or a contradiction is an error, never a no-op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dit_opt._compat import expand_mode, inductor_settings
+
+DEFAULT_QUALITY = 0.95
+DEFAULT_DENSE_STEPS = 0.2
+
+ROUTERS = ("auto", "dense", "rainfusion")
+TAILS = ("drop",)
+ON_NO_MATCH = ("warn", "error", "ignore")
+
+# Promised by the design, not written yet: asking for one must not look like a typo.
+RESERVED_ROUTERS = ("adaspa", "subblock", "sol", "frame_tile")
+RESERVED_TAILS = ("centroid",)
+RESERVED_OPTIONS = (
+    "fuse",
+    "hoist",
+    "memory_budget",
+    "quantize",
+    "release_weights",
+    "verify",
+    "verify_every",
+)
+
+
+class OptionError(ValueError):
+    """An option that is unknown, of the wrong type, out of range or at odds with another one."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one compilation. Hashable and comparable.
+
+    Attributes:
+        router: how blocks are chosen: `auto` (the measured best), `dense` (replace nothing) or
+            `rainfusion`.
+        density: mean kept share of the score matrix over sparse steps, in (0, 1]; 1 keeps
+            everything through the sparse kernel. Excludes `quality`.
+        quality: kept softmax mass to aim at, per head, in (0, 1).
+        tail: what stands in for dropped blocks; only `drop`, which is nothing.
+        dense_steps: steps at the start of a trajectory that stay dense: an int counts steps, a
+            float in [0, 1] is a share of the trajectory.
+        refresh_every: steps between two searches for a plan.
+        min_tokens: sites with fewer keys stay dense; None asks the cost model.
+        grid: (T, H, W) in tokens, for graphs that cannot tell.
+        on_no_match: what to do where no site could be replaced.
+        dump: folder for the graphs before and after each pass; by default `DITOPT_DUMP` of the
+            environment.
+        mode: a `torch.compile` mode, handed on to Inductor.
+        inductor: Inductor settings, handed on; they win over `mode`.
+
+    Raises:
+        OptionError: see there. The message names the option, its value and the way out.
+    """
+
+    router: str = "auto"
+    density: float | None = None
+    quality: float | None = None
+    tail: str = "drop"
+    dense_steps: int | float | None = None
+    refresh_every: int = 1
+    min_tokens: int | None = None
+    grid: tuple[int, int, int] | None = None
+    on_no_match: str = "warn"
+    dump: str | None = field(default_factory=lambda: os.environ.get("DITOPT_DUMP") or None)
+    mode: str | None = None
+    # Its values may be unhashable; equal options still hash alike.
+    inductor: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            # The only write to a frozen instance: the value in its plain form (a list as a tuple).
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        self._check_together()
+
+    @classmethod
+    def parse(cls, mapping: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """Options from what `torch.compile` hands to a backend: its `options=` or its `mode=`.
+
+        Raises:
+            OptionError: an unknown or reserved key, or a value that `Options` refuses.
+        """
+        values = dict(mapping or {})
+        for key in values:
+            _check_name(key)
+        if mode is not None:
+            if values.get("mode", mode) != mode:
+                raise OptionError(
+                    f"Option 'mode' is {values['mode']!r}, but torch.compile was given "
+                    f"mode={mode!r}. Give the mode once."
+                )
+            values["mode"] = mode
+        return cls(**values)
+
+    @property
+    def effective_quality(self) -> float | None:
+        """The softmax mass to aim at; None where `density` decides instead."""
+        if self.density is not None:
+            return None
+        return DEFAULT_QUALITY if self.quality is None else self.quality
+
+    @property
+    def effective_dense_steps(self) -> int | float:
+        """`dense_steps`, or its default."""
+        return DEFAULT_DENSE_STEPS if self.dense_steps is None else self.dense_steps
+
+    def inductor_patches(self) -> dict[str, Any]:
+        """What to patch Inductor's configuration with."""
+        return {**(expand_mode(self.mode) if self.mode else {}), **(self.inductor or {})}
+
+    def _check_together(self) -> None:
+        if self.density is not None and self.quality is not None:
+            raise OptionError(
+                f"Options 'density' ({self.density}) and 'quality' ({self.quality}) both say how "
+                "much to keep. Give one of them."
+            )
+        for name in ("density", "quality"):
+            value = getattr(self, name)
+            if self.router == "dense" and value is not None:
+                raise OptionError(
+                    f"Option {name!r} is {value}, but router='dense' replaces nothing. Remove "
+                    f"{name!r}, or choose another router, or router='auto' with density=1."
+                )
+
+
+def _check_name(key: Any) -> None:
+    names = [f.name for f in dataclasses.fields(Options)]
+    if key in names:
+        return
+    if key in RESERVED_OPTIONS:
+        raise OptionError(
+            f"Option {key!r} is not in this version of ditopt. Remove it; the options are "
+            f"{', '.join(names)}."
+        )
+    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+    raise OptionError(
+        f"Unknown option {key!r}. Did you mean {near[0]!r}? The options are {', '.join(names)}."
+    )
+
+
+def _refuse(name: str, value: Any, expected: str) -> OptionError:
+    return OptionError(f"Option {name!r} is {value!r}; it must be {expected}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_choice(choices: tuple[str, ...], reserved: tuple[str, ...] = ()) -> Callable:
+    def check(name: str, value: Any) -> str:
+        expected = f"one of {', '.join(map(repr, choices))}"
+        if isinstance(value, str) and value in choices:
+            return value
+        if isinstance(value, str) and value in reserved:
+            raise OptionError(
+                f"Option {name!r} is {value!r}, which is not in this version of ditopt; it must "
+                f"be {expected}."
+            )
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        raise _refuse(name, value, expected + (f" (did you mean {near[0]!r}?)" if near else ""))
+
+    return check
+
+
+def _check_share(one_allowed: bool) -> Callable:
+    def check(name: str, value: Any) -> float | None:
+        if value is None:
+            return None
+        number = _is_int(value) or isinstance(value, float)
+        if not number or not 0 < value <= 1 or (value == 1 and not one_allowed):
+            end = "]" if one_allowed else ")"
+            hint = "" if one_allowed else " (to keep everything, set density=1)"
+            raise _refuse(name, value, f"a number in (0, 1{end}, or None{hint}")
+        return float(value)
+
+    return check
+
+
+def _check_dense_steps(name: str, value: Any) -> int | float | None:
+    if value is None or (_is_int(value) and value >= 0):
+        return value
+    if isinstance(value, float) and 0 <= value <= 1:
+        return value
+    raise _refuse(
+        name, value, "a number of steps (an int >= 0), a share of them (a float in [0, 1]), or None"
+    )
+
+
+def _check_int(least: int, optional: bool) -> Callable:
+    def check(name: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        if isinstance(value, int) and _is_int(value) and value >= least:
+            return value
+        raise _refuse(name, value, f"an int >= {least}" + (", or None" if optional else ""))
+
+    return check
+
+
+def _check_grid(name: str, value: Any) -> tuple[int, int, int] | None:
+    if value is None:
+        return None
+    if (
+        isinstance(value, (tuple, list))
+        and len(value) == 3
+        and all(_is_int(size) and size > 0 for size in value)
+    ):
+        return value[0], value[1], value[2]
+    raise _refuse(name, value, "three positive ints (T, H, W) in tokens, or None")
+
+
+def _check_dump(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+        return str(os.fspath(value))
+    raise _refuse(name, value, "the path of a folder, or None")
+
+
+def _check_mode(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _refuse(name, value, "the name of a torch.compile mode, or None")
+    try:
+        expand_mode(value)
+    except ValueError as error:
+        raise OptionError(f"Option {name!r}: {error}.") from error
+    return value
+
+
+def _check_inductor(name: str, value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _refuse(name, value, "a dict of Inductor settings, or None")
+    settings = inductor_settings()
+    for key in value:
+        # torch.compile(options=...) takes dashes too
+        if str(key).replace("-", "_") not in settings:
+            near = difflib.get_close_matches(str(key), settings, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise OptionError(f"Option {name!r} has {key!r}, which is no Inductor setting.{hint}")
+    return {str(key).replace("-", "_"): v for key, v in value.items()}
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "router": _check_choice(ROUTERS, RESERVED_ROUTERS),
+    "density": _check_share(one_allowed=True),
+    "quality": _check_share(one_allowed=False),
+    "tail": _check_choice(TAILS, RESERVED_TAILS),
+    "dense_steps": _check_dense_steps,
+    "refresh_every": _check_int(1, optional=False),
+    "min_tokens": _check_int(0, optional=True),
+    "grid": _check_grid,
+    "on_no_match": _check_choice(ON_NO_MATCH),
+    "dump": _check_dump,
+    "mode": _check_mode,
+    "inductor": _check_inductor,
+}

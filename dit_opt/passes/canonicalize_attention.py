@@ -1,0 +1,105 @@
+"""Write decomposed attention as one call, so that the passes after it know one form only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, GraphModule, Node
+
+from dit_opt.facts.decomposed import match_decomposed
+from dit_opt.facts.sites import Form, Site
+from dit_opt.passes.graph_edit import erase_unused
+
+
+def canonicalize_attention(gm: GraphModule, sites: Sequence[Site]) -> int:
+    """Rewrite the sites in `gm`, of form DECOMPOSED; returns how many there were.
+
+    Triggers on::
+
+        %scores = baddbmm(%mask, %q, %k.transpose(-1, -2), beta=1, alpha=scale)
+        %weights = softmax(%scores, -1)
+        %out = bmm(%weights, %v)
+
+    in any of the spellings of `facts.decomposed`. It becomes::
+
+        %out = scaled_dot_product_attention(%q, %k, %v, attn_mask=%mask, scale=scale)
+
+    where `[B * H, N, D]` tensors get a head dimension of 1 before, and lose it after.
+
+    Refuses (ValueError) sites of another form and sites with a refusal: their scores or weights are
+    used elsewhere, or dropped at random, or cannot be read.
+
+    Only meant for sites that will be replaced: the sums run in another order than before.
+    """
+    for site in sites:
+        if site.form is not Form.DECOMPOSED or site.refusal is not None:
+            refusal = "no" if site.refusal is None else site.refusal.name
+            raise ValueError(
+                f"Site {site.index} ({site.module or 'top level'}) is {site.form.name} with "
+                f"{refusal} refusal; only readable DECOMPOSED sites can be written as one call."
+            )
+        _rewrite(gm.graph, site)
+    if sites:
+        gm.graph.lint()
+        gm.recompile()
+    return len(sites)
+
+
+def _rewrite(graph: Graph, site: Site) -> None:
+    match = match_decomposed(site.node)
+    assert match is not None
+    flat = _example(site.node).dim() == 3
+    with graph.inserting_before(site.node):
+        q, k, v = (
+            _add_heads(graph, n, site) if flat else n for n in (site.query, site.key, site.value)
+        )
+        mask = _write_mask(graph, site, flat)
+        out = graph.call_function(
+            F.scaled_dot_product_attention,
+            (q, k, v),
+            {"attn_mask": mask, "dropout_p": 0.0, "is_causal": False, "scale": site.scale},
+        )
+        _describe(out, site, _example(site.node).unsqueeze(1) if flat else _example(site.node))
+        if flat:
+            out = graph.call_method("squeeze", (out, 1))
+            _describe(out, site, _example(site.node))
+    site.node.replace_all_uses_with(out)
+    interior = match.interior
+    # transposes and casts that only the site needed, and baddbmm's empty input
+    around = [n for node in interior for n in node.all_input_nodes if n.op.startswith("call")]
+    graph.erase_node(site.node)
+    erase_unused(graph, interior)
+    erase_unused(graph, [n for n in around if n not in interior])
+
+
+def _write_mask(graph: Graph, site: Site, flat: bool) -> Node | None:
+    mask = site.mask
+    if mask is None:
+        return None
+    if flat and _example(mask).dim() == 3:
+        mask = _add_heads(graph, mask, site)
+    dtype = _example(site.query).dtype
+    if _example(mask).dtype != dtype:
+        example = _example(mask)
+        mask = graph.call_method("to", (mask, dtype))
+        _describe(mask, site, example.to(dtype))
+    return mask
+
+
+def _add_heads(graph: Graph, node: Node | None, site: Site) -> Node:
+    assert node is not None
+    unsqueezed = graph.call_method("unsqueeze", (node, 1))
+    _describe(unsqueezed, site, _example(node).unsqueeze(1))
+    return unsqueezed
+
+
+def _describe(node: Node, site: Site, example: torch.Tensor) -> None:
+    """New nodes belong to the site's module and line."""
+    node.meta = {**site.node.meta, "example_value": example}
+
+
+def _example(node: Node | None) -> torch.Tensor:
+    assert node is not None
+    return node.meta["example_value"]

@@ -1,0 +1,214 @@
+"""Decide for each attention site whether it is replaced, and why not.
+
+One table of questions, asked in order; the first "no" is the reason. Nothing is rewritten here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch.fx import GraphModule
+
+from dit_opt import cost
+from dit_opt._compat import size_expression
+from dit_opt.decisions import Decision, LayoutSummary, Reason
+from dit_opt.facts.masks import MaskKind, classify_mask
+from dit_opt.facts.sites import Site
+from dit_opt.facts.tokens import Grid, Layout, SegmentKind, SiteKind, Tokens
+from dit_opt.options import OptionError, Options
+from dit_opt.passes.sparse_attention import SparseSite
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = range(16, 257)
+
+@dataclass(frozen=True)
+class Choice:
+    """The verdict on one site: the decision for reports, and how to replace it (or None)."""
+
+    decision: Decision
+    sparse: SparseSite | None
+
+
+def choose_sites(
+    gm: GraphModule,
+    sites: Sequence[Site],
+    tokens: Tokens,
+    options: Options,
+) -> list[Choice]:
+    """One Choice per site.
+
+    Raises OptionError where a grid was given that fits no site, or where a router was asked for
+    by name and can serve none of the sites.
+    """
+    choices = [_judge(site, tokens.layouts.get(site.node), options) for site in sites]
+    if options.grid and sites and not any(_fits(tokens.layouts.get(s.node), options) for s in sites):
+        counts = sorted({str(_length(s)) for s in sites if s.query is not None})
+        raise OptionError(
+            f"grid={options.grid} is {_product(options.grid)} tokens, but the attention sites of "
+            f"this graph hold {', '.join(counts)}; give the (T, H, W) of the latent tokens after "
+            "patch embedding, or leave `grid` out."
+        )
+    asked = options.router not in ("auto", "dense")
+    if asked and sites and not any(c.sparse for c in choices):
+        reasons = "; ".join(
+            f"{c.decision.module or c.decision.site}: {c.decision.reason.name}"
+            + (f" ({c.decision.detail})" if c.decision.detail else "")
+            for c in choices[:4]
+        )
+        raise OptionError(
+            f"router={options.router!r} was asked for but can serve none of the {len(sites)} "
+            f"attention sites of this graph ({reasons}). Use router='auto' to leave such sites "
+            "dense, or remove the cause."
+        )
+    return choices
+
+
+def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
+    reason, detail = _find_obstacle(site, layout, options)
+    kind, keys = classify_mask(site)
+    grid = _grid(layout, options)
+    dense = cost.dense_flops(*_shape(site)) if site.query is not None else None
+    full = options.density == 1
+    sparse = None
+    if reason is Reason.REPLACED:
+        assert layout is not None
+        latents = next((s for s in layout.query if s.kind is SegmentKind.LATENTS), None)
+        head_dim = int(site.query.meta["example_value"].shape[-1])
+        sparse = SparseSite(
+            site=site,
+            grid=None if full else grid.sizes,
+            start=sympy.Integer(0) if latents is None else sympy.sympify(latents.start),
+            key_mask=keys,
+            mask_queries=kind is MaskKind.OUTER,
+            scale=site.scale if site.scale is not None else head_dim**-0.5,
+            target=options.density if options.density else options.effective_quality,
+            by_density=options.density is not None,
+        )
+    kept = options.density or cost.EXPECTED_DENSITY
+    return Choice(
+        Decision(
+            site=site.index,
+            module=site.module,
+            source=site.source,
+            reason=reason,
+            detail=detail,
+            shapes=_describe_shapes(site),
+            layout=_summarise_layout(layout, grid),
+            router=("full" if full else "rainfusion") if sparse else "",
+            flops_dense=dense,
+            flops_sparse=None if sparse is None or dense is None else dense * kept,
+            gain=cost.attention_gain(kept) if sparse and not full else None,
+        ),
+        sparse,
+    )
+
+
+def _find_obstacle(
+    site: Site, layout: Layout | None, options: Options
+) -> tuple[Reason, str]:
+    """The first reason against a site, or REPLACED."""
+    if options.router == "dense":
+        return Reason.ROUTER_DENSE, ""
+    if site.refusal is not None:
+        return site.refusal, site.detail
+    example = site.query.meta["example_value"]
+    if example.dtype not in DTYPES:
+        return Reason.UNSUPPORTED_DTYPE, str(example.dtype)
+    head_dims = {str(n.meta["example_value"].shape[-1]) for n in (site.query, site.value)}
+    if len(head_dims) > 1 or int(head_dims.pop()) not in HEAD_DIMS:
+        return Reason.UNSUPPORTED_HEAD_DIM, f"D={example.shape[-1]}"
+    if layout is None or layout.kind is SiteKind.UNKNOWN:
+        return Reason.UNKNOWN_TOKENS, layout.reason if layout else ""
+    if layout.kind is SiteKind.CROSS or _length(site) != _length(site, key=True):
+        return Reason.CROSS_ATTENTION, ""
+    if classify_mask(site).kind is MaskKind.OTHER:
+        return Reason.MASK_NOT_KEY_PADDING, ""
+    if _fewer(_length(site), cost.min_tokens(options.min_tokens, example.device.type)):
+        return Reason.TOO_SHORT, f"{_length(site)} tokens"
+    if options.density == 1:
+        return Reason.REPLACED, ""
+    if _grid(layout, options) is None:
+        return Reason.NO_GRID, layout.reason
+    return Reason.REPLACED, ""
+
+
+def _shape(site: Site):
+    """(batch * heads, queries, keys, head dim) as expressions."""
+    q, k = (n.meta["example_value"].shape for n in (site.query, site.key))
+    heads = sympy.Integer(1)
+    for size in q[:-2]:
+        heads *= size_expression(size)
+    return heads, size_expression(q[-2]), size_expression(k[-2]), size_expression(q[-1])
+
+
+def _length(site: Site, key: bool = False) -> sympy.Expr:
+    node = site.key if key else site.query
+    return size_expression(node.meta["example_value"].shape[-2])
+
+
+def _fewer(length: sympy.Expr, least: int) -> bool:
+    """Whether a length is known to be below `least`; an unknown one is judged in each call."""
+    return bool(length.is_Integer and length < least)
+
+
+def _product(grid: Sequence) -> sympy.Expr:
+    out = sympy.Integer(1)
+    for size in grid:
+        out *= size
+    return out
+
+
+def _fits(layout: Layout | None, options: Options) -> bool:
+    if layout is None or not options.grid:
+        return False
+    wanted = _product(options.grid)
+    return any(
+        not (size := sympy.sympify(s.stop) - s.start).is_Integer or size == wanted
+        for s in layout.query
+        if s.kind is not SegmentKind.TEXT
+    )
+
+
+def _grid(layout: Layout | None, options: Options) -> Grid | None:
+    """The grid of a site: what the graph proves, else what the option says.
+
+    Raises OptionError where the two differ.
+    """
+    if layout is None:
+        return None
+    proved = layout.grid
+    if options.grid is None or not _fits(layout, options):
+        return proved
+    given = Grid(tuple(sympy.Integer(n) for n in options.grid), "option")
+    if proved is None:
+        return given
+    if all(p.is_Integer for p in proved.sizes) and tuple(proved.sizes) != given.sizes:
+        raise OptionError(
+            f"grid={options.grid} contradicts the graph, which proves "
+            f"{tuple(map(int, proved.sizes))} (from its {proved.source}); leave `grid` out."
+        )
+    return proved
+
+
+def _describe_shapes(site: Site) -> tuple[str, ...]:
+    nodes = (site.query, site.key, site.value)
+    return tuple(
+        str(list(map(str, n.meta["example_value"].shape))).replace("'", "")
+        for n in nodes
+        if n is not None and isinstance(n.meta.get("example_value"), torch.Tensor)
+    )
+
+
+def _summarise_layout(layout: Layout | None, grid: Grid | None) -> LayoutSummary | None:
+    if layout is None:
+        return None
+    return LayoutSummary(
+        kind=layout.kind.value,
+        segments=tuple(f"{s.kind.value}[{s.start}:{s.stop}]" for s in layout.key),
+        grid=None if grid is None else tuple(grid.sizes),
+        grid_source="" if grid is None else grid.source,
+        reason="" if grid is not None else layout.reason,
+    )

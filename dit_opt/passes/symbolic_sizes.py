@@ -1,0 +1,78 @@
+"""Sizes known as sympy expressions, written into a graph as numbers or nodes.
+
+Facts are expressions over a graph's symbols; ops want arguments.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from dit_opt._compat import FloorDiv, Mod, size_expression
+
+
+class SizeWriter:
+    """Writes expressions over the symbols of one graph, each symbol and result once.
+
+    Symbols are taken from the graph's own size inputs, else read off the shape of an input tensor.
+    New nodes stand right after the placeholders. Raises KeyError for a symbol that no input has.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._written: dict[sympy.Expr, int | Node] = {}
+        placeholders = graph.find_nodes(op="placeholder")
+        self._last = placeholders[-1] if placeholders else None
+        for node in placeholders:
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt):
+                self._written.setdefault(size_expression(value), node)
+        self._shapes = [
+            (node, dim, size_expression(size))
+            for node in placeholders
+            if isinstance(node.meta.get("example_value"), torch.Tensor)
+            for dim, size in enumerate(node.meta["example_value"].shape)
+        ]
+
+    def write(self, expression: sympy.Expr | int) -> int | Node:
+        """An int where the expression is a number, else the node that computes it."""
+        expression = sympy.sympify(expression)
+        if expression.is_Integer:
+            return int(expression)
+        if expression not in self._written:
+            self._written[expression] = self._compute(expression)
+        return self._written[expression]
+
+    def _compute(self, expression: sympy.Expr) -> Node:
+        import operator
+
+        if expression.is_Symbol:
+            for node, dim, size in self._shapes:
+                if size == expression:
+                    return self._add("call_method", "size", (node, dim))
+            raise KeyError(f"No input of the graph has the size {expression}.")
+        parts = [self.write(a) for a in expression.args]
+        if isinstance(expression, sympy.Add):
+            function = operator.add
+        elif isinstance(expression, sympy.Mul):
+            function = operator.mul
+        elif isinstance(expression, FloorDiv):
+            function = operator.floordiv
+        elif isinstance(expression, Mod):
+            function = operator.mod
+        else:
+            raise KeyError(f"The size {expression} is not made of +, *, // and %.")
+        result = parts[0]
+        for part in parts[1:]:
+            result = self._add("call_function", function, (result, part))
+        return result
+
+    def _add(self, op: str, target, args) -> Node:
+        if self._last is None:
+            with self._graph.inserting_before(next(iter(self._graph.nodes))):
+                self._last = self._graph.create_node(op, target, args)
+        else:
+            with self._graph.inserting_after(self._last):
+                self._last = self._graph.create_node(op, target, args)
+        return self._last

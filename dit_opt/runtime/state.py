@@ -1,0 +1,127 @@
+"""What is remembered between calls: plans and statistics per layer, and what `optimize` told.
+
+Keys are live `nn.Parameter` objects. One compiled block serves all layers under regional
+compilation, so anything made at compile time would be shared by them; parameter identity also
+survives offloading, which swaps `.data`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dit_opt.runtime.schedule import Position
+
+
+@dataclass
+class LayerState:
+    """Plan and running statistics of one site of one layer, on the device.
+
+    Attributes:
+        layout: (T, H, W, start, N) of the site, which gives the choices their meaning.
+        plan: int32 `[B, H]`, each head's choice at the last search.
+        density: fp32 `[B, H]`, summed over sparse calls.
+        recall: fp32 `[B, H]`, summed over searches.
+        last_density: fp32 `[B, H]` of the plan in use.
+        calls: sparse calls. searches: those of them that searched.
+    """
+
+    layout: tuple[int, ...]
+    plan: torch.Tensor
+    last_density: torch.Tensor
+    density: torch.Tensor
+    recall: torch.Tensor
+    calls: int = 1
+    searches: int = 1
+
+
+class LayerStates:
+    """The states of all layers that one compiled graph serves."""
+
+    def __init__(self) -> None:
+        self._by_parameter: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def get(self, owner: torch.Tensor, key: Hashable) -> LayerState | None:
+        return self._by_parameter.get(owner, {}).get(key)
+
+    def record_search(
+        self,
+        owner: torch.Tensor,
+        key: Hashable,
+        layout: tuple[int, ...],
+        plan: torch.Tensor,
+        recall: torch.Tensor,
+        density: torch.Tensor,
+    ) -> None:
+        """Keep what a search returned. Copies: a CUDA graph reuses its output memory."""
+        states = self._by_parameter.setdefault(owner, {})
+        state = states.get(key)
+        if state is None or state.plan.shape != plan.shape:
+            states[key] = LayerState(
+                layout, plan.clone(), density.clone(), density.clone(), recall.clone()
+            )
+            return
+        state.plan.copy_(plan)
+        state.last_density.copy_(density)
+        state.density += density
+        state.recall += recall
+        state.calls += 1
+        state.searches += 1
+
+    def record_reuse(self, owner: torch.Tensor, key: Hashable) -> None:
+        state = self._by_parameter[owner][key]
+        state.density += state.last_density
+        state.calls += 1
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Hashable, LayerState]]:
+        for owner, states in list(self._by_parameter.items()):
+            for key, state in list(states.items()):
+                yield owner, key, state
+
+
+class Announcement:
+    """What `optimize` knows of a model that its graphs cannot know.
+
+    `timesteps` reads the scheduler's list. `position` is set, per thread, by a hook around the
+    model where its blocks are compiled one by one and see no timestep themselves.
+    """
+
+    def __init__(self, timesteps: Callable[[], torch.Tensor | Sequence[float] | None]) -> None:
+        self._read = timesteps
+        self._local = threading.local()
+
+    @property
+    def position(self) -> Position | None:
+        return getattr(self._local, "position", None)
+
+    @position.setter
+    def position(self, value: Position | None) -> None:
+        self._local.position = value
+
+    def timesteps(self) -> list[float] | None:
+        """The scheduler's timesteps; one host read for each new list."""
+        current = self._read()
+        if current is None:
+            return None
+        seen, values = getattr(self._local, "timesteps", (None, []))
+        if seen is not current:
+            values = [float(t) for t in current]
+            self._local.timesteps = (current, values)
+        return values
+
+
+_announcements: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def announce(model: torch.nn.Module, announcement: Announcement) -> None:
+    """Make an announcement known to every graph that holds a parameter of the model."""
+    for parameter in model.parameters():
+        _announcements[parameter] = announcement
+
+
+def announcement_for(parameter: torch.Tensor | None) -> Announcement | None:
+    return None if parameter is None else _announcements.get(parameter)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import sympy
+
+from dit_opt.decisions import GraphRecord, Reason
+from dit_opt.inspect.render import render_decisions, render_json, summarise
+from tests.test_decisions import make_decision
+
+CROSS = make_decision(
+    site=4,
+    module="blocks.0.attn2",
+    reason=Reason.CROSS_ATTENTION,
+    router="",
+    gain=None,
+    layout=None,
+)
+
+
+def rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "blocks" in line]
+
+
+def test_table():
+    text = render_decisions([make_decision(), CROSS], "one graph")
+    assert text.startswith("one graph\n")
+    first, second = rows(text)
+    for part in (
+        "blocks.0.attn1",
+        "REPLACED by rainfusion",
+        "self latents[0:s0]",
+        "s0/20 x 4 x 5 (latents)",
+        "[1, 2, s0, 24]",
+        "2.50x",
+        "transformer_wan.py:143",
+        "1e-06",
+    ):
+        assert part in first
+    assert "CROSS_ATTENTION" in second
+    assert f"CROSS_ATTENTION: {Reason.CROSS_ATTENTION.message}" in text
+    # a replaced site needs no explanation
+    assert Reason.REPLACED.message not in text
+
+
+def test_layers_share_a_row():
+    layers = [make_decision(site=i, module=f"blocks.{i}.attn1") for i in range(40)]
+    text = render_decisions([*layers, CROSS])
+    assert len(rows(text)) == 2
+    assert "blocks.*.attn1 (x40)" in text and "0..39" in text
+
+
+def test_layers_that_differ_do_not():
+    other = make_decision(
+        site=1, module="blocks.1.attn1", reason=Reason.TOO_SHORT, detail="60 keys"
+    )
+    text = render_decisions([make_decision(site=0), other])
+    assert len(rows(text)) == 2
+    assert "[60 keys]" in text and Reason.TOO_SHORT.remedy in text
+
+
+def test_flops_are_numbers_where_they_are():
+    text = render_decisions(
+        [replace(CROSS, flops_dense=sympy.Integer(2 * 10**9), flops_sparse=None)]
+    )
+    assert " 2 " in rows(text)[0]
+
+
+def test_no_sites():
+    assert render_decisions([], "graph 1") == "graph 1\nNo attention site."
+    assert render_decisions([]) == "No attention site."
+
+
+def test_summary():
+    record = GraphRecord((make_decision(), CROSS, replace(CROSS, site=5)))
+    line = "ditopt: 1 of 3 attention sites replaced (left alone: CROSS_ATTENTION 2)"
+    assert summarise(record) == line
+    assert summarise(GraphRecord((make_decision(),))) == "ditopt: 1 of 1 attention sites replaced"
+
+
+def test_json():
+    record = GraphRecord((make_decision(), CROSS), "timestep")
+    assert json.loads(render_json(record)) == record.to_json()

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_opt.facts.sites import Form, find_sites
+from dit_opt.passes.canonicalize_attention import canonicalize_attention
+from dit_opt.passes.graph_edit import copy_graph
+from tests import tiny_models
+from tests.graphs import capture_one
+
+Q = torch.randn(2, 3, 8, 4, generator=torch.Generator().manual_seed(0))
+MASK = torch.zeros(2, 1, 1, 8).index_fill(-1, torch.tensor([5, 7]), float("-inf"))
+FLAT = Q.reshape(6, 8, 4)
+FLAT_MASK = MASK.reshape(2, 1, 8).repeat_interleave(3, 0)
+
+
+def count(gm, target) -> int:
+    ops = [n.target for n in gm.graph.nodes]
+    return sum(t is target or t == target for t in ops)
+
+
+def scaled(q, mask):
+    return (q @ q.transpose(-1, -2) * 0.3 + mask).softmax(-1) @ q
+
+
+def unscaled(q, mask):
+    return F.softmax(torch.matmul(q, q.mT), dim=-1) @ q
+
+
+def einsum(q, mask):
+    scores = torch.einsum("bhid,bhjd->bhij", q, q) / 2
+    return torch.einsum("bhij,bhjd->bhid", (mask + scores).softmax(-1), q)
+
+
+def cast(q, mask):
+    scores = (q.float() @ q.float().mT) * 0.5
+    return scores.softmax(-1, dtype=torch.float32).type_as(q) @ q
+
+
+def batched(q, mask):
+    scores = torch.baddbmm(mask, q, q.transpose(-1, -2), beta=1, alpha=0.3)
+    return torch.bmm(scores.softmax(-1), q)
+
+
+def batched_empty(q, mask):
+    empty = torch.empty(6, 8, 8)
+    scores = torch.baddbmm(empty, q, q.transpose(-1, -2), beta=0, alpha=0.3)
+    return torch.bmm(scores.softmax(-1), q)
+
+
+@pytest.mark.parametrize(
+    ("function", "q", "mask"),
+    [
+        (scaled, Q, MASK),
+        (unscaled, Q, MASK),
+        (einsum, Q, MASK),
+        (cast, Q, MASK),
+        (batched, FLAT, FLAT_MASK),
+        (batched_empty, FLAT, FLAT_MASK),
+    ],
+)
+def test_one_call_with_the_same_result(function, q, mask):
+    gm = capture_one(function, q, mask)
+    before = len(gm.graph.nodes)
+    assert count(gm, "softmax") + count(gm, F.softmax) == 1
+    assert count(gm, F.scaled_dot_product_attention) == 0
+    args = {"l_q_": q, "l_mask_": mask}
+    inputs = [args[n.name] for n in gm.graph.find_nodes(op="placeholder")]
+    expected = gm(*inputs)[0]
+
+    assert canonicalize_attention(gm, find_sites(gm.graph)) == 1
+
+    assert count(gm, F.scaled_dot_product_attention) == 1
+    assert count(gm, "softmax") + count(gm, F.softmax) == 0
+    assert len(gm.graph.nodes) < before + 4
+    torch.testing.assert_close(gm(*inputs)[0], expected, rtol=1e-5, atol=1e-6)
+    (site,) = find_sites(gm.graph)
+    assert site.form is Form.SDPA and site.refusal is None
+    example = site.query.meta["example_value"]
+    assert example.dim() == 4 and tuple(example.shape[-2:]) == (8, 4)
+
+
+def test_nothing_of_the_old_attention_stays():
+    gm = capture_one(batched_empty, FLAT, FLAT_MASK)
+    canonicalize_attention(gm, find_sites(gm.graph))
+    targets = [str(n.target) for n in gm.graph.nodes if n.op.startswith("call")]
+    assert not any(word in t for t in targets for word in ("empty", "transpose", "baddbmm", "bmm"))
+
+
+def test_new_nodes_keep_module_line_and_value():
+    tiny = tiny_models.dit()
+    from diffusers.models.attention_processor import AttnProcessor
+
+    for block in tiny.model.transformer_blocks:
+        block.attn1.set_processor(AttnProcessor())
+    gm = capture_one(tiny.model, **tiny.inputs)
+    old = find_sites(gm.graph)
+    assert [s.form for s in old] == [Form.DECOMPOSED] * 2
+    assert canonicalize_attention(gm, old) == 2
+    new = find_sites(gm.graph)
+    assert [(s.form, s.index, s.module, s.source) for s in new] == [
+        (Form.SDPA, s.index, s.module, s.source) for s in old
+    ]
+    assert tuple(new[0].node.meta["example_value"].shape) == (2, 1, 36, 16)
+
+
+def test_whole_model_stays_the_same():
+    from diffusers.models.attention_processor import AttnProcessor
+
+    tiny = tiny_models.dit()
+    for block in tiny.model.transformer_blocks:
+        block.attn1.set_processor(AttnProcessor())
+    expected = tiny()
+
+    def backend(gm, inputs):
+        copied = copy_graph(gm)
+        assert canonicalize_attention(copied, find_sites(copied.graph)) == 2
+        return copied.forward
+
+    torch.compiler.reset()
+    out = tiny(torch.compile(tiny.model, backend=backend))
+    torch.compiler.reset()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dynamic_shapes():
+    gm = capture_one(batched, FLAT, FLAT_MASK, dynamic=True)
+    assert canonicalize_attention(gm, find_sites(gm.graph)) == 1
+    sizes = gm.graph.find_nodes(op="placeholder")
+    values = {"l_q_": FLAT, "l_mask_": FLAT_MASK}
+    symbols = {str(n.meta["example_value"]): n for n in sizes}
+    assert symbols
+    inputs = [values[n.name] if n.name in values else FLAT.shape[_dim_of(n, sizes)] for n in sizes]
+    torch.testing.assert_close(gm(*inputs)[0], batched(FLAT, FLAT_MASK), rtol=1e-5, atol=1e-6)
+
+
+def _dim_of(symbol, placeholders) -> int:
+    q = next(n for n in placeholders if n.name == "l_q_").meta["example_value"]
+    return [str(s) for s in q.shape].index(str(symbol.meta["example_value"]))
+
+
+def test_refuses_other_forms_and_refused_sites():
+    gm = capture_one(lambda q: F.scaled_dot_product_attention(q, q, q), Q)
+    with pytest.raises(ValueError, match="is SDPA"):
+        canonicalize_attention(gm, find_sites(gm.graph))
+
+    def leaky(q):
+        weights = (q @ q.mT).softmax(-1)
+        return weights, weights @ q
+
+    gm = capture_one(leaky, Q)
+    sites = find_sites(gm.graph)
+    assert len(sites) == 1
+    code = gm.code
+    with pytest.raises(ValueError, match="SHARED_INTERMEDIATE"):
+        canonicalize_attention(gm, sites)
+    assert gm.code == code
+
+
+def test_no_sites_no_change():
+    gm = capture_one(lambda q: q + 1, Q)
+    code = gm.code
+    assert canonicalize_attention(gm, []) == 0 and gm.code == code

@@ -1,0 +1,140 @@
+"""Contracts of the private torch names: when torch changes one, a test here says which."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dit_opt import _compat
+from tests.graphs import capture_one
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"norm_q": nn.Linear(4, 4)})])
+        self.register_buffer("table", torch.ones(4))
+        self.loose = torch.ones(4)
+
+    def forward(self, x):
+        return self.blocks[0]["norm_q"](x) * self.table + self.loose
+
+
+def placeholders(gm):
+    return {n.name: n for n in gm.graph.find_nodes(op="placeholder")}
+
+
+def test_size_expression_adds_no_guard():
+    gm = capture_one(lambda x: x.reshape(-1) + 1, torch.ones(6, 4), dynamic=True)
+    x = gm.graph.find_nodes(op="placeholder")[-1].meta["example_value"]
+    environment = x.shape[0].node.shape_env
+    before = len(environment.guards)
+    size = _compat.size_expression(x.shape[0])
+    assert size.is_Symbol and size != _compat.size_expression(x.shape[1])
+    assert len(environment.guards) == before
+    assert _compat.size_expression(7) == sympy.Integer(7)
+
+
+def test_floor_division_and_modulo():
+    size = sympy.Symbol("s0", integer=True, positive=True)
+    assert _compat.FloorDiv(size + 31, 32).subs(size, 33) == 2
+    assert _compat.Mod(size, 32).subs(size, 33) == 1
+
+
+def test_modes():
+    assert _compat.expand_mode("default") == {}
+    assert _compat.expand_mode("max-autotune")["max_autotune"] is True
+    with pytest.raises(ValueError, match=r"'fastest' is no torch.compile mode.*reduce-overhead"):
+        _compat.expand_mode("fastest")
+
+
+def test_inductor_settings():
+    assert {"max_autotune", "triton.cudagraphs"} <= _compat.inductor_settings()
+
+
+def test_compile_with_inductor():
+    def backend(gm, inputs):
+        return _compat.compile_with_inductor(gm, inputs, {"max_autotune": False})
+
+    x = torch.arange(4.0)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(lambda x: x * 2 + 1, backend=backend)(x), x * 2 + 1)
+    torch.compiler.reset()
+
+
+def test_parameter_paths():
+    gm = capture_one(Model(), torch.ones(2, 4))
+    paths = [_compat.parameter_path(n) for n in gm.graph.find_nodes(op="placeholder")]
+    assert sorted(p for p in paths if p) == [
+        ("blocks", "0", "norm_q", "bias"),
+        ("blocks", "0", "norm_q", "weight"),
+    ]
+    assert len(paths) == 5
+
+
+def test_what_belongs_to_the_model():
+    gm = capture_one(Model(), torch.ones(2, 4))
+    owned = {name: _compat.belongs_to_model(n) for name, n in placeholders(gm).items()}
+    assert [name for name, is_owned in owned.items() if not is_owned] == ["l_x_"]
+    assert len(owned) == 5
+
+
+def test_static_mark():
+    # what Dynamo itself writes for parameters
+    gm = capture_one(Model().requires_grad_(False), torch.ones(2, 4))
+    weight = next(n for n in placeholders(gm).values() if _compat.parameter_path(n))
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        node = gm.graph.placeholder("state")
+    _compat.mark_static_input(node)
+    assert node.meta["tensor_dict"] == weight.meta["tensor_dict"]
+    assert isinstance(node._dynamo_source, _compat.ConstantSource)
+
+
+def test_operator_names():
+    assert _compat.operator_name(torch.ops.aten.add) == "aten.add"
+    assert _compat.operator_name(torch.ops.aten.add.Tensor) == "aten.add"
+    assert _compat.operator_name(torch.add) is None
+    assert _compat.operator_name("add") is None
+    from torch.nn.attention.flex_attention import flex_attention
+
+    gm = capture_one(lambda q: flex_attention(q, q, q), torch.randn(1, 1, 128, 16))
+    names = [_compat.operator_name(n.target) for n in gm.graph.nodes]
+    assert "higher_order.flex_attention" in names
+
+
+def test_kernel_selections():
+    def attend(q):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    selections = _compat.kernel_selections(capture_one(attend, torch.randn(1, 1, 4, 4)).graph)
+    entry, leave = selections.values()
+    assert entry == ("MATH",) and len(leave) > 1
+
+
+def test_artifacts_reach_the_structured_trace():
+    records = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            records.append((record.metadata, record.payload))
+
+    handler = Collect()
+    _compat.trace_log.addHandler(handler)
+    level = _compat.trace_log.level
+    _compat.trace_log.setLevel(logging.DEBUG)
+    try:
+        assert _compat.is_tracing()
+        _compat.emit_artifact("ditopt_00", "text")
+    finally:
+        _compat.trace_log.removeHandler(handler)
+        _compat.trace_log.setLevel(level)
+    metadata, payload = records[-1]
+    assert metadata["artifact"] == {"name": "ditopt_00", "encoding": "string"}
+    assert payload == "text"

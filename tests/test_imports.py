@@ -1,0 +1,133 @@
+"""Imports point one way, private torch names stay in one file, and importing the package is free."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dit_opt
+
+ROOT = Path(dit_opt.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+SHARED = {"_compat", "decisions", "options"}
+# What the code of a room may import, besides itself and what is shared.
+ALLOWED = {
+    "kernels": set(),
+    "facts": set(),
+    "passes": {"facts", "cost", "kernels"},
+    "runtime": {"kernels"},
+    "cost": set(),
+    "_compat": set(),
+    "decisions": set(),
+    "options": set(),
+}
+LEAVES = ("_compat", "decisions")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    """Every imported module, also inside functions, as a dotted name with its line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            module = node.module or ""
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def is_type_checking_only(path: Path) -> bool:
+    # the package's own file names the public homes for type checkers
+    return path == ROOT / "__init__.py"
+
+
+def test_the_walk_sees_the_package():
+    rooms = {room_of(path) for path in FILES}
+    assert {"facts", "inspect", "kernels", "passes", "runtime", "_compat", "options"} <= rooms
+    assert any(name == "torch.fx.Graph" for name, _ in imports_of(ROOT / "facts" / "sites.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    room = room_of(path)
+    if room not in ALLOWED:
+        return
+    allowed = ALLOWED[room] | {room}
+    if room not in LEAVES:
+        allowed |= SHARED
+    for name, line in imports_of(path):
+        if name.startswith("dit_opt."):
+            imported = name.split(".")[1]
+            assert imported in allowed, f"{path}:{line} {room} must not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_kernels_know_no_graph(path):
+    if room_of(path) != "kernels":
+        return
+    for name, line in imports_of(path):
+        assert not name.startswith("torch.fx"), f"{path}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_triton_stays_with_the_kernels(path):
+    top_level = [n for n in ast.parse(path.read_text(encoding="utf-8")).body]
+    for node in top_level:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            if name.split(".")[0] == "triton":
+                assert "triton" in path.name, f"{path}:{node.lineno} imports triton at import"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_torch_names_have_one_home(path):
+    if room_of(path) == "_compat":
+        return
+    for name, line in imports_of(path):
+        parts = name.split(".")
+        is_private = parts[0] == "torch" and any(p.startswith("_") for p in parts[1:])
+        assert not is_private, f"{path}:{line} imports {name}; its home is dit_opt/_compat.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            is_private = node.value.id == "torch" and node.attr.startswith("_")
+            assert not is_private or node.attr.startswith("__"), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_shadows_optimize(path):
+    # importing the module dit_opt.optimize first would hide the function of that name
+    if is_type_checking_only(path):
+        return
+    names = {name for name, _ in imports_of(path)}
+    assert not any(name.startswith("dit_opt.optimize.") for name in names)
+
+
+def test_importing_the_package_is_free():
+    code = "import dit_opt, sys; assert 'torch' not in sys.modules; print(dit_opt.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == dit_opt.__version__
+
+
+def test_public_names():
+    from dit_opt.options import Options
+
+    assert dit_opt.Options is Options
+    assert callable(dit_opt.reset) and callable(dit_opt.explain) and callable(dit_opt.report)
+    assert callable(dit_opt.optimize)
+    assert set(dit_opt.__all__) <= set(dir(dit_opt))
+    with pytest.raises(AttributeError, match="no attribute 'optimise'"):
+        _ = dit_opt.optimise

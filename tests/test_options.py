@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dit_opt.options import (
+    DEFAULT_DENSE_STEPS,
+    DEFAULT_QUALITY,
+    RESERVED_OPTIONS,
+    OptionError,
+    Options,
+)
+
+
+def test_defaults():
+    options = Options.parse(None)
+    assert options == Options()
+    assert options.effective_quality == DEFAULT_QUALITY
+    assert options.effective_dense_steps == DEFAULT_DENSE_STEPS
+    assert options.inductor_patches() == {}
+
+
+def test_density_takes_the_place_of_quality():
+    assert Options(density=0.5).effective_quality is None
+    assert Options(quality=0.9).effective_quality == 0.9
+    assert Options(dense_steps=0).effective_dense_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("densty", "density"),
+        ("qualiti", "quality"),
+        ("Grid", "grid"),
+        ("denseSteps", "dense_steps"),
+    ],
+)
+def test_unknown_option_names_the_nearest(key, nearest):
+    with pytest.raises(OptionError, match=f"Unknown option '{key}'. Did you mean '{nearest}'"):
+        Options.parse({key: 1})
+
+
+@pytest.mark.parametrize("key", RESERVED_OPTIONS)
+def test_reserved_options_are_no_typos(key):
+    with pytest.raises(OptionError, match=f"'{key}' is not in this version"):
+        Options.parse({key: True})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("router", "adaspa"), ("router", "frame_tile"), ("tail", "centroid")],
+)
+def test_reserved_values_are_no_typos(key, value):
+    with pytest.raises(OptionError, match=f"'{key}' is '{value}', which is not in this version"):
+        Options.parse({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("router", "rainfushion"),
+        ("router", None),
+        ("router", 3),
+        ("density", 0),
+        ("density", 1.5),
+        ("density", "half"),
+        ("density", True),
+        ("density", float("nan")),
+        ("quality", 1.0),
+        ("quality", 0.0),
+        ("dense_steps", -1),
+        ("dense_steps", 1.5),
+        ("dense_steps", True),
+        ("refresh_every", 0),
+        ("refresh_every", None),
+        ("refresh_every", 2.0),
+        ("min_tokens", -1),
+        ("min_tokens", 10.5),
+        ("grid", (4, 5)),
+        ("grid", (0, 4, 5)),
+        ("grid", (1.0, 4, 5)),
+        ("grid", "4x5"),
+        ("on_no_match", "raise"),
+        ("dump", ""),
+        ("dump", 1),
+        ("mode", "fastest"),
+        ("mode", 1),
+        ("inductor", ["max_autotune"]),
+        ("inductor", {"max_autotun": True}),
+    ],
+)
+def test_bad_values_name_key_and_value(key, value):
+    with pytest.raises(OptionError) as error:
+        Options.parse({key: value})
+    assert repr(key) in str(error.value)
+    shown = next(iter(value)) if isinstance(value, dict) else value
+    assert repr(shown) in str(error.value) or str(shown) in str(error.value)
+
+
+def test_near_misses_are_named():
+    with pytest.raises(OptionError, match="did you mean 'rainfusion'"):
+        Options(router="rainfushion")
+    with pytest.raises(OptionError, match="Did you mean 'max_autotune'"):
+        Options(inductor={"max_autotun": True})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.5, "quality": 0.9},
+        {"density": 1, "quality": 0.9},
+        {"router": "dense", "density": 0.5},
+        {"router": "dense", "quality": 0.5},
+    ],
+)
+def test_contradictions(options):
+    with pytest.raises(OptionError) as error:
+        Options.parse(options)
+    assert all(key in str(error.value) for key in options if key != "router")
+
+
+def test_values_take_their_plain_form(tmp_path):
+    options = Options(density=1, grid=[2, 3, 4], dump=tmp_path, inductor={"max-autotune": True})
+    assert options.density == 1.0 and isinstance(options.density, float)
+    assert options.grid == (2, 3, 4)
+    assert options.dump == str(tmp_path)
+    assert options.inductor_patches() == {"max_autotune": True}
+
+
+def test_dump_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("DITOPT_DUMP", "/tmp/graphs")
+    assert Options.parse({}).dump == "/tmp/graphs"
+    assert Options.parse({"dump": None}).dump is None
+    monkeypatch.delenv("DITOPT_DUMP")
+    assert Options.parse({}).dump is None
+
+
+def test_mode_becomes_patches_and_settings_win():
+    options = Options.parse({"inductor": {"max_autotune": False}}, mode="max-autotune")
+    assert options.mode == "max-autotune"
+    patches = options.inductor_patches()
+    assert patches["max_autotune"] is False
+    assert patches["coordinate_descent_tuning"] is True
+
+
+def test_two_modes_contradict():
+    assert Options.parse({"mode": "default"}, mode="default").mode == "default"
+    with pytest.raises(OptionError, match="Give the mode once"):
+        Options.parse({"mode": "default"}, mode="max-autotune")
+
+
+def test_frozen_hashable_comparable():
+    one = Options(density=0.5, inductor={"max_autotune": True})
+    same = Options.parse({"density": 0.5, "inductor": {"max_autotune": True}})
+    assert one == same and hash(one) == hash(same)
+    assert one != Options(density=0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.density = 0.25
+
+
+def test_parse_leaves_the_mapping_alone():
+    mapping = {"grid": [1, 2, 3]}
+    Options.parse(mapping, mode="default")
+    assert mapping == {"grid": [1, 2, 3]}
