@@ -43,7 +43,7 @@ from dit_opt.options import OptionError
 MASS_PROMPTS = 2
 NOISE_PROMPTS = 2
 # what must be equal for a run to be taken up again
-SETTINGS = ("checkpoint_sha256", "steps", "options", "seed")
+SETTINGS = ("checkpoint_sha256", "steps", "options", "seed", "versions")
 
 
 class ResumeError(RuntimeError):
@@ -144,7 +144,6 @@ def start_result(
             "noise_floor": {"rows": []},
             "model": {},
             "machine": describe_machine(device),
-            "versions": list_versions(),
         }
     if path is None or not path.exists():
         raise ResumeError("--resume needs --json with the file of the run to take up.")
@@ -182,8 +181,8 @@ def run_benchmark(
     notify: Notify,
 ) -> None:
     """Measure what `result` lacks, saving after every prompt."""
-    if tasks and not result["rows"]:
-        # figures of the first prompt must not hold the seconds of compilation
+    if len(result["rows"]) < len(tasks):
+        # no row may hold the seconds of compilation
         cold = contestants.dense_steps(tasks[0].steps) + 2
         for name, model in (("dense", contestants.inductor), ("default", contestants.ditopt)):
             run_steps(f"{name}, cold", model, tasks[0], min(cold, tasks[0].steps), notify)
@@ -265,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "steps": args.steps,
             "options": options,
             "seed": args.seed,
+            "versions": list_versions(),
         }
         result = start_result(settings, args.json, args.resume, args.device)
     except (CheckpointError, OptionError, ResumeError) as error:

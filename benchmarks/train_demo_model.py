@@ -215,7 +215,7 @@ def train(args) -> None:
                 spent / 60,
             )
             recent.clear()
-        if step % 200 == 0:
+        if step % 100 == 0:
             save_checkpoint(args.out / "model.safetensors", average)
             state = {f"model.{k}": v for k, v in model.state_dict().items()}
             state |= {f"ema.{k}": v for k, v in average.items()}

@@ -36,13 +36,14 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+# With a callback Typer keeps a lone command as a subcommand.
 @app.callback()
-def main(
+def _take_global_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say it.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
-) -> None:
-    """A callback makes Typer keep `demo` as a subcommand."""
+) -> None: ...
 
 
 @app.command()
@@ -62,10 +63,9 @@ def demo(
         Path | None, typer.Option(help="Weights; by default those of the package.")
     ] = None,
 ) -> None:
-    """Generate one video with eager PyTorch, Inductor and ditopt: the same clip, timed.
+    """Generate one clip with eager PyTorch, Inductor and ditopt, timed.
 
-    Exits with 0 where ditopt's clip is as good as Inductor's, 1 where it is not, 2 where the
-    command cannot run.
+    Exit code 0: ditopt's clip is as good; 1: it is not; 2: bad input.
     """
     # torch takes seconds to import, which `--help` need not
     torch = importlib.import_module("torch")
@@ -151,3 +151,8 @@ def _print_result(console: Console, result: DemoResult) -> None:
     for label, value, good in rows:
         summary.add_row(label, value, style=None if good else "yellow")
     console.print(summary)
+
+
+def main() -> None:
+    """The entry point of the `ditopt` command."""
+    app(prog_name="ditopt")

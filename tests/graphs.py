@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from dit_opt.passes.graph_edit import copy_graph
+from tests.tiny_models import TinyModel
 
 
 def capture(
@@ -34,3 +36,10 @@ def capture_one(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Grap
     graphs = capture(function, *args, **kwargs)
     assert len(graphs) == 1
     return graphs[0]
+
+
+@functools.cache
+def capture_tiny(make: Callable[..., TinyModel], batch: int = 2) -> tuple[TinyModel, GraphModule]:
+    """A tiny model and its graph, made once for all tests: do not edit it."""
+    tiny = make(batch=batch)
+    return tiny, capture_one(tiny.model, **tiny.inputs)

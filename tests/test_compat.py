@@ -138,3 +138,15 @@ def test_artifacts_reach_the_structured_trace():
     metadata, payload = records[-1]
     assert metadata["artifact"] == {"name": "ditopt_00", "encoding": "string"}
     assert payload == "text"
+
+
+def test_cache_counts():
+    hits, misses = _compat.cache_counts()
+    assert hits >= 0 and misses >= 0
+    from torch._dynamo.utils import counters
+
+    counters["aot_autograd"]["autograd_cache_hit"] += 1
+    try:
+        assert _compat.cache_counts() == (hits + 1, misses)
+    finally:
+        counters["aot_autograd"]["autograd_cache_hit"] -= 1

@@ -1,4 +1,4 @@
-"""Imports point one way, private torch names stay in one file, and importing the package is free."""
+"""Imports point one way, and private torch names stay in one file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_imports_point_one_way(path):
     if room not in LEAVES:
         allowed |= SHARED
     for name, line in imports_of(path):
-        if name.startswith("dit_opt."):
+        if name.startswith("dit_opt.") and name != "dit_opt.__version__":
             imported = name.split(".")[1]
             assert imported in allowed, f"{path}:{line} {room} must not import {name}"
 
@@ -78,18 +78,11 @@ def test_kernels_know_no_graph(path):
         assert not name.startswith("torch.fx"), f"{path}:{line} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_triton_stays_with_the_kernels(path):
-    top_level = [n for n in ast.parse(path.read_text(encoding="utf-8")).body]
-    for node in top_level:
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        for name in names:
-            if name.split(".")[0] == "triton":
-                assert "triton" in path.name, f"{path}:{node.lineno} imports triton at import"
+def test_the_backend_needs_no_triton():
+    # it is imported inside GPU implementations only: not every machine has it
+    code = "import sys; sys.modules['triton'] = None; import dit_opt.backend, dit_opt.optimize"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -15,8 +15,6 @@ from skimage.metrics import structural_similarity
 
 from dit_opt.demo.sampler import to_frames
 
-# clips are in [-1, 1]
-DATA_RANGE = 2.0
 # what identical clips get: infinity is no JSON
 MAX_PSNR_DB = 150.0
 
@@ -38,19 +36,19 @@ class Likeness:
 
 
 def compare_clips(clip: torch.Tensor, reference: torch.Tensor) -> Likeness:
-    """PSNR and SSIM of clips `[1, 3, T, H, W]`, clamped to [-1, 1], with data range 2.
+    """PSNR and SSIM of clips `[1, 3, T, H, W]`, clamped to [-1, 1] and compared as [0, 1].
 
-    Identical clips get `MAX_PSNR_DB`. Raises ValueError where the shapes differ.
+    SSIM's luminance term (Wang et al. 2004) takes values around zero for black. Identical clips get `MAX_PSNR_DB`. Raises ValueError where the shapes differ.
     """
     if clip.shape != reference.shape:
         raise ValueError(
             f"Clips of shapes {tuple(clip.shape)} and {tuple(reference.shape)} cannot be compared."
         )
-    a, b = (x[0].double().cpu().clamp(-1, 1) for x in (clip, reference))
+    a, b = ((x[0].double().cpu().clamp(-1, 1) + 1) / 2 for x in (clip, reference))
     error = (a - b).square().mean()
-    psnr = 10 * torch.log10(DATA_RANGE**2 / error)
+    psnr = -10 * torch.log10(error)
     ssim = [
-        structural_similarity(x.numpy(), y.numpy(), data_range=DATA_RANGE, channel_axis=0)
+        float(structural_similarity(x.numpy(), y.numpy(), data_range=1.0, channel_axis=0))
         for x, y in zip(a.unbind(1), b.unbind(1))
     ]
     return Likeness(min(float(psnr), MAX_PSNR_DB), sum(ssim) / len(ssim))

@@ -24,7 +24,7 @@ from dit_opt.demo.sampler import SHIFT, STEPS, Step, denoise
 from dit_opt.options import Options
 
 Model = Callable[..., tuple[torch.Tensor, ...]]
-# told of every finished step: the name of the run, steps done, steps in all
+# told of the start and of every finished step: the name of the run, steps done, steps in all
 Notify = Callable[[str, int, int], None]
 
 
@@ -119,6 +119,7 @@ def load_contestants(
 
 def run_steps(name: str, model: Model, task: Task, steps: int, notify: Notify) -> Run:
     """The first `steps` steps of a sampling; the clip is unfinished unless they are all."""
+    notify(name, 0, steps)
     finished: list[Step] = []
     for step in itertools.islice(task.sample(model), steps):
         finished.append(step)
@@ -131,11 +132,13 @@ def run_interleaved(models: Mapping[str, Model], task: Task, notify: Notify) -> 
     names = list(models)
     samplings = {name: task.sample(model) for name, model in models.items()}
     finished: dict[str, list[Step]] = {name: [] for name in names}
+    title = " / ".join(names)
+    notify(title, 0, task.steps)
     for index in range(task.steps):
         for place in range(len(names)):
             name = names[(index + place) % len(names)]
             finished[name].append(next(samplings[name]))
-        notify(" / ".join(names), index + 1, task.steps)
+        notify(title, index + 1, task.steps)
     return {
         name: Run(tuple(s.seconds for s in steps), steps[-1].latents)
         for name, steps in finished.items()

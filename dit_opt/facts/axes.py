@@ -127,8 +127,10 @@ def resolve(dim: Iterable[Axis]) -> Dim:
     return tuple(out)
 
 
-def size(dim: Iterable[Axis]) -> sympy.Expr:
+def size(dim: Sequence[Axis]) -> sympy.Expr:
     """The number of indices of a dimension."""
+    if len(dim) == 1:
+        return dim[0].size
     return math.prod((axis.size for axis in dim), start=ONE)
 
 
@@ -272,7 +274,7 @@ def _unify_axes(a: Axis, b: Axis) -> bool:
 
 
 def _merge(x: tuple[Origin, ...], y: tuple[Origin, ...]) -> tuple[Origin, ...]:
-    if not y or x == y:
+    if all(o in x for o in y):
         return x
     return tuple(sorted({*x, *y}, key=lambda o: (o.weight, o.source, -o.dim), reverse=True))
 

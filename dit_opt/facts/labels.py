@@ -49,6 +49,7 @@ Rule: TypeAlias = Callable[..., Any]
 
 # A later pass sees what an earlier one unified: a slice taken before its source was tied to a concatenation.
 PASSES = 3
+INPUTS = ("placeholder", "get_attr")
 
 
 class NoRule(Exception):
@@ -76,11 +77,16 @@ class Labels:
         self._rules = rules
         self._nodes = tuple(n for n in graph.nodes if n.op != "output")
         self._data = _find_data(self._nodes)
+        self._sizes: dict[int, tuple[sympy.Expr, ...]] = {}
         for _ in range(PASSES):
+            before = dict(self._labels)
             self.joins.clear()
             self.ended.clear()
             for node in self._nodes:
-                self._labels[node] = self._visit(node)
+                if node.op not in INPUTS or node not in before:
+                    self._labels[node] = self._visit(node)
+            if self._labels == before:
+                break
 
     def __getitem__(self, node: Any) -> list[Dim]:
         """The dimensions of a tensor. Raises NoRule for anything else."""
@@ -98,7 +104,7 @@ class Labels:
     def _visit(self, node: Node) -> Label:
         self.node, name = node, op_name(node)
         value = node.meta.get("example_value")
-        if node.op in ("placeholder", "get_attr"):
+        if node.op in INPUTS:
             return self._begin(value, origin_of(node), "")
         if not _holds_tensor(value) and name != "setitem":
             return None
@@ -141,7 +147,7 @@ class Labels:
                 [Origin(origin[0], i, rank, floating, origin[1])] if origin else (),
                 note,
             )
-            for i, length in enumerate(sizes_of(value))
+            for i, length in enumerate(self._sizes_of(value))
         ]
 
     def _fits(self, label: Label, value: Any) -> bool:
@@ -157,7 +163,7 @@ class Labels:
         return (
             isinstance(label, list)
             and len(label) == value.dim()
-            and all(are_equal(size(d), s) for d, s in zip(label, sizes_of(value), strict=True))
+            and all(are_equal(size(d), s) for d, s in zip(label, self._sizes_of(value), strict=True))
         )
 
     # What rules are made of.
@@ -170,8 +176,9 @@ class Labels:
             return ()
         key = (self.node, slot, length)
         if key not in self._memo:
-            made = note or f"made by `{op_name(self.node)}` (node {self.node.name})"
-            self._memo[key] = axis_of(length, origins, made)[0]
+            if not note and not origins:
+                note = f"made by `{op_name(self.node)}` (node {self.node.name})"
+            self._memo[key] = axis_of(length, origins, note)[0]
         return (self._memo[key],)
 
     def join(self, dims: Sequence[Dim], slot: Any) -> Dim:
@@ -204,7 +211,13 @@ class Labels:
         value = value if part is None else value[part]
         if not isinstance(value, torch.Tensor):
             raise NoRule("the value is no tensor")
-        return sizes_of(value)
+        return self._sizes_of(value)
+
+    def _sizes_of(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
+        # Nodes keep their fake tensors alive, so that an id names one tensor.
+        if id(value) not in self._sizes:
+            self._sizes[id(value)] = sizes_of(value)
+        return self._sizes[id(value)]
 
     def parts(self) -> int:
         """How many tensors the node's value has."""

@@ -204,13 +204,11 @@ def concatenate(labels: Labels, tensors: Any, dim: int = 0, **kwargs: Any) -> li
     # torch lets tensors of shape (0,) take part in any concatenation.
     inputs = [labels[t] for t in tensors if len(labels[t]) > 1 or size(labels[t][0]) != 0]
     dim %= len(inputs[0])
-    out = [labels.agree(*dims) for dims in zip(*inputs, strict=True)] if len(inputs) == 1 else []
-    if not out:
-        out = [
-            () if i == dim else labels.agree(*(label[i] for label in inputs))
-            for i in range(len(inputs[0]))
-        ]
-        out[dim] = labels.join([label[dim] for label in inputs], "cat")
+    out = [
+        () if i == dim else labels.agree(*(label[i] for label in inputs))
+        for i in range(len(inputs[0]))
+    ]
+    out[dim] = labels.join([label[dim] for label in inputs], "cat")
     return out
 
 

@@ -7,12 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import sympy
 from tabulate import tabulate
 
 from dit_opt.decisions import Decision, GraphRecord, LayoutSummary, Reason, Size
+
+if TYPE_CHECKING:
+    from dit_opt.inspect.report import GraphReport, LayerReport
 
 _HEADERS = (
     "site",
@@ -45,6 +48,42 @@ def render_decisions(decisions: Sequence[Decision], title: str = "") -> str:
     return "\n".join(part for part in (title, table, notes) if part)
 
 
+def render_records(records: Sequence[GraphRecord]) -> str:
+    """The decisions of each graph of a model; graphs without attention in one line."""
+    if not any(record.decisions for record in records):
+        return f"No attention site in {_count(len(records), 'graph')}."
+    parts = []
+    for number, record in enumerate(records):
+        if record.decisions:
+            parts.append(render_decisions(record.decisions, _title(number, len(records), record)))
+    without = sum(not record.decisions for record in records)
+    if without:
+        parts.append(f"{_count(without, 'more graph')} without attention.")
+    return "\n\n".join(parts)
+
+
+def render_report(graphs: Sequence[GraphReport], density: float | None) -> str:
+    """What happened to a model: for each graph its decisions, phases and layers.
+
+    Args:
+        graphs: compiled graphs, in the order of compilation.
+        density: realised mean over all of them, None before the first sparse call.
+    """
+    if not graphs:
+        return "This model has not run under ditopt yet."
+    parts = []
+    for number, graph in enumerate(graphs):
+        phases = ", ".join(f"{name} {count}" for name, count in graph.calls.items()) or "none"
+        cache = {True: "warm cache", False: "cold cache", None: "not compiled yet"}[graph.warm]
+        title = f"{_title(number, len(graphs), graph.record)}; {cache}; calls: {phases}"
+        parts.append(render_decisions(graph.record.decisions, title))
+        if graph.layers:
+            parts.append(_render_layers(graph.layers))
+    if density is not None:
+        parts.append(f"Mean density over sparse steps: {density:.3f}")
+    return "\n\n".join(parts)
+
+
 def render_json(record: GraphRecord) -> str:
     """The whole record as indented JSON."""
     return json.dumps(record.to_json(), indent=2)
@@ -57,6 +96,47 @@ def summarise(record: GraphRecord) -> str:
     reasons = ", ".join(f"{name} {count}" for name, count in left.most_common())
     line = f"ditopt: {len(record.replaced)} of {total} attention sites replaced"
     return line + (f" (left alone: {reasons})" if reasons else "")
+
+
+def _title(number: int, count: int, record: GraphRecord) -> str:
+    name = f"graph {number} of {count}: " if count > 1 else ""
+    timestep = record.timestep or "none found"
+    return f"{name}{summarise(record)}; timestep: {timestep}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+_LAYER_HEADERS = (
+    "module",
+    "layer",
+    "branch",
+    "density",
+    "recall",
+    "heads",
+    "density by type",
+    "sparse calls",
+    "searches",
+)
+
+
+def _render_layers(layers: Sequence[LayerReport]) -> str:
+    rows = [
+        (
+            layer.module,
+            layer.layer,
+            str(layer.branch),
+            f"{layer.density:.3f}",
+            f"{layer.recall:.3f}",
+            ", ".join(f"{kind} {count}" for kind, count in sorted(layer.heads.items())),
+            ", ".join(f"{kind} {d:.3f}" for kind, d in sorted(layer.density_by_type.items())),
+            str(layer.calls),
+            str(layer.searches),
+        )
+        for layer in layers
+    ]
+    return tabulate(rows, headers=_LAYER_HEADERS, disable_numparse=True)
 
 
 def _group_layers(decisions: Sequence[Decision]) -> list[tuple[str, list[Decision]]]:
@@ -127,48 +207,3 @@ def _explain_reasons(decisions: Sequence[Decision]) -> list[str]:
         detail = f" [{decision.detail}]" if decision.detail else ""
         lines[f"{decision.reason.name}: {decision.reason}{detail}"] = None
     return list(lines)
-
-
-def render_records(records: Sequence[GraphRecord]) -> str:
-    """The tables of several graphs, with what tells the step."""
-    parts = []
-    for number, record in enumerate(records):
-        step = record.timestep or "nothing in the graph"
-        title = f"graph {number}: {summarise(record)}; the step is told by {step}"
-        parts.append(render_decisions(record.decisions, title))
-    return "\n\n".join(parts) or "No graph was traced."
-
-
-def render_report(graphs: Sequence[Any], density: float | None) -> str:
-    """A `Report`: decisions, phases and realised density, one table for each graph."""
-    parts = []
-    for number, graph in enumerate(graphs):
-        calls = ", ".join(f"{n} {phase}" for phase, n in graph.calls.items()) or "none yet"
-        warm = {True: "warm cache", False: "cold cache", None: "not compiled yet"}[graph.warm]
-        parts.append(
-            render_decisions(
-                graph.record.decisions,
-                f"graph {number}: {summarise(graph.record)}; calls: {calls}; {warm}",
-            )
-        )
-        if graph.layers:
-            rows = [
-                (
-                    row.module,
-                    row.layer,
-                    row.branch,
-                    f"{row.density:.3f}",
-                    f"{row.recall:.3f}",
-                    ", ".join(
-                        f"{count} {kind} ({row.density_by_type[kind]:.2f})"
-                        for kind, count in row.heads.items()
-                    ),
-                    f"{row.searches}/{row.calls}",
-                )
-                for row in graph.layers
-            ]
-            headers = ("module", "layer", "branch", "density", "recall", "heads", "searches/calls")
-            parts.append(tabulate(rows, headers=headers, disable_numparse=True))
-    if density is not None:
-        parts.append(f"mean density over sparse steps: {density:.3f}")
-    return "\n\n".join(parts) or "This model has not run under ditopt yet."

@@ -7,7 +7,7 @@ from torch import nn
 from dit_opt.facts.provenance import find_timestep, layer_anchor, model_anchor
 from dit_opt.facts.sites import find_sites
 from tests import tiny_models
-from tests.graphs import capture_one
+from tests.graphs import capture_one, capture_tiny
 
 
 def names(timestep) -> list[str]:
@@ -29,8 +29,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("make", tiny_models.ALL, ids=lambda make: make.__name__)
 def test_models(make):
-    tiny = make(batch=2)
-    gm = capture_one(tiny.model, **tiny.inputs)
+    tiny, gm = capture_tiny(make)
     timestep = find_timestep(gm.graph)
     assert timestep is not None
     assert names(timestep) == EXPECTED[tiny.name]

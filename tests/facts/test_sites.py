@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_opt.decisions import Reason
 from dit_opt.facts.sites import Form, find_sites
 from tests import tiny_models
-from tests.graphs import capture, capture_one
+from tests.graphs import capture_one, capture_tiny
 
 Q = torch.randn(1, 2, 8, 4)
 FLAT = torch.randn(2, 8, 4)
@@ -266,8 +266,8 @@ def test_dynamic_shapes_add_no_guard():
 
 @pytest.mark.parametrize("make", tiny_models.ALL, ids=lambda make: make.__name__)
 def test_models(make):
-    tiny = make()
-    sites = [s for gm in capture(tiny.model, **tiny.inputs) for s in find_sites(gm.graph)]
+    tiny, gm = capture_tiny(make)
+    sites = find_sites(gm.graph)
     assert len(sites) == tiny.n_sites
     assert [s.index for s in sites] == list(range(tiny.n_sites))
     for site in sites:

@@ -6,7 +6,14 @@ from dataclasses import replace
 import sympy
 
 from dit_opt.decisions import GraphRecord, Reason
-from dit_opt.inspect.render import render_decisions, render_json, summarise
+from dit_opt.inspect.render import (
+    render_decisions,
+    render_json,
+    render_records,
+    render_report,
+    summarise,
+)
+from dit_opt.inspect.report import GraphReport, LayerReport
 from tests.test_decisions import make_decision
 
 CROSS = make_decision(
@@ -82,3 +89,41 @@ def test_summary():
 def test_json():
     record = GraphRecord((make_decision(), CROSS), "timestep")
     assert json.loads(render_json(record)) == record.to_json()
+
+
+def test_records_of_several_graphs():
+    with_sites = GraphRecord((make_decision(), CROSS), "timestep")
+    text = render_records([with_sites, GraphRecord(()), with_sites])
+    assert text.count("1 of 2 attention sites replaced") == 2
+    assert "graph 0 of 3" in text and "graph 2 of 3" in text and "timestep: timestep" in text
+    assert text.endswith("1 more graph without attention.")
+    assert render_records([GraphRecord(())] * 2) == "No attention site in 2 graphs."
+
+
+def test_report():
+    layer = LayerReport(
+        module="blocks.0.attn1",
+        layer="blocks.0.attn1.to_q.weight",
+        branch=1,
+        density=0.25,
+        recall=0.96,
+        heads={"temporal": 3, "spatial": 9},
+        density_by_type={"spatial": 0.2, "temporal": 0.4},
+        calls=40,
+        searches=10,
+    )
+    record = GraphRecord((make_decision(), CROSS))
+    graph = GraphReport(record, {"observe": 10, "search": 40}, (layer,), warm=True)
+    text = render_report([graph], 0.25)
+    assert "warm cache; calls: observe 10, search 40" in text
+    assert "timestep: none found" in text
+    (row,) = [line for line in text.splitlines() if "to_q.weight" in line]
+    for part in ("0.250", "0.960", "spatial 9, temporal 3", "spatial 0.200, temporal 0.400", "40"):
+        assert part in row
+    assert text.endswith("Mean density over sparse steps: 0.250")
+
+
+def test_report_of_nothing():
+    assert "has not run under ditopt" in render_report([], None)
+    cold = GraphReport(GraphRecord((CROSS,)), {}, (), warm=None)
+    assert "not compiled yet; calls: none" in render_report([cold], None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -31,6 +30,69 @@ _NVIDIA: dict[tuple[int, int], Tiling] = {
     (256, 2): Tiling(64, 32, 8, 2),
     (32, 4): Tiling(64, 32, 4, 2),
     (64, 4): Tiling(64, 32, 4, 2),
-    (128, 4): Tiling(64, 32, 8, 2),
-    (256, 4): Tiling(32, 16, 8, 2),
+    (128, 4): Tiling(32, 32, 4, 2),
+    (256, 4): Tiling(32, 16, 8, 1),
 }
+
+
+_AMD: dict[tuple[int, int], Tiling] = {
+    (32, 2): Tiling(128, 64, 4, 2),
+    (64, 2): Tiling(128, 64, 4, 2),
+    (128, 2): Tiling(128, 64, 8, 1),
+    (256, 2): Tiling(64, 32, 8, 1),
+    (32, 4): Tiling(64, 32, 4, 1),
+    (64, 4): Tiling(64, 32, 4, 1),
+    (128, 4): Tiling(64, 32, 8, 1),
+    (256, 4): Tiling(32, 16, 8, 1),
+}
+
+
+def choose_tiling(
+    architecture: str, padded_dim: int, itemsize: int, block_q: int, block_k: int
+) -> Tiling:
+    """The tiling for an architecture ("sm_90", "gfx942"), a head dimension and a dtype's size.
+
+    `padded_dim` comes from `pad_dim`; tiles never exceed the blocks that a plan lists.
+    """
+    table = _AMD if is_amd(architecture) else _NVIDIA
+    largest = table[padded_dim, itemsize]
+    tile_q = min(largest.tile_q, block_q)
+    warps = max(1, largest.num_warps * tile_q // largest.tile_q)
+    return Tiling(tile_q, min(largest.tile_k, block_k), warps, largest.num_stages)
+
+
+def pad_dim(dim: int) -> int:
+    """The head dimension as the kernel holds it: 32, 64, 128 or 256."""
+    return max(32, 1 << (dim - 1).bit_length())
+
+
+def choose_precision(architecture: str, padded_dim: int, itemsize: int) -> str:
+    """How `tl.dot` multiplies: float32 through three TF32 products where they exist and fit."""
+    exact = itemsize == 2 or padded_dim > 128 or is_amd(architecture)
+    return "ieee" if exact else "tf32x3"
+
+
+def is_amd(architecture: str) -> bool:
+    """Whether an architecture name is one of AMD's."""
+    return architecture.startswith("gfx")
+
+
+def takes_descriptors(architecture: str, itemsize: int) -> bool:
+    """Whether tiles are loaded by the tensor memory accelerator (Hopper and later).
+
+    float32 tiles are not: split into TF32 parts they pass through registers anyway, and the
+    descriptor's layout makes them spill.
+    """
+    if is_amd(architecture) or itemsize != 2:
+        return False
+    return int(architecture.removeprefix("sm_")) >= 90
+
+
+def fits_descriptor(x: Tensor) -> bool:
+    """Whether a tensor can be read through a tensor descriptor, which must be 16-byte aligned."""
+    unit = x.element_size()
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * unit % 16 == 0 for stride in x.stride()[:-1])
+    )

@@ -19,8 +19,8 @@ from dit_opt.kernels.block_sparse_attention.tilings import (
     choose_precision,
     choose_tiling,
     fits_descriptor,
-    has_descriptors,
     pad_dim,
+    takes_descriptors,
 )
 
 LOG2_E = math.log2(math.e)
@@ -189,7 +189,9 @@ def launch(
     architecture = read_architecture(q.device)
     padded_dim = pad_dim(dim)
     tiling = choose_tiling(architecture, padded_dim, q.element_size(), block_q, block_k)
-    use_descriptors = has_descriptors(architecture) and all(fits_descriptor(x) for x in (q, k, v))
+    use_descriptors = takes_descriptors(architecture, q.element_size()) and all(
+        fits_descriptor(x) for x in (q, k, v)
+    )
     counts, indices = counts.contiguous(), indices.contiguous()
     bias_strides = (0, 0)
     if key_bias is not None:
@@ -236,7 +238,7 @@ def launch(
         HAS_BIAS=key_bias is not None,
         RAGGED_KEYS=keys % block_k != 0,
         USE_DESCRIPTORS=use_descriptors,
-        PRECISION=choose_precision(architecture, q.dtype),
+        PRECISION=choose_precision(architecture, padded_dim, q.element_size()),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )

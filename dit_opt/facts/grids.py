@@ -1,0 +1,142 @@
+"""Grids: (T, H, W) of a token axis, from the dimensions of the latents or from the position tables.
+
+A wrong grid makes a wrong sparse pattern, so each way out of here is a proof or a reason why there is none.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from dit_opt.facts.axes import Axis, Dim, Origin, are_equal, leaves, resolve, size
+from dit_opt.facts.labels import Labels
+
+__all__ = ["OPTION_HINT", "Grid", "find_grid", "origin_of_axes"]
+
+OPTION_HINT = 'pass options={"grid": (T, H, W)}'
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes (T, H, W) of the video tokens, row-major; an image has T = 1.
+
+    `source` is "latents" (patch embedding), "tables" (position tables) or "option" (the user said so).
+    """
+
+    sizes: tuple[sympy.Expr, sympy.Expr, sympy.Expr]
+    source: str
+
+
+def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
+    """The grid of a token axis, or the reason why the graph does not prove one."""
+    axes = resolve(tokens)
+    origins = [origin_of_axes((axis,)) for axis in axes]
+    users = [o for o in origins if o is not None and o.user]
+    if len(users) == len(axes) and len({o.source for o in users}) == 1:
+        if len({o.dim for o in users}) > 1:
+            return _from_latents(axes, users)
+    sizes = _from_tables(labels, axes)
+    if sizes is not None:
+        return Grid(sizes, "tables")
+    return _explain(labels, axes, origins)
+
+
+def origin_of_axes(dim: Dim) -> Origin | None:
+    """The best origin that all leaves of a dimension share by input and dimension; None where they differ."""
+    found = {leaf.origin for leaf in leaves(dim)}
+    keys = {(o.source, o.dim) if o else None for o in found}
+    return next(iter(found)) if len(keys) == 1 else None
+
+
+def _from_latents(axes: Dim, origins: Sequence[Origin]) -> Grid | str:
+    """Factors of one latent dimension belong together; the last two dimensions are H and W."""
+    runs = [list(run) for _, run in itertools.groupby(zip(axes, origins, strict=True), _dim_of)]
+    dims = [run[0][1].dim for run in runs]
+    sizes = [size([axis for axis, _ in run]) for run in runs]
+    rank, source = origins[0].rank, origins[0].source
+    if sorted(set(dims)) != dims:
+        return (
+            f"The tokens interleave the dimensions {dims} of '{source}', which is no row-major "
+            f"order of (T, H, W); {OPTION_HINT} if they are."
+        )
+    one = sympy.S.One
+    if len(sizes) == 3:
+        return Grid((sizes[0], sizes[1], sizes[2]), "latents")
+    if dims == [rank - 2, rank - 1]:
+        return Grid((one, sizes[0], sizes[1]), "latents")
+    if dims == [rank - 3, rank - 1]:
+        return Grid((sizes[0], one, sizes[1]), "latents")
+    return (
+        f"The tokens range over the dimensions {dims} of '{source}' with {rank} dimensions, "
+        f"and nothing tells which of T, H, W these are; {OPTION_HINT}."
+    )
+
+
+def _dim_of(pair: tuple[Axis, Origin]) -> int:
+    return pair[1].dim
+
+
+def _from_tables(labels: Labels, axes: Dim) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:
+    """The dimensions that a table had before they were joined to the token axis."""
+    borders = {0, len(axes)}
+    full: list[list[sympy.Expr]] = []
+    for dims, joined in labels.joins:
+        inner = resolve(joined)
+        start = _find_run(axes, inner)
+        if start is None:
+            continue
+        factors = [resolve(d) for d in dims]
+        borders.update(itertools.accumulate(map(len, factors), initial=start))
+        if len(inner) == len(axes):
+            sizes = [size(f) for f in factors]
+            while len(sizes) > 3 and sizes[0] == 1:
+                del sizes[0]
+            full.append(sizes)
+    marks = sorted(borders)
+    runs = [size(axes[a:b]) for a, b in itertools.pairwise(marks)]
+    if len(runs) == 3:
+        return runs[0], runs[1], runs[2]
+    # A size-1 axis leaves no factor behind, only a place among the joined dimensions.
+    named = [s for s in full if len(s) == 3]
+    if named and all(_same(s, named[0]) for s in named) and len(runs) <= 2:
+        if [s for s in named[0] if s != 1] == [r for r in runs if r != 1]:
+            return named[0][0], named[0][1], named[0][2]
+    if len(runs) == 2 and not named and any(len(s) == 2 for s in full):
+        return sympy.S.One, runs[0], runs[1]
+    return None
+
+
+def _same(a: Sequence[sympy.Expr], b: Sequence[sympy.Expr]) -> bool:
+    return len(a) == len(b) and all(map(are_equal, a, b))
+
+
+def _find_run(axes: Dim, inner: Dim) -> int | None:
+    """Where `inner` stands in `axes`; None where it does not."""
+    if not inner:
+        return None
+    return next(
+        (i for i in range(len(axes) - len(inner) + 1) if axes[i : i + len(inner)] == inner), None
+    )
+
+
+def _explain(labels: Labels, axes: Dim, origins: Sequence[Origin | None]) -> str:
+    known = [o for o in origins if o is not None and o.user]
+    if not known:
+        lost = next((leaf for leaf in leaves(axes) if leaf.note), None)
+        made = f" (an axis {lost.note})" if lost is not None else ""
+        return f"The tokens could not be followed back to an input{made}; {OPTION_HINT}."
+    first = known[0]
+    others = sorted({o.source for leaf in leaves(axes) for o in leaf.origins if o.user} - {first.source})
+    # Positions come as ids or tables of the user where another input shares the token axis.
+    positions = (
+        f"and positions come as {', '.join(map(repr, others))} from outside"
+        if others
+        else "and no position table in this graph splits them"
+    )
+    return (
+        f"The tokens come packed in dimension {first.dim} of '{first.source}' {positions}; "
+        f"{OPTION_HINT}."
+    )

@@ -1,0 +1,40 @@
+"""A denoiser of two parameters that stands in for the demo model, so that tests sample in no time."""
+
+from __future__ import annotations
+
+import torch
+
+from dit_opt.demo.clips import parse_prompt
+from dit_opt.demo.side_by_side import Contestants, Pipeline, Task
+from dit_opt.options import Options
+
+SIZE = (3, 16, 24)
+
+
+class StubDenoiser(torch.nn.Module):
+    """Pulls every clip towards grey; `strength` tells instances apart."""
+
+    def __init__(self, strength: float = 1.0) -> None:
+        super().__init__()
+        self.strength = torch.nn.Parameter(torch.tensor(strength), requires_grad=False)
+        self.calls = 0
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict):
+        self.calls += 1
+        tokens = hidden_states.flatten(2)
+        torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return (hidden_states * self.strength,)
+
+
+def make_contestants(ditopt_strength: float = 1.0) -> Contestants:
+    eager, inductor = StubDenoiser(), StubDenoiser()
+    return Contestants(eager, inductor, Pipeline(StubDenoiser(ditopt_strength), None), Options())
+
+
+def make_task(steps: int = 3, seed: int = 0) -> Task:
+    prompt = parse_prompt("a red disk moving left and a blue ring moving up")
+    return Task(prompt, seed=seed, steps=steps, size=SIZE)
+
+
+def ignore(name: str, done: int, steps: int) -> None:
+    """A Notify that tells nobody."""

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from dit_opt.demo import run
+from dit_opt.demo.run import DemoError, run_demo, write_outputs
+from tests.demo.stubs import ignore, make_contestants, make_task
+
+FILES = ["contact_sheet.png", "dense.gif", "ditopt.gif", "report.json"]
+
+
+@pytest.fixture
+def result():
+    return run_demo(make_contestants(), make_task(steps=3), ignore)
+
+
+def test_the_demo_samples_all_three_ways(result):
+    figures = json.loads(json.dumps(result.to_json()))
+    assert set(figures["seconds_per_step"]) == {"eager", "inductor", "ditopt"}
+    assert figures["seconds_per_step"]["eager"]["cold"] is None
+    assert figures["cold_steps"] == {"inductor": 3, "ditopt": 3}
+    assert len(figures["steps_seconds"]["ditopt"]) == 3
+    assert figures["speedup_vs_inductor"] == pytest.approx(
+        sum(figures["steps_seconds"]["inductor"]) / sum(figures["steps_seconds"]["ditopt"])
+    )
+    # the stubs are one model and nothing of them was compiled
+    assert figures["accurate"] and figures["ssim"] == pytest.approx(1)
+    assert figures["density"] is None and figures["layers"] == []
+    assert figures["prompt"] == "a red disk moving left and a blue ring moving up"
+
+
+def test_a_clip_that_differs_is_not_accurate():
+    result = run_demo(make_contestants(ditopt_strength=0.3), make_task(steps=3), ignore)
+    assert result.likeness.psnr_db < run.MIN_PSNR_DB
+    assert not result.accurate
+
+
+def test_outputs_are_written_and_whole(result, tmp_path):
+    out, copy = tmp_path / "deep" / "demo", tmp_path / "copy.json"
+    written = write_outputs(result, out, copy)
+    assert sorted(p.name for p in out.iterdir()) == FILES
+    assert set(written) == {out / f for f in FILES} | {copy}
+    assert json.loads(copy.read_text()) == json.loads((out / "report.json").read_text())
+    assert Image.open(out / "ditopt.gif").n_frames == 3
+
+
+def test_a_failure_in_between_leaves_what_was_there(result, tmp_path, monkeypatch):
+    (tmp_path / "report.json").write_text("old")
+
+    def fail(path, clip):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(run, "write_gif", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_outputs(result, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "old"
+
+
+def test_unusable_places_are_refused_beforehand(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(DemoError, match="not a folder"):
+        run.check_outputs(file, None)
+    with pytest.raises(DemoError, match="folder that exists"):
+        run.check_outputs(tmp_path, tmp_path / "missing" / "f.json")
+    run.check_outputs(tmp_path / "new", tmp_path / "f.json")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "meta"])
+def test_bad_devices_are_refused(device):
+    with pytest.raises(DemoError, match=r"try --device cpu\.$"):
+        run.check_device(device)
+    assert run.check_device("cpu") == "cpu"
+
+
+def test_a_device_that_is_not_here_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has it")
+    with pytest.raises(DemoError, match="'cuda' cannot be used here"):
+        run.check_device("cuda")
+
+
+def test_a_bad_prompt_is_answered_with_an_example():
+    with pytest.raises(DemoError, match="An example is 'a red disk"):
+        run.read_prompt("a dog")

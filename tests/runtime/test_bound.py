@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import torch
+
+from dit_opt.runtime.bound import Bound, GradientError, Wiring
+from dit_opt.runtime.schedule import Phase
+from dit_opt.runtime.state import Announcement, announce
+
+LAYOUT = (2, 2, 2, 0, 8)
+
+
+class Graph:
+    """Stands in for a compiled graph: arguments are weight, timestep and latents."""
+
+    def __init__(self, heads: int = 3) -> None:
+        self.runs: list[tuple[Phase, tuple]] = []
+        self.heads = heads
+
+    def compile(self, phase: Phase):
+        def run(weight, *rest):
+            # plans change in place, at the address that a CUDA graph knows
+            kept = tuple(r.clone() if isinstance(r, torch.Tensor) else r for r in rest)
+            self.runs.append((phase, kept))
+            out = (weight + 1,)
+            if phase is not Phase.SEARCH:
+                return out
+            count = sum(p is Phase.SEARCH for p, _ in self.runs)
+            plan = torch.full((1, self.heads), count, dtype=torch.int32)
+            return *out, plan, plan / 10, plan / 100
+
+        return run, False
+
+    @property
+    def phases(self) -> list[str]:
+        return [p.value for p, _ in self.runs]
+
+
+def bind(graph, timesteps=(1,), phases=frozenset(Phase), dense_steps=1, refresh_every=2, **kwargs):
+    wiring = Wiring(
+        outputs=1,
+        timesteps=timesteps,
+        model=0,
+        layers=kwargs.pop("layers", (0,)),
+        layouts=lambda args: [LAYOUT],
+        lengths=kwargs.pop("lengths", lambda args: [8]),
+        min_tokens=4,
+    )
+    return Bound(graph.compile, phases, wiring, dense_steps, refresh_every, None)
+
+
+def weight():
+    return torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+
+
+def run(bound, w, timesteps, latents=None):
+    latents = torch.zeros(1) if latents is None else latents
+    return [bound(w, torch.tensor([float(t)]), latents) for t in timesteps]
+
+
+def test_a_trajectory_observes_searches_and_reuses():
+    graph = Graph()
+    bound, w = bind(graph), weight()
+    outs = run(bound, w, [1000, 800, 600, 400, 200])
+    assert graph.phases == ["observe", "search", "search", "reuse", "search"]
+    assert all(len(out) == 1 for out in outs)
+    (plan,) = graph.runs[3][1][2:]
+    assert plan.tolist() == [[2, 2, 2]]
+
+
+def test_variants_are_compiled_once_and_only_when_needed():
+    graph, compiled = Graph(), []
+    bound = bind(graph)
+    inner = bound._compile_variant
+    bound._compile_variant = lambda phase: (compiled.append(phase), inner(phase))[1]
+    run(bound, weight(), [1000])
+    assert compiled == [Phase.OBSERVE]
+    run(bound, weight(), [1000, 900, 800])
+    assert compiled == [Phase.OBSERVE, Phase.SEARCH]
+
+
+def test_statistics_follow_searches_and_reuse():
+    graph = Graph()
+    bound, w = bind(graph), weight()
+    run(bound, w, [1000, 800, 600, 400])
+    ((owner, _, state),) = bound.states
+    assert owner is w and state.layout == LAYOUT
+    assert (state.calls, state.searches) == (3, 2)
+    # searches returned densities 0.01 and 0.02, the second one was used twice
+    assert state.density.mean().item() == pytest.approx(0.05)
+    assert state.recall.mean().item() == pytest.approx(0.3)
+
+
+def test_branches_keep_plans_of_their_own():
+    graph = Graph()
+    bound, w = bind(graph), weight()
+    run(bound, w, [1000, 1000, 800, 800, 600, 600, 400, 400])
+    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Phase.REUSE]
+    assert plans == [3, 4]
+
+
+def test_two_models_on_one_graph_keep_their_own_steps_and_plans():
+    graph = Graph()
+    bound, a, b = bind(graph), weight(), weight()
+    for t in (1000, 800, 600, 400):
+        run(bound, a, [t])
+        run(bound, b, [t])
+    assert graph.phases == [p for p in ("observe", "search", "search", "reuse") for _ in "ab"]
+    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Phase.REUSE]
+    assert plans == [3, 4]
+
+
+def test_threads_keep_their_own_steps():
+    graph = Graph()
+    bound, w = bind(graph), weight()
+    run(bound, w, [1000, 800])
+    other = threading.Thread(target=run, args=(bound, w, [1000]))
+    other.start()
+    other.join()
+    run(bound, w, [600])
+    assert graph.phases == ["observe", "search", "observe", "search"]
+
+
+def test_sizes_of_a_dynamic_graph_keep_their_own_steps():
+    graph = Graph()
+    bound, w = bind(graph), weight()
+    for t in (1000, 800):
+        for size in (16, 32):
+            bound(w, torch.tensor([float(t)]), size)
+    assert graph.phases == ["observe", "observe", "search", "search"]
+
+
+def test_a_swapped_data_pointer_keeps_the_state():
+    graph = Graph()
+    bound, w = bind(graph), weight()
+    run(bound, w, [1000, 800, 600])
+    w.data = torch.ones(2)
+    run(bound, w, [400])
+    assert graph.phases[-1] == "reuse"
+
+
+def test_per_token_timesteps_tell_the_step_by_their_largest():
+    graph = Graph()
+    bound, w = bind(graph), weight()
+    for t in (1000.0, 800.0):
+        bound(w, torch.tensor([[0.0, t, t]]), torch.zeros(1))
+    assert graph.phases == ["observe", "search"]
+
+
+def test_a_constant_guidance_input_is_not_the_timestep():
+    graph = Graph()
+    bound, w = bind(graph, timesteps=(2, 1)), weight()
+    guidance = torch.tensor([3500.0])
+    for t in (1000.0, 800.0, 600.0, 400.0):
+        bound(w, torch.tensor([t]), guidance)
+    assert graph.phases == ["observe", "search", "search", "reuse"]
+
+
+def test_short_calls_stay_dense():
+    graph = Graph()
+    bound = bind(graph, lengths=lambda args: [3], dense_steps=0)
+    run(bound, weight(), [1000, 800])
+    assert graph.phases == ["observe", "observe"]
+
+
+def test_without_a_timestep_a_dense_start_means_dense_with_a_warning(caplog):
+    graph = Graph()
+    bound, w = bind(graph, timesteps=()), weight()
+    with caplog.at_level(logging.WARNING):
+        run(bound, w, [1000, 800])
+    assert graph.phases == ["observe", "observe"]
+    assert caplog.text.count("ditopt.optimize") == 1
+
+
+def test_without_a_timestep_and_a_dense_start_every_call_searches():
+    graph = Graph()
+    bound = bind(graph, timesteps=(), dense_steps=0)
+    run(bound, weight(), [1000, 800])
+    assert graph.phases == ["search", "search"]
+
+
+def test_an_announced_position_stands_in_for_a_missing_timestep():
+    from dit_opt.runtime.schedule import Clock
+
+    graph, model = Graph(), torch.nn.Linear(2, 2).requires_grad_(False)
+    bound = bind(graph, timesteps=())
+    announcement, clock = Announcement(lambda: None), Clock()
+    announce(model, announcement)
+    for t in (1000, 800):
+        announcement.position = clock.tick(t)
+        bound(model.weight, torch.zeros(1), torch.zeros(1))
+    assert graph.phases == ["observe", "search"]
+
+
+def test_forget_begins_anew():
+    graph = Graph()
+    bound, w = bind(graph), weight()
+    run(bound, w, [1000, 800])
+    bound.forget()
+    run(bound, w, [600])
+    assert list(bound.states) and bound.calls[Phase.SEARCH] == 1
+
+
+def test_gradients_are_refused():
+    bound = bind(Graph())
+    w = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(GradientError, match="no_grad"):
+        run(bound, w, [1000])
+    with torch.no_grad():
+        run(bound, w, [1000])
+
+
+def test_scheduler_timesteps_are_read_once_per_list():
+    reads = []
+
+    class Timesteps(list):
+        def __iter__(self):
+            reads.append(1)
+            return super().__iter__()
+
+    current = Timesteps([1000.0, 500.0])
+    announcement = Announcement(lambda: current)
+    assert announcement.timesteps() == announcement.timesteps() == [1000.0, 500.0]
+    assert len(reads) == 1

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dit_opt
+from dit_opt.cli import app, main
+from dit_opt.demo import side_by_side
+from tests.demo.stubs import SIZE, make_contestants
+
+
+@pytest.fixture
+def invoke(tmp_path, monkeypatch):
+    """Runs the command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield lambda *args: CliRunner().invoke(app, list(args))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Lets the demo run a stub on small clips; called with how far ditopt's model is off."""
+
+    def install(strength: float = 1.0) -> None:
+        task = side_by_side.Task
+        monkeypatch.setattr(
+            side_by_side, "Task", lambda *a, **k: dataclasses.replace(task(*a, **k), size=SIZE)
+        )
+        monkeypatch.setattr(side_by_side, "load_contestants", lambda *a: make_contestants(strength))
+
+    return install
+
+
+def test_help_and_version(invoke):
+    assert "demo" in invoke("--help").stdout
+    assert "--checkpoint" in invoke("demo", "--help").stdout
+    assert invoke("--version").stdout == f"ditopt {dit_opt.__version__}\n"
+
+
+def test_the_console_script_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ditopt", "demo", "--prompt", "a cow"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.startswith("ditopt demo: The phrase 'a cow'")
+
+
+@pytest.mark.parametrize(
+    ("args", "cause"),
+    [
+        (["--prompt", "a pink cow"], "must name one colour"),
+        (["--device", "abacus"], "'abacus' cannot be used here"),
+        (["--checkpoint", "none.safetensors"], "none.safetensors is missing"),
+        (["--checkpoint", "corrupt.safetensors"], "corrupt.safetensors cannot be read"),
+        (["--json", "missing/f.json"], "folder that exists"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(invoke, tmp_path, args, cause):
+    corrupt = tmp_path / "corrupt.safetensors"
+    corrupt.write_bytes(b"not weights at all")
+    result = invoke("demo", *args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("ditopt demo: ") and cause in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [corrupt]
+
+
+@pytest.mark.parametrize("args", [["--steps", "0"], ["--steps", "x"], ["--colour", "red"]])
+def test_bad_flags_are_refused(invoke, tmp_path, args):
+    assert invoke("demo", *args).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_good_run_ends_with_a_table_and_files(invoke, stub, tmp_path):
+    stub()
+    result = invoke("demo", "--steps", "3", "--threads", "1", "--json", "f.json", "--seed", "5")
+    assert result.exit_code == 0, result.output
+    assert "speedup over Inductor" in result.stdout
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["seed"] == 5 and figures["steps"] == 3
+    assert figures["machine"]["threads"] == 1
+    assert (tmp_path / "demo" / "contact_sheet.png").exists()
+
+
+def test_an_inaccurate_run_warns_and_fails(invoke, stub):
+    stub(strength=0.3)
+    result = invoke("demo", "--steps", "3")
+    assert result.exit_code == 1
+    assert "its speedup does not count" in " ".join(result.stderr.split())
