@@ -187,7 +187,7 @@ def run_benchmark(
         for name, model in (("dense", contestants.inductor), ("default", contestants.ditopt)):
             run_steps(f"{name}, cold", model, tasks[0], min(cold, tasks[0].steps), notify)
     if "mass_best_quarter" not in result["model"]:
-        prompts = [task.prompt for task in tasks[:MASS_PROMPTS]]
+        prompts = clips.list_prompts(MASS_PROMPTS)
         mass = measure_mass(contestants.eager, prompts, tasks[0].steps)
         result["model"]["mass_best_quarter"] = mass.mean().item()
         save_result(result, path)
@@ -247,8 +247,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args(argv)
-    if args.prompts < 1 or args.steps < 2:
-        parser.error("--prompts must be at least 1 and --steps at least 2")
+    if args.prompts < 1 or args.steps < 3:
+        parser.error("--prompts must be at least 1 and --steps at least 3")
     return args
 
 

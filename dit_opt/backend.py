@@ -169,11 +169,8 @@ def _bind(
         phases.add(Phase.SEARCH)
         if searching and options.refresh_every > 1 and None not in layers:
             phases.add(Phase.REUSE)
-    lengths = [size_expression(s.site.query.meta["example_value"].shape[-2]) for s in sparse]
-    layouts = [
-        (*s.grid, s.start, size_expression(s.site.query.meta["example_value"].shape[-2]))
-        for s in searching
-    ]
+    lengths = [_count_tokens(s) for s in sparse]
+    layouts = [(*s.grid, s.start, _count_tokens(s)) for s in searching if s.grid]
     flat = _read_sizes([e for layout in layouts for e in layout], placeholders)
     wiring = Wiring(
         outputs=_count_outputs(gm),
@@ -221,16 +218,12 @@ def _first_phase(bound: Bound) -> Phase:
     return Phase.SEARCH if sparse_first else Phase.OBSERVE
 
 
-def _rewrite(
-    copy: GraphModule, analysis: Analysis, phase: Phase, dumper: Dumper
-) -> list[Any]:
+def _rewrite(copy: GraphModule, analysis: Analysis, phase: Phase, dumper: Dumper) -> list[Any]:
     """Run the passes on a copy; returns example values of the placeholders they added."""
     at = {n.name: n for n in copy.graph.nodes}
     before = len(copy.graph.find_nodes(op="placeholder"))
     chosen = {s.site.index: s for s in analysis.sparse}
-    decomposed = [
-        _moved(s.site, at) for s in analysis.sparse if s.site.form is Form.DECOMPOSED
-    ]
+    decomposed = [_moved(s.site, at) for s in analysis.sparse if s.site.form is Form.DECOMPOSED]
     if decomposed:
         with dumper.around("canonicalize_attention", copy, phase.value):
             canonicalize_attention(copy, decomposed)
@@ -260,8 +253,16 @@ def _replace_site(sparse: SparseSite, site: Site, at: dict[str, Any]) -> SparseS
 def _min_tokens(sparse: Sequence[SparseSite], options: Options) -> int:
     if not sparse:
         return 0
-    device = sparse[0].site.query.meta["example_value"].device.type
-    return cost.min_tokens(options.min_tokens, device)
+    return cost.min_tokens(options.min_tokens, _example(sparse[0]).device.type)
+
+
+def _example(sparse: SparseSite) -> torch.Tensor:
+    assert sparse.site.query is not None
+    return sparse.site.query.meta["example_value"]
+
+
+def _count_tokens(sparse: SparseSite) -> sympy.Expr:
+    return size_expression(_example(sparse).shape[-2])
 
 
 def _count_outputs(gm: GraphModule) -> int:

@@ -1,7 +1,7 @@
-"""Tiny seeded diffusers transformers with inputs, one function per class, so that every test may ask for a real graph.
+"""Tiny seeded diffusers transformers with inputs, so that every test may ask for a real graph.
 
-T, H and W all differ, so that a swap of two grid axes shows; all weights are seeded, because the zero-initialised gates of
-adaptive layer norms would make the blocks vanish and hide every error.
+T, H and W all differ, so that a swap of two grid axes shows; all weights are seeded, because the
+zero-initialised gates of adaptive layer norms would make the blocks vanish and hide every error.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 class TinyModel:
     """A model in eval mode, its inputs, and what the facts of its graph must say.
 
-    `grid` is (T, H, W) in tokens, None where the graph cannot know it. `text_tokens` counts the text tokens of the
-    joint sites (0 where text comes in by cross-attention only). `n_sites` counts all attention calls, self, joint and
-    cross, the text refiner's included.
+    `grid` is (T, H, W) in tokens, None where the graph cannot know it. `text_tokens` counts the
+    text tokens of the joint sites (0 where text comes in by cross-attention only). `n_sites` counts
+    all attention calls, self, joint and cross, the text refiner's included.
     """
 
     name: str
@@ -30,13 +30,13 @@ class TinyModel:
     n_sites: int
 
     def __call__(self, model: Callable[..., Any] | None = None) -> torch.Tensor:
-        """Run `model` (by default the eager one) on the inputs without gradients; returns the sample."""
+        """Run `model` (by default the eager one) on the inputs without gradients."""
         with torch.no_grad():
             return (self.model if model is None else model)(**self.inputs)[0]
 
 
 def wan(batch: int = 1, grid: tuple[int, int, int] = (3, 4, 5), layers: int = 2) -> TinyModel:
-    """Text by cross-attention, patch embedding (1, 2, 2), rotary tables sliced from one buffer per axis."""
+    """Text by cross-attention, patch embedding (1, 2, 2), rotary tables sliced from buffers."""
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -95,9 +95,7 @@ def hunyuan_video(
     return _tiny("hunyuan_video", model, inputs, grid, text, 2 * layers + 1)
 
 
-def cogvideox(
-    batch: int = 1, grid: tuple[int, int, int] = (3, 4, 5), layers: int = 2
-) -> TinyModel:
+def cogvideox(batch: int = 1, grid: tuple[int, int, int] = (3, 4, 5), layers: int = 2) -> TinyModel:
     """Joint attention, text first, latents (B, T, C, H, W), rotary tables given as inputs."""
     from diffusers import CogVideoXTransformer3DModel
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -127,10 +125,8 @@ def cogvideox(
     return _tiny("cogvideox", model, inputs, grid, 7, layers)
 
 
-def ltx_video(
-    batch: int = 1, grid: tuple[int, int, int] = (3, 4, 5), layers: int = 2
-) -> TinyModel:
-    """Tokens come packed; the grid is in the rotary tables only, which num_frames, height and width make."""
+def ltx_video(batch: int = 1, grid: tuple[int, int, int] = (3, 4, 5), layers: int = 2) -> TinyModel:
+    """Tokens come packed; only the rotary tables, made from num_frames, height, width, tell."""
     from diffusers import LTXVideoTransformer3DModel
 
     model = LTXVideoTransformer3DModel(
@@ -216,7 +212,7 @@ def sd3(batch: int = 1, grid: tuple[int, int] = (4, 5), layers: int = 2) -> Tiny
 
 
 def dit(batch: int = 1, size: int = 6, layers: int = 2) -> TinyModel:
-    """Class-conditional, learned position table; the class fixes the image to size x size tokens."""
+    """Class-conditional, learned position table; the model fixes the image to size x size."""
     from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel(
@@ -262,7 +258,7 @@ def _tiny(
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Matrices keep the scale of their inputs; vectors (norms, biases, gates) sit near one half.
+            # Matrices keep the scale of their inputs; vectors (norms, biases) sit near one half.
             noise = torch.randn(parameter.shape, generator=generator)
             flat = parameter.dim() == 1
             fan_in = 1 if flat else max(1, parameter[0].numel())

@@ -38,7 +38,8 @@ class Likeness:
 def compare_clips(clip: torch.Tensor, reference: torch.Tensor) -> Likeness:
     """PSNR and SSIM of clips `[1, 3, T, H, W]`, clamped to [-1, 1] and compared as [0, 1].
 
-    SSIM's luminance term (Wang et al. 2004) takes values around zero for black. Identical clips get `MAX_PSNR_DB`. Raises ValueError where the shapes differ.
+    SSIM's luminance term (Wang et al. 2004) takes values around zero for black. Identical clips get
+    `MAX_PSNR_DB`. Raises ValueError where the shapes differ.
     """
     if clip.shape != reference.shape:
         raise ValueError(

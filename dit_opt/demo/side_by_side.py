@@ -57,15 +57,14 @@ class Run:
 
     def summarise(self) -> dict[str, float]:
         """Mean, median and interquartile range of the seconds of a step."""
-        low, _, high = (
-            statistics.quantiles(self.seconds, n=4, method="inclusive")
-            if len(self.seconds) > 1
-            else self.seconds * 3
-        )
+        iqr = 0.0
+        if len(self.seconds) > 1:
+            low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+            iqr = high - low
         return {
             "mean": self.total / len(self.seconds),
             "median": statistics.median(self.seconds),
-            "iqr": high - low,
+            "iqr": iqr,
         }
 
 

@@ -1,9 +1,10 @@
-"""Index spaces: what a dimension of a tensor ranges over, and when two dimensions range over the same.
+"""Index spaces: what a dimension of a tensor ranges over, and when two range over the same.
 
-A dimension is a row-major product of axes. An axis is a leaf, a product of axes (a reshape split it) or a sum of
-dimensions (a concatenation). Axes have identity: sizes never identify anything, only `unify` ties two axes, as terms are
-unified in Prolog. Hence facts flow backwards too: packed tokens multiplied by a table over (T, H, W) learn their grid.
-Sizes are sympy expressions and every decision on them is a proof; what cannot be proved counts as different.
+A dimension is a row-major product of axes. An axis is a leaf, a product of axes (a reshape split
+it) or a sum of dimensions (a concatenation). Axes have identity: sizes never identify anything,
+only `unify` ties two axes, as terms are unified in Prolog. Hence facts flow backwards too: packed
+tokens multiplied by a table over (T, H, W) learn their grid. Sizes are sympy expressions and every
+decision on them is a proof; what cannot be proved counts as different.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TypeAlias
 
 import sympy
+
+from dit_opt.facts.sizes import are_equal, divide
 
 __all__ = [
     "Axis",
     "Dim",
     "Origin",
-    "are_equal",
     "axis_of",
-    "divide",
     "join",
     "leaves",
     "regroup",
@@ -35,41 +35,36 @@ __all__ = [
 ONE = sympy.Integer(1)
 
 
-@lru_cache(maxsize=65536)
-def are_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether two sizes are proved equal."""
-    return a == b or not (a.is_Integer and b.is_Integer) and sympy.expand(a - b) == 0
-
-
-@lru_cache(maxsize=65536)
-def divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
-    """a / b where that is proved to be a whole number, else None."""
-    quotient = sympy.cancel(a / b) if not (a.is_Integer and b.is_Integer) else a / b
-    return quotient if quotient.as_numer_denom()[1] == 1 else None
-
-
 @dataclass(frozen=True)
 class Origin:
-    """The graph input and dimension that an axis stems from. `rank` is the input's number of dimensions."""
+    """The graph input and dimension that an axis stems from.
+
+    `rank` is the input's number of dimensions, `extents` how many of them are not of size 1.
+    """
 
     source: str
     dim: int
     rank: int
+    extents: int
     floating: bool
     user: bool
 
     @property
-    def weight(self) -> tuple[bool, bool, int]:
-        """Order of claims: latents are user inputs, floats and of many dimensions; ids and masks are not."""
-        return self.user, self.floating, self.rank
+    def weight(self) -> tuple[bool, bool, int, bool]:
+        """Order of claims: latents are user inputs, floats, of many dimensions, or [B, N, C].
+
+        Ids and masks are integers or smaller, tables have dimensions of size 1 to broadcast.
+        """
+        return self.user, self.floating, self.extents, self.rank == 3
 
 
 @dataclass(eq=False, slots=True)
 class Axis:
     """One index space.
 
-    `origins` are the inputs it stems from, best first; `note` says which op made it where no input did. `bound` is what
-    unification found it to be: nothing yet, another axis, a product (`Product`) or a concatenation (`Sum`).
+    `origins` are the inputs it stems from, best first; `note` says which op made it where no input
+    did. `bound` is what unification found it to be: nothing yet, another axis, a product
+    (`Product`) or a concatenation (`Sum`).
     """
 
     size: sympy.Expr
@@ -108,9 +103,7 @@ class Sum:
     segments: tuple[Dim, ...]
 
 
-def axis_of(
-    length: sympy.Expr, origins: Iterable[Origin] = (), note: str = ""
-) -> Dim:
+def axis_of(length: sympy.Expr, origins: Iterable[Origin] = (), note: str = "") -> Dim:
     """A dimension of one new axis, or of none where the length is 1."""
     return () if length == 1 else (Axis(length, tuple(origins), note),)
 
@@ -135,7 +128,7 @@ def size(dim: Sequence[Axis]) -> sympy.Expr:
 
 
 def segments(dim: Dim) -> tuple[Dim, ...]:
-    """The parts of a dimension that is one concatenation, nested ones opened; else the dimension itself."""
+    """The parts of a concatenation, nested ones opened; of anything else the dimension itself."""
     dim = resolve(dim)
     if len(dim) != 1 or not isinstance(dim[0].bound, Sum):
         return (dim,)
@@ -158,8 +151,8 @@ def leaves(dim: Dim) -> tuple[Axis, ...]:
 def unify(x: Dim, y: Dim) -> bool:
     """State that two dimensions are one index space. False where their structures cannot agree.
 
-    Symmetric; sizes stay; axes of one dimension are never tied to each other (a table laid out as (W, H) over a square
-    grid would make H and W the same axis).
+    Symmetric; sizes stay; axes of one dimension are never tied to each other (a table laid out as
+    (W, H) over a square grid would make H and W the same axis).
     """
     x, y = resolve(x), resolve(y)
     if x == y:
@@ -182,7 +175,7 @@ def unify(x: Dim, y: Dim) -> bool:
 
 
 def regroup(dim: Dim, sizes: Sequence[sympy.Expr]) -> list[Dim] | None:
-    """The dimension cut row-major into dimensions of the given sizes, leaves split as needed; None where impossible."""
+    """The dimension cut row-major into dimensions of these sizes; None where that is impossible."""
     template = tuple(Axis(s) for s in sizes if s != 1)
     if not unify(template, dim):
         return None
@@ -191,7 +184,7 @@ def regroup(dim: Dim, sizes: Sequence[sympy.Expr]) -> list[Dim] | None:
 
 
 def join(dims: Sequence[Dim], axis: Axis | None = None) -> Dim:
-    """The concatenation of dimensions; those of size 0 vanish. `axis`: the axis that is to stand for it."""
+    """The concatenation of dimensions, as `axis` if given; dimensions of size 0 vanish."""
     dims = tuple(d for d in dims if not are_equal(size(d), sympy.S.Zero))
     if len(dims) == 1:
         return dims[0]
@@ -220,7 +213,7 @@ def _find(axis: Axis) -> Axis:
 def _common_cuts(
     x: Sequence[sympy.Expr], y: Sequence[sympy.Expr]
 ) -> tuple[list[list[sympy.Expr]], list[list[sympy.Expr]]] | None:
-    """For two factor lists of one number: how each factor splits so that both lists become the same."""
+    """How each factor of two lists splits so that both lists become the same; None: they cannot."""
     cuts: tuple[list[list[sympy.Expr]], list[list[sympy.Expr]]] = ([], [])
     left, right = list(x)[::-1], list(y)[::-1]
     fresh_left = fresh_right = True
@@ -268,15 +261,15 @@ def _unify_axes(a: Axis, b: Axis) -> bool:
     if a.is_sum:
         a, b = b, a
     for leaf in leaves((b,)) if b.is_sum else (b,):
-        leaf.origins = _merge(leaf.origins, a.origins)
+        leaf.origins = _merge(a.origins, leaf.origins)
     a.bound = b
     return True
 
 
 def _merge(x: tuple[Origin, ...], y: tuple[Origin, ...]) -> tuple[Origin, ...]:
-    if all(o in x for o in y):
-        return x
-    return tuple(sorted({*x, *y}, key=lambda o: (o.weight, o.source, -o.dim), reverse=True))
+    """The origins of both, best first; of equals, those of `x` come first."""
+    new = [o for o in y if o not in x]
+    return tuple(sorted([*x, *new], key=lambda o: o.weight, reverse=True)) if new else x
 
 
 def _unify_sums(a: Axis, b: Axis) -> bool:

@@ -1,6 +1,7 @@
 """Grids: (T, H, W) of a token axis, from the dimensions of the latents or from the position tables.
 
-A wrong grid makes a wrong sparse pattern, so each way out of here is a proof or a reason why there is none.
+A wrong grid makes a wrong sparse pattern, so each way out of here is a proof or a reason why there
+is none.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from dataclasses import dataclass
 
 import sympy
 
-from dit_opt.facts.axes import Axis, Dim, Origin, are_equal, leaves, resolve, size
+from dit_opt.facts.axes import Axis, Dim, Origin, leaves, resolve, size
 from dit_opt.facts.labels import Labels
+from dit_opt.facts.sizes import are_equal
 
-__all__ = ["OPTION_HINT", "Grid", "find_grid", "origin_of_axes"]
-
-OPTION_HINT = 'pass options={"grid": (T, H, W)}'
+__all__ = ["Grid", "find_grid", "origin_of_axes"]
 
 
 @dataclass(frozen=True)
 class Grid:
     """Sizes (T, H, W) of the video tokens, row-major; an image has T = 1.
 
-    `source` is "latents" (patch embedding), "tables" (position tables) or "option" (the user said so).
+    `source` is "latents" (patch embedding), "tables" (position tables) or "option" (the user said
+    so).
     """
 
     sizes: tuple[sympy.Expr, sympy.Expr, sympy.Expr]
@@ -31,7 +32,7 @@ class Grid:
 
 
 def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
-    """The grid of a token axis, or the reason why the graph does not prove one."""
+    """The grid of a token axis, or the reason (a clause) why the graph does not prove one."""
     axes = resolve(tokens)
     origins = [origin_of_axes((axis,)) for axis in axes]
     users = [o for o in origins if o is not None and o.user]
@@ -45,7 +46,7 @@ def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
 
 
 def origin_of_axes(dim: Dim) -> Origin | None:
-    """The best origin that all leaves of a dimension share by input and dimension; None where they differ."""
+    """The input dimension that all leaves of a dimension stem from first; None where they differ."""
     found = {leaf.origin for leaf in leaves(dim)}
     keys = {(o.source, o.dim) if o else None for o in found}
     return next(iter(found)) if len(keys) == 1 else None
@@ -60,7 +61,7 @@ def _from_latents(axes: Dim, origins: Sequence[Origin]) -> Grid | str:
     if sorted(set(dims)) != dims:
         return (
             f"The tokens interleave the dimensions {dims} of '{source}', which is no row-major "
-            f"order of (T, H, W); {OPTION_HINT} if they are."
+            f"order of (T, H, W)"
         )
     one = sympy.S.One
     if len(sizes) == 3:
@@ -71,7 +72,7 @@ def _from_latents(axes: Dim, origins: Sequence[Origin]) -> Grid | str:
         return Grid((sizes[0], one, sizes[1]), "latents")
     return (
         f"The tokens range over the dimensions {dims} of '{source}' with {rank} dimensions, "
-        f"and nothing tells which of T, H, W these are; {OPTION_HINT}."
+        f"and nothing tells which of T, H, W these are"
     )
 
 
@@ -81,6 +82,8 @@ def _dim_of(pair: tuple[Axis, Origin]) -> int:
 
 def _from_tables(labels: Labels, axes: Dim) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:
     """The dimensions that a table had before they were joined to the token axis."""
+    if any(leaf in labels.disputed for leaf in leaves(axes)):
+        return None
     borders = {0, len(axes)}
     full: list[list[sympy.Expr]] = []
     for dims, joined in labels.joins:
@@ -99,6 +102,9 @@ def _from_tables(labels: Labels, axes: Dim) -> tuple[sympy.Expr, sympy.Expr, sym
     runs = [size(axes[a:b]) for a, b in itertools.pairwise(marks)]
     if len(runs) == 3:
         return runs[0], runs[1], runs[2]
+    # A trailing size 1 may be W = 1 or no part of the grid.
+    if any(s[-1] == 1 for s in full):
+        return None
     # A size-1 axis leaves no factor behind, only a place among the joined dimensions.
     named = [s for s in full if len(s) == 3]
     if named and all(_same(s, named[0]) for s in named) and len(runs) <= 2:
@@ -127,16 +133,15 @@ def _explain(labels: Labels, axes: Dim, origins: Sequence[Origin | None]) -> str
     if not known:
         lost = next((leaf for leaf in leaves(axes) if leaf.note), None)
         made = f" (an axis {lost.note})" if lost is not None else ""
-        return f"The tokens could not be followed back to an input{made}; {OPTION_HINT}."
+        return f"The tokens could not be followed back to an input{made}"
     first = known[0]
-    others = sorted({o.source for leaf in leaves(axes) for o in leaf.origins if o.user} - {first.source})
+    others = sorted(
+        {o.source for leaf in leaves(axes) for o in leaf.origins if o.user} - {first.source}
+    )
     # Positions come as ids or tables of the user where another input shares the token axis.
     positions = (
         f"and positions come as {', '.join(map(repr, others))} from outside"
         if others
-        else "and no position table in this graph splits them"
+        else "and no position table in this graph proves their grid"
     )
-    return (
-        f"The tokens come packed in dimension {first.dim} of '{first.source}' {positions}; "
-        f"{OPTION_HINT}."
-    )
+    return f"The tokens come packed in dimension {first.dim} of '{first.source}' {positions}"

@@ -1,53 +1,48 @@
 """Labels: the axes of every dimension of every tensor in a graph.
 
-Each op says, by its rule, which axes of its inputs and outputs are one index space. An op without a rule ends the axes of
-its inputs, and new ones begin: nothing is guessed from sizes.
+Each op says, by its rule, which axes of its inputs and outputs are one index space. An op without a
+rule ends the axes of its inputs, and new ones begin: nothing is guessed from sizes.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch.fx import Graph, Node
 
-from dit_opt._compat import size_expression
 from dit_opt.facts.axes import (
     Axis,
     Dim,
     Origin,
-    are_equal,
     axis_of,
     join,
     leaves,
     size,
     unify,
 )
+from dit_opt.facts.nodes import is_pointwise, op_name, origin_of, sizes_of
+from dit_opt.facts.sizes import are_equal
 
 __all__ = [
     "Label",
     "Labels",
     "NoRule",
     "Rule",
-    "is_pointwise",
-    "number_of",
-    "op_name",
-    "origin_of",
-    "sizes_of",
 ]
 
 log = logging.getLogger(__name__)
 
-# One entry per dimension of a tensor; a tuple of labels for a tuple of tensors; None for what is no tensor.
+# One entry per dimension of a tensor; a tuple of labels for a tuple of tensors; None for what is
+# no tensor.
 Label: TypeAlias = "list[Dim] | tuple[Any, ...] | None"
 Rule: TypeAlias = Callable[..., Any]
 
-# A later pass sees what an earlier one unified: a slice taken before its source was tied to a concatenation.
+# A later pass sees what an earlier one unified: a slice taken before its source was tied to a
+# concatenation.
 PASSES = 3
 INPUTS = ("placeholder", "get_attr")
 
@@ -66,12 +61,14 @@ class Labels:
     Attributes:
         joins: (dims, dim): a reshape of a constant table made one dimension of several, row-major.
         ended: the node at which an axis was last seen to end, by axis.
+        disputed: axes for which two tables have different structures.
     """
 
     def __init__(self, graph: Graph, rules: dict[str, Rule]) -> None:
         self.node: Node
         self.joins: list[tuple[tuple[Dim, ...], Dim]] = []
         self.ended: dict[Axis, Node] = {}
+        self.disputed: set[Axis] = set()
         self._labels: dict[Node, Label] = {}
         self._memo: dict[tuple[Any, ...], Axis] = {}
         self._rules = rules
@@ -128,7 +125,7 @@ class Labels:
         return self._begin(value, None, f"made by `{name}` (node {node.name})")
 
     def _begin(self, value: Any, origin: tuple[str, bool] | None, note: str) -> Label:
-        """New axes for a value; `origin`: the name of the graph input and whether the user gives it."""
+        """New axes for a value; `origin`: (name of the graph input, whether the user gives it)."""
         if isinstance(value, (tuple, list)):
             return tuple(
                 self._begin_one(v, origin, note, (i,)) if isinstance(v, torch.Tensor) else None
@@ -139,15 +136,19 @@ class Labels:
     def _begin_one(
         self, value: torch.Tensor, origin: tuple[str, bool] | None, note: str, slot: tuple[int, ...]
     ) -> list[Dim]:
-        floating, rank = value.is_floating_point() or value.is_complex(), value.dim()
+        lengths = self._sizes_of(value)
+        extents = sum(length != 1 for length in lengths)
+        floating = value.is_floating_point() or value.is_complex()
         return [
             self.new(
                 (*slot, i),
                 length,
-                [Origin(origin[0], i, rank, floating, origin[1])] if origin else (),
+                [Origin(origin[0], i, len(lengths), extents, floating, origin[1])]
+                if origin
+                else (),
                 note,
             )
-            for i, length in enumerate(self._sizes_of(value))
+            for i, length in enumerate(lengths)
         ]
 
     def _fits(self, label: Label, value: Any) -> bool:
@@ -163,7 +164,9 @@ class Labels:
         return (
             isinstance(label, list)
             and len(label) == value.dim()
-            and all(are_equal(size(d), s) for d, s in zip(label, self._sizes_of(value), strict=True))
+            and all(
+                are_equal(size(d), s) for d, s in zip(label, self._sizes_of(value), strict=True)
+            )
         )
 
     # What rules are made of.
@@ -171,7 +174,7 @@ class Labels:
     def new(
         self, slot: Any, length: sympy.Expr, origins: Iterable[Origin] = (), note: str = ""
     ) -> Dim:
-        """A dimension of a new axis, the same axis in every pass. `slot` tells the axes of one node apart."""
+        """A dimension of a new axis, the same in every pass; `slot` tells those of a node apart."""
         if length == 1:
             return ()
         key = (self.node, slot, length)
@@ -192,7 +195,7 @@ class Labels:
             self.ended[leaf] = self.node
 
     def agree(self, *dims: Dim) -> Dim:
-        """Tie dimensions that an op walks together; those of size 1 are broadcast. Raises NoRule on a clash."""
+        """Tie dimensions that an op walks together, broadcasting size 1. Raises NoRule on a clash."""
         wide = [d for d in dims if size(d) != 1]
         for other in wide[1:]:
             if not unify(wide[0], other):
@@ -208,7 +211,8 @@ class Labels:
     def sizes(self, part: int | None = None) -> tuple[sympy.Expr, ...]:
         """The sizes of the node's own value, read from its fake tensor."""
         value = self.node.meta.get("example_value")
-        value = value if part is None else value[part]
+        if part is not None:
+            value = value[part] if isinstance(value, (tuple, list)) else None
         if not isinstance(value, torch.Tensor):
             raise NoRule("the value is no tensor")
         return self._sizes_of(value)
@@ -229,55 +233,6 @@ class Labels:
     def is_table(self, node: Node) -> bool:
         """Whether a value is made of weights and sizes alone, as position tables are."""
         return node not in self._data
-
-
-def op_name(node: Node) -> str:
-    """The public name of an op, the same for function, method, in-place form and dispatcher overload."""
-    return _plain_name(
-        node.target
-        if isinstance(node.target, str)
-        else getattr(node.target, "__name__", str(node.target))
-    )
-
-
-@lru_cache(maxsize=4096)
-def _plain_name(name: str) -> str:
-    name = name.split(".")[0]
-    # `and_`, `or_` and `xor_` end in an underscore and are not in place.
-    in_place = name.endswith("_") and not name.startswith("_")
-    return name[:-1] if in_place and name not in ("and_", "or_", "xor_") else name
-
-
-@lru_cache(maxsize=4096)
-def is_pointwise(name: str) -> bool:
-    """Whether torch tags the op as elementwise with broadcasting."""
-    packet = getattr(torch.ops.aten, name, None)
-    return packet is not None and any(
-        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
-    )
-
-
-def origin_of(node: Node) -> tuple[str, bool]:
-    """(short name of a graph input, whether the user gives it rather than the module)."""
-    inner = node.op == "get_attr" or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
-    # Buffers look like any other tensor; Dynamo names inputs after where it found them.
-    if inner or re.search(r"_(parameters|buffers)_|^l_self_|^g_", node.name):
-        return node.name, False
-    return re.sub(r"^l_(kwargs_|args_|stack\d+_)?|_$", "", node.name), True
-
-
-def sizes_of(value: torch.Tensor) -> tuple[sympy.Expr, ...]:
-    """The shape as expressions; adds no guard."""
-    return tuple(size_expression(s) for s in value.shape)
-
-
-def number_of(value: Any) -> sympy.Expr | None:
-    """An argument that is an int or a node of a size, as an expression; None for anything else."""
-    if isinstance(value, Node):
-        value = value.meta.get("example_value")
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return size_expression(value)
-    return None
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -302,4 +257,3 @@ def _find_data(nodes: Iterable[Node]) -> set[Node]:
         elif _holds_tensor(node.meta.get("example_value")):
             data.update([node] if any(n in data for n in node.all_input_nodes) else [])
     return data
-

@@ -1,8 +1,9 @@
 """Rules for ops that keep index spaces: elementwise ops, norms, reductions, constants.
 
-A rule is named after what torch calls the op in public, so functions, methods and dispatcher overloads share one. It gets
-the labels and the node's own arguments, ties what the op walks together and returns the label of the value. The tables of
-the other families are in `rules_shape`, `rules_parts` and `rules_contract`; `RULES` holds all.
+A rule is named after what torch calls the op in public, so functions, methods and dispatcher
+overloads share one. It gets the labels and the node's own arguments, ties what the op walks
+together and returns the label of the value. The tables of the other families are in `rules_shape`,
+`rules_parts` and `rules_contract`; `RULES` holds all.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any
 import sympy
 from torch.fx import Graph, Node
 
-from dit_opt.facts.axes import Dim, are_equal, size, unify
+from dit_opt.facts.axes import Dim, leaves, size, unify
 from dit_opt.facts.labels import Labels, NoRule, Rule
 from dit_opt.facts.rules_contract import CONTRACT_RULES
 from dit_opt.facts.rules_parts import PART_RULES
 from dit_opt.facts.rules_shape import SHAPE_RULES
+from dit_opt.facts.sizes import are_equal
 
 __all__ = ["RULES", "label_axes"]
 
@@ -38,16 +40,25 @@ def constant(labels: Labels, *_: Any, **__: Any) -> list[Dim]:
 
 def pointwise(labels: Labels, *args: Any, **kwargs: Any) -> list[Dim]:
     """Operands are walked together, aligned at the last dimension."""
-    operands = [labels[a] for a in _flatten([*args, *kwargs.values()]) if labels.is_tensor(a)]
+    operands = [a for a in _flatten([*args, *kwargs.values()]) if labels.is_tensor(a)]
+    # Tokens first: where a table's structure contradicts theirs, they keep their own.
+    operands.sort(key=labels.is_table)
+    dims = [labels[a] for a in operands]
     lengths = labels.sizes()
     return [
-        _walk(labels, [o[d] for o in operands if len(o) >= -d], lengths[d], d)
-        for d in range(-len(lengths), 0)
+        _walk(labels, [d[i] for d in dims if len(d) >= -i], lengths[i])
+        for i in range(-len(lengths), 0)
     ]
 
 
 def normalize(
-    labels: Labels, x: Node, normalized_shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any
+    labels: Labels,
+    x: Node,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *_: Any,
+    **__: Any,
 ) -> list[Dim]:
     """Norms over the last dimensions, with weights of these dimensions."""
     return pointwise(labels, x, weight, bias)
@@ -63,9 +74,7 @@ def reduce(
     if not all(isinstance(d, int) for d in dims):
         raise NoRule("the dimension is no number")
     gone = {d % len(label) for d in dims}
-    return [
-        () if i in gone else d for i, d in enumerate(label) if keepdim or i not in gone
-    ]
+    return [() if i in gone else d for i, d in enumerate(label) if keepdim or i not in gone]
 
 
 def norm(
@@ -81,24 +90,19 @@ def extremum(labels: Labels, x: Node, *args: Any, **kwargs: Any) -> list[Dim]:
     return reduce(labels, x)
 
 
-def _walk(labels: Labels, dims: list[Dim], length: sympy.Expr, slot: int) -> Dim:
-    wide = [d for d in dims if size(d) != 1]
+def _walk(labels: Labels, dims: list[Dim], length: sympy.Expr) -> Dim:
+    """One dimension of an elementwise op: an operand of the result's own size is not broadcast."""
+    wide = [d for d in dims if are_equal(size(d), length)]
     if not wide:
+        if length != 1:
+            raise NoRule("no operand has the size of the result")
         return ()
-    # An operand whose size is proved to be the result's own is not broadcast, whatever the others' sizes are.
-    first = next((d for d in wide if are_equal(size(d), length)), None)
-    if first is None:
-        raise NoRule("no operand has the size of the result")
-    agreed = True
-    for other in wide:
-        if are_equal(size(other), length):
-            agreed &= unify(first, other)
-    if agreed:
-        return first
-    # Two structures of one dimension contradict each other: none is picked.
-    for dim in wide:
-        labels.end(dim)
-    return labels.new(("clash", slot), length)
+    for other in wide[1:]:
+        if not unify(wide[0], other):
+            # Both structures hold of one flat index; only a grid must not be read from either.
+            labels.disputed.update(leaves(wide[0]))
+            labels.end(other)
+    return wide[0]
 
 
 def _flatten(args: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """Rules for ops that sum over axes: products of matrices, attention, convolutions, lookups.
 
-Contracted axes are one index space, the others pass; a convolution that cuts patches says where the grid comes from.
+Contracted axes are one index space, the others pass; a convolution that cuts patches says where the
+grid comes from.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from dit_opt.facts.axes import Dim, are_equal, resolve, size, unify
+from dit_opt.facts.axes import Dim, resolve, size, unify
 from dit_opt.facts.labels import Labels, NoRule, Rule
+from dit_opt.facts.sizes import are_equal
 
 __all__ = ["CONTRACT_RULES"]
 
@@ -86,7 +88,7 @@ def attention(
     is_causal: bool = False,
     **_: Any,
 ) -> list[Dim]:
-    """Keys and values share tokens; a mask is over queries and keys; a causal site reads positions."""
+    """Keys and values share tokens, a mask is over both sides, a causal site reads positions."""
     q, k, v = labels[query], labels[key], labels[value]
     labels.tie(k[-2], v[-2])
     labels.tie(q[-1], k[-1])
@@ -136,7 +138,7 @@ def _patch(
     labels: Labels, dim: Dim, kernel: sympy.Expr, stride: Any, padding: Any, dilation: Any,
     length: sympy.Expr, slot: int,
 ) -> Dim:  # fmt: skip
-    """One dimension of a convolution: each index by itself, cut into patches, or neighbours mixed."""
+    """One dimension of a convolution: passed on, cut into patches, or ended by mixing neighbours."""
     if padding == "valid":
         padding = 0
     if padding == 0 and kernel == stride == 1:
@@ -146,7 +148,8 @@ def _patch(
         origins = whole[0].origins if len(whole) == 1 else ()
         patches = labels.new(("patch", slot), length, origins)
         inner = labels.new(("kernel", slot), kernel)
-        # Where the sizes do not prove that patches cover the dimension, a rest may be cut off: no product then.
+        # Where the sizes do not prove that patches cover the dimension, a rest may be cut
+        # off: no product then.
         if not are_equal(length * kernel, size(dim)) or unify(dim, patches + inner):
             return patches
     labels.end(dim)

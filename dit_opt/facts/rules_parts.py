@@ -1,6 +1,7 @@
-"""Rules for ops that take tensors apart and put them together: slices, splits, concatenations, writes.
+"""Rules for ops that take tensors apart or join them: slices, splits, concatenations, writes.
 
-Text and latents meet in a concatenation and part in slices, so these rules are what tells segments apart.
+Text and latents meet in a concatenation and part in slices, so these rules are what tells segments
+apart.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from dit_opt.facts.axes import Dim, are_equal, cut, divide, resolve, segments, size
-from dit_opt.facts.labels import Labels, NoRule, Rule, number_of
+from dit_opt.facts.axes import Dim, cut, resolve, segments, size
+from dit_opt.facts.labels import Labels, NoRule, Rule
+from dit_opt.facts.nodes import number_of
+from dit_opt.facts.sizes import are_equal, divide
 
 __all__ = ["PART_RULES"]
 
 
 def take(labels: Labels, dim: Dim, start: sympy.Expr | None, length: sympy.Expr, slot: Any) -> Dim:
-    """`length` indices of a dimension from `start` on (None: unknown): exact segments pass, else the axis ends."""
+    """`length` indices from `start` on (None: unknown): exact segments pass, else the axis ends."""
     if are_equal(length, size(dim)):
         return dim
     dim = resolve(dim)
@@ -56,16 +59,16 @@ def _whole_segments(
 def _bounds(
     dim: Dim, index: slice, length: sympy.Expr | None
 ) -> tuple[sympy.Expr | None, sympy.Expr]:
-    """(start or None where it is unknown, length) of a slice of step 1; `length`: of the result, where there is one."""
+    """(start, None where unknown; length) of a slice of step 1; `length`: the result's, if known."""
     total = size(dim)
     start = _position(index.start, total, sympy.S.Zero)
     if length is None:
         stop = _position(index.stop, total, total)
         if start is None or stop is None:
             raise NoRule("a bound of the slice is unknown")
-        length = sympy.expand(stop - start)
-        if length.is_Integer and total.is_Integer:
-            length = sympy.Max(0, sympy.Min(stop, total) - sympy.Min(start, total))
+        if all(n.is_Integer for n in (start, stop, total)):
+            return start, sympy.Integer(max(0, min(int(stop), int(total)) - int(start)))
+        length = stop - start
     return start, length
 
 
@@ -81,10 +84,8 @@ def _position(bound: Any, total: sympy.Expr, default: sympy.Expr) -> sympy.Expr 
     return number if number.is_nonnegative else None
 
 
-def index(
-    labels: Labels, x: Node, items: Any, lengths: Sequence[sympy.Expr] | None
-) -> list[Dim]:
-    """`x[items]`; `lengths`: the sizes of the result, None where it is written to and has no node."""
+def index(labels: Labels, x: Node, items: Any, lengths: Sequence[sympy.Expr] | None) -> list[Dim]:
+    """`x[items]`; `lengths`: sizes of the result, None where it is written to and has no node."""
     label, out, d = labels[x], [], 0
     items = list(items) if isinstance(items, (tuple, list)) else [items]
     if sum(labels.is_tensor(i) for i in items) > 1:
@@ -135,7 +136,7 @@ def getitem(labels: Labels, x: Any, items: Any) -> Any:
 
 
 def setitem(labels: Labels, x: Any, items: Any, value: Any) -> None:
-    """A buffer filled slice by slice is a concatenation; what is written has the axes of where it goes."""
+    """A buffer filled slice by slice is a concatenation of what is written."""
     label = labels[x]
     for dim, item in zip(label, items if isinstance(items, tuple) else (items,), strict=False):
         if item is Ellipsis or item is None:
@@ -154,6 +155,8 @@ def _cut_at(dim: Dim, item: slice) -> None:
     if len(dim) != 1 or not dim[0].is_leaf:
         return
     start, length = _bounds(dim, item, None)
+    if start is None:
+        return
     pieces = [p for p in (start, length, sympy.expand(size(dim) - start - length)) if p != 0]
     if len(pieces) > 1 and all(p.is_positive for p in pieces):
         cut(dim[0], pieces)
@@ -227,8 +230,8 @@ def pad(labels: Labels, x: Node, pad: Any, mode: str = "constant", value: Any = 
         before, after = number_of(low), number_of(high)
         if before == 0 and after == 0:
             continue
-        known = before is not None and after is not None and mode == "constant"
-        if known and before.is_nonnegative and after.is_nonnegative:
+        known = before is not None and before.is_nonnegative
+        if known and after is not None and after.is_nonnegative and mode == "constant":
             edges = [labels.new((side, i), n) for side, n in (("low", before), ("high", after))]
             label[d] = labels.join([edges[0], label[d], edges[1]], ("pad", i))
         else:

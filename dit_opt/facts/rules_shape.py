@@ -11,8 +11,10 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from dit_opt.facts.axes import Dim, are_equal, divide, regroup, size
-from dit_opt.facts.labels import Labels, NoRule, Rule, number_of
+from dit_opt.facts.axes import Dim, regroup, size
+from dit_opt.facts.labels import Labels, NoRule, Rule
+from dit_opt.facts.nodes import number_of
+from dit_opt.facts.sizes import are_equal, divide
 
 __all__ = ["SHAPE_RULES"]
 
@@ -32,7 +34,9 @@ def reshape(labels: Labels, x: Node, *_: Any, **__: Any) -> list[Dim]:
             parts = [labels.new(("reshape", there.start + i), s) for i, s in enumerate(lengths)]
         wide = [part for part in parts if part]
         if len(dims) > 1 and len(wide) == 1 and labels.is_table(x):
-            labels.joins.append((tuple(dims), wide[0]))
+            # A following size 1 may be W = 1 or a dimension of heads: readers must know.
+            tail = source[here.stop : here.stop + 1]
+            labels.joins.append((tuple(dims + [d for d in tail if not d]), wide[0]))
         out += parts
     return out
 
@@ -56,6 +60,8 @@ def _groups(
                 b, j = b * want[j], j + 1
             else:
                 raise NoRule("the products of the sizes are not proved equal")
+        if j == len(want):
+            i = len(source) if all(s == 1 for s in source[i:]) else i
         yield slice(first[0], i), slice(first[1], j)
 
 

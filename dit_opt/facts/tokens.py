@@ -1,6 +1,7 @@
-"""Tokens: what the queries and keys of each attention site range over, with the latent grid and the text segments.
+"""Tokens: what the queries and keys of each attention site range over.
 
-Every other system is told by hand, per model, where the video tokens are; here the graph proves it, or says why not.
+Every other system is told by hand, per model, where the video tokens are; here the graph proves it,
+or says why not.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from enum import Enum
 import sympy
 from torch.fx import Graph, Node
 
-from dit_opt.facts.axes import Axis, Dim, are_equal, leaves, segments, size
-from dit_opt.facts.grids import OPTION_HINT, Grid, find_grid, origin_of_axes
+from dit_opt.facts.axes import Axis, Dim, leaves, segments, size
+from dit_opt.facts.grids import Grid, find_grid, origin_of_axes
 from dit_opt.facts.labels import Labels, NoRule
 from dit_opt.facts.rules import label_axes
 from dit_opt.facts.sites import Form, Site
+from dit_opt.facts.sizes import are_equal
 
 __all__ = [
     "Grid",
@@ -31,12 +33,15 @@ __all__ = [
     "find_tokens",
 ]
 
+OPTION_HINT = 'pass options={"grid": (T, H, W)}.'
+
 log = logging.getLogger(__name__)
 
 
 class SiteKind(Enum):
-    """SELF: queries and keys are the same tokens. JOINT: so with several segments, or queries are some of the keys.
+    """How queries and keys are related.
 
+    SELF: the same tokens. JOINT: the same in several segments, or latents and more among the keys.
     CROSS: keys hold none of the queries' tokens. UNKNOWN: not proved.
     """
 
@@ -47,7 +52,7 @@ class SiteKind(Enum):
 
 
 class SegmentKind(Enum):
-    """LATENTS: tokens that become the graph's output. TEXT: tokens of another user input. OTHER: anything else."""
+    """LATENTS become the graph's output, TEXT stems from another user input, OTHER is the rest."""
 
     LATENTS = "latents"
     TEXT = "text"
@@ -56,7 +61,7 @@ class SegmentKind(Enum):
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of one site, from `start` to before `stop`; `source` names the input they stem from."""
+    """Tokens `start` to before `stop` of one site; `source` names the input they stem from."""
 
     kind: SegmentKind
     start: sympy.Expr
@@ -86,7 +91,8 @@ def find_tokens(graph: Graph, sites: Sequence[Site]) -> Tokens:
     """The token layout of every site.
 
     Args:
-        graph: a pre-grad graph as Dynamo makes it, with fake tensors in `meta["example_value"]`. It is read only, and
+        graph: a pre-grad graph as Dynamo makes it, with fake tensors in `meta["example_value"]`. It
+        is read only, and
             no guard is added under dynamic shapes.
         sites: from `find_sites` of the same graph.
     """
@@ -105,8 +111,8 @@ def find_tokens(graph: Graph, sites: Sequence[Site]) -> Tokens:
 def declare_grid(layout: Layout, sizes: tuple[int, int, int]) -> Layout:
     """The layout with a grid that the user gives, where the graph proves none.
 
-    The one segment of T * H * W tokens becomes the latents. A layout with a grid of its own, or in which no segment or
-    more than one has that many tokens, comes back as it is but for the reason.
+    The one segment of T * H * W tokens becomes the latents. A layout with a grid of its own, or in
+    which no segment or more than one has that many tokens, comes back as it is but for the reason.
     """
     if layout.grid is not None:
         return layout
@@ -196,18 +202,21 @@ class _Reader:
             return None, None, f"No token of the queries is proved to reach the output.{made}"
         if len(alive) > 1:
             names = ", ".join(str(self._source(p)) for p in alive)
-            return None, None, (
-                f"Several segments reach the output ({names}), and nothing in this graph tells "
-                f"which holds the latents; {OPTION_HINT}."
+            return (
+                None,
+                None,
+                (
+                    f"Several segments reach the output ({names}), and nothing in this graph tells "
+                    f"which holds the latents; {OPTION_HINT}"
+                ),
             )
         found = find_grid(self._labels, alive[0])
         if isinstance(found, Grid):
             return alive[0], found, ""
         if len(parts) == 1 and not self._has_text:
-            return None, None, (
-                f"{found[:-1]} (and nothing in this graph tells whether text is among them)."
-            )
-        return alive[0], None, found
+            doubt = "and nothing tells whether text is among them"
+            return None, None, f"{found}, {doubt}; {OPTION_HINT}"
+        return alive[0], None, f"{found}; {OPTION_HINT}"
 
     def _kind(self, query: Sequence[Dim], key: Sequence[Dim]) -> SiteKind:
         mine = [leaf for part in query for leaf in leaves(part)]
@@ -248,7 +257,7 @@ class _Reader:
 
 
 def _gridded_leaves(parts: Sequence[Dim]) -> set[Axis]:
-    """For graphs whose end is not understood: the tokens that range over several dimensions of one and the same input."""
+    """Where the graph's end is not understood: tokens over several dimensions of the one input."""
     found: dict[str, set[Axis]] = {}
     for part in parts:
         axes = leaves(part)

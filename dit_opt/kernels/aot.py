@@ -6,11 +6,14 @@ so a machine without any GPU can tell whether a kernel is still the one that was
 
 from __future__ import annotations
 
+import importlib
 import logging
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,14 @@ TARGETS: dict[str, GPUTarget] = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+# Bytes of shared memory that one program may use.
+SHARED_LIMITS = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+
 
 @dataclass(frozen=True)
 class Build:
@@ -35,6 +46,7 @@ class Build:
 
     Attributes:
         config: what tells this configuration from the others, for reports.
+        kernel: where the `triton.jit` function is, "module:name" (it cannot be pickled itself).
         signature: Triton type of each argument ("*bf16", "i32", "constexpr", "tensordesc<...>").
         attrs: facts about arguments that the launcher would derive, by position.
         expects_wgmma: whether warpgroup matrix instructions must appear on sm_90.
@@ -42,7 +54,7 @@ class Build:
 
     config: str
     target: str
-    kernel: Any
+    kernel: str
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     attrs: Mapping[tuple[int, ...], list[list[Any]]]
@@ -125,25 +137,19 @@ def find_faults(build: Build, report: KernelReport) -> list[str]:
         faults.append("has no warpgroup matrix product (HGMMA)")
     if build.expects_wgmma and not report.tma_loads:
         faults.append("has no bulk copy (UTMALDG)")
+    if build.expects_wgmma and report.mma_sync:
+        faults.append(f"has {report.mma_sync} matrix products of the old kind (mma.sync)")
     limit = SHARED_LIMITS[build.target]
     if report.shared_bytes > limit:
         faults.append(f"needs {report.shared_bytes} bytes of shared memory, more than {limit}")
     return faults
 
 
-# Bytes of shared memory that one program may use.
-SHARED_LIMITS = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
-
-
 def check_build(build: Build) -> tuple[KernelReport, list[str]]:
     """Compile and lint one build: its report and its faults."""
+    module, name = build.kernel.split(":")
     compiled = compile_ahead(
-        build.kernel,
+        getattr(importlib.import_module(module), name),
         build.signature,
         build.constexprs,
         build.attrs,
@@ -153,6 +159,17 @@ def check_build(build: Build) -> tuple[KernelReport, list[str]]:
     report = lint(compiled, build.config)
     log.debug("compiled %s for %s: %s", build.config, build.target, report)
     return report, find_faults(build, report)
+
+
+def check_builds(
+    builds: Iterable[Build], processes: int = 2
+) -> Iterator[tuple[Build, KernelReport, list[str]]]:
+    """`check_build` for many builds, spread over processes that hold no state of this one."""
+    builds = list(builds)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for build, (report, faults) in zip(builds, pool.map(check_build, builds), strict=True):
+            yield build, report, faults
 
 
 def _lint_nvidia(compiled: CompiledKernel, config: str) -> KernelReport:

@@ -24,6 +24,7 @@ from dit_opt.passes.sparse_attention import SparseSite
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257)
 
+
 @dataclass(frozen=True)
 class Choice:
     """The verdict on one site: the decision for reports, and how to replace it (or None)."""
@@ -44,7 +45,11 @@ def choose_sites(
     by name and can serve none of the sites.
     """
     choices = [_judge(site, tokens.layouts.get(site.node), options) for site in sites]
-    if options.grid and sites and not any(_fits(tokens.layouts.get(s.node), options) for s in sites):
+    if (
+        options.grid
+        and sites
+        and not any(_fits(tokens.layouts.get(s.node), options) for s in sites)
+    ):
         counts = sorted({str(_length(s)) for s in sites if s.query is not None})
         raise OptionError(
             f"grid={options.grid} is {_product(options.grid)} tokens, but the attention sites of "
@@ -106,9 +111,7 @@ def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
     )
 
 
-def _find_obstacle(
-    site: Site, layout: Layout | None, options: Options
-) -> tuple[Reason, str]:
+def _find_obstacle(site: Site, layout: Layout | None, options: Options) -> tuple[Reason, str]:
     """The first reason against a site, or REPLACED."""
     if options.router == "dense":
         return Reason.ROUTER_DENSE, ""

@@ -77,7 +77,6 @@ def sparse_attention(
             state += _replace(gm, sparse, index, sizes, reuse_plans)
     if state:
         append_outputs(gm, state)
-    gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
     return len(sites)

@@ -1,4 +1,4 @@
-"""A denoiser of two parameters that stands in for the demo model, so that tests sample in no time."""
+"""A denoiser of one number in place of the demo model, so that tests sample in no time."""
 
 from __future__ import annotations
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import torch
 
 from dit_opt.kernels.aot import Build
+from dit_opt.kernels.block_sparse_attention import triton as _launcher
 from dit_opt.kernels.block_sparse_attention.tilings import (
     choose_precision,
     choose_tiling,
     pad_dim,
     takes_descriptors,
 )
-from dit_opt.kernels.block_sparse_attention.triton import block_sparse_attention_fwd_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _ALIGNED = [["tt.divisibility", 16]]
@@ -34,9 +34,9 @@ def make_build(
     aligned: bool = True,
 ) -> Build:
     """One configuration; `aligned` false is what tensors that fit no descriptor get."""
-    kernel = block_sparse_attention_fwd_kernel
+    kernel = _launcher.block_sparse_attention_fwd_kernel
     padded_dim = pad_dim(dim)
-    tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k)
+    tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k, aligned)
     use_descriptors = aligned and takes_descriptors(target, dtype.itemsize)
     constexprs = {
         "DIM": dim,
@@ -81,7 +81,7 @@ def make_build(
             + ("" if aligned else " unaligned")
         ),
         target=target,
-        kernel=kernel,
+        kernel=f"{_launcher.__name__}:{kernel.__name__}",
         signature=signature,
         constexprs=constexprs,
         attrs=attrs,
@@ -91,16 +91,18 @@ def make_build(
 
 
 def list_builds(target: str) -> Iterator[Build]:
-    """The shipped configurations for one target."""
+    """The shipped configurations for one target: every tiling, and every branch of the kernel."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for dim in (32, 64, 128, 256):
-        yield make_build(target, dim, torch.bfloat16, block_k=64)
-        yield make_build(target, dim, torch.float32, block_k=64)
-    for dim in (64, 128):
-        yield make_build(target, dim, torch.bfloat16, block_k=128)
-        yield make_build(target, dim, torch.bfloat16, block_k=128, ragged=False)
-        yield make_build(target, dim, torch.bfloat16, block_k=128, bias=True)
-        yield make_build(target, dim, torch.bfloat16, block_q=64, block_k=64)
-        yield make_build(target, dim, torch.float16, block_k=128)
+        yield make_build(target, dim, bf16)
+        yield make_build(target, dim, fp32)
+        yield make_build(target, dim, bf16, bias=True)
+    yield make_build(target, 128, bf16, block_k=128)
+    yield make_build(target, 128, bf16, block_k=128, ragged=False)
+    yield make_build(target, 128, bf16, block_q=64)
+    yield make_build(target, 128, bf16, aligned=False)
+    yield make_build(target, 128, fp16)
+    yield make_build(target, 80, bf16)
 
 
 def _type_of(argument: str, name: str, constexprs: dict[str, object]) -> str:

@@ -26,6 +26,7 @@ class Arguments:
     counts: Tensor
     indices: Tensor
     key_bias: Tensor | None
+    scale: float
     block_q: int
     block_k: int
 
@@ -132,9 +133,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda a: a.q.dtype == a.k.dtype == a.v.dtype,
         TypeError,
-        lambda a: (
-            f"q, k and v must have one dtype, not {a.q.dtype}, {a.k.dtype} and {a.v.dtype}."
-        ),
+        lambda a: f"q, k and v must have one dtype, not {a.q.dtype}, {a.k.dtype} and {a.v.dtype}.",
     ),
     Rule(
         lambda a: a.counts.dtype == a.indices.dtype == torch.int32,
@@ -190,9 +189,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda a: all(size >= 16 and size & (size - 1) == 0 for size in (a.block_q, a.block_k)),
         ValueError,
-        lambda a: (
-            f"block_q={a.block_q} and block_k={a.block_k} must be powers of two, 16 or more."
-        ),
+        lambda a: f"block_q={a.block_q} and block_k={a.block_k} must be powers of two, 16 or more.",
+    ),
+    Rule(
+        lambda a: a.scale > 0,
+        ValueError,
+        lambda a: f"scale must be positive, not {a.scale}; move the sign of the scores into q.",
     ),
     Rule(
         lambda a: a.counts.dim() == 3 and a.indices.dim() == 4,

@@ -46,7 +46,7 @@ def block_sparse_attention(
         indices: int32 [B or 1, H, ceil(Nq / block_q), capacity], key blocks, ascending without
             repeats in the used entries; the others are never read.
         key_bias: additive float32 [B or 1, H or 1, Nk]; 0 keeps a key, -inf removes it.
-        scale: factor on the scores; D ** -0.5 if None.
+        scale: positive factor on the scores; D ** -0.5 if None.
         block_q, block_k: tokens in a query and in a key block; the last of either may be ragged.
 
     Returns:
@@ -73,7 +73,7 @@ def _run_on_cpu(
     block_q: int,
     block_k: int,
 ) -> tuple[Tensor, Tensor]:
-    check_arguments(Arguments(q, k, v, counts, indices, key_bias, block_q, block_k))
+    check_arguments(Arguments(q, k, v, counts, indices, key_bias, scale, block_q, block_k))
     return cpu.attend(q, k, v, counts, indices, key_bias, scale, block_q, block_k)
 
 
@@ -92,7 +92,7 @@ def _run_on_gpu(
     # Imported here because Triton is absent where there is no GPU to run it on.
     from dit_opt.kernels.block_sparse_attention import triton
 
-    check_arguments(Arguments(q, k, v, counts, indices, key_bias, block_q, block_k))
+    check_arguments(Arguments(q, k, v, counts, indices, key_bias, scale, block_q, block_k))
     return triton.launch(q, k, v, counts, indices, key_bias, scale, block_q, block_k)
 
 
@@ -108,5 +108,5 @@ def _fake(
     block_q: int,
     block_k: int,
 ) -> tuple[Tensor, Tensor]:
-    check_arguments(Arguments(q, k, v, counts, indices, key_bias, block_q, block_k))
+    check_arguments(Arguments(q, k, v, counts, indices, key_bias, scale, block_q, block_k))
     return new_outputs(q)

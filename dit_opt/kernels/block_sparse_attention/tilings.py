@@ -30,7 +30,7 @@ _NVIDIA: dict[tuple[int, int], Tiling] = {
     (256, 2): Tiling(64, 32, 8, 2),
     (32, 4): Tiling(64, 32, 4, 2),
     (64, 4): Tiling(64, 32, 4, 2),
-    (128, 4): Tiling(32, 32, 4, 2),
+    (128, 4): Tiling(32, 16, 4, 2),
     (256, 4): Tiling(32, 16, 8, 1),
 }
 
@@ -48,17 +48,24 @@ _AMD: dict[tuple[int, int], Tiling] = {
 
 
 def choose_tiling(
-    architecture: str, padded_dim: int, itemsize: int, block_q: int, block_k: int
+    architecture: str,
+    padded_dim: int,
+    itemsize: int,
+    block_q: int,
+    block_k: int,
+    aligned: bool = True,
 ) -> Tiling:
     """The tiling for an architecture ("sm_90", "gfx942"), a head dimension and a dtype's size.
 
-    `padded_dim` comes from `pad_dim`; tiles never exceed the blocks that a plan lists.
+    `padded_dim` comes from `pad_dim`; tiles never exceed the blocks that a plan lists. Tensors
+    that are not aligned to 16 bytes are loaded through more registers, so their tiles are smaller.
     """
     table = _AMD if is_amd(architecture) else _NVIDIA
     largest = table[padded_dim, itemsize]
     tile_q = min(largest.tile_q, block_q)
     warps = max(1, largest.num_warps * tile_q // largest.tile_q)
-    return Tiling(tile_q, min(largest.tile_k, block_k), warps, largest.num_stages)
+    tile_k = largest.tile_k if aligned or padded_dim < 128 else max(16, largest.tile_k // 2)
+    return Tiling(tile_q, min(tile_k, block_k), warps, largest.num_stages)
 
 
 def pad_dim(dim: int) -> int:
@@ -88,8 +95,8 @@ def takes_descriptors(architecture: str, itemsize: int) -> bool:
     return int(architecture.removeprefix("sm_")) >= 90
 
 
-def fits_descriptor(x: Tensor) -> bool:
-    """Whether a tensor can be read through a tensor descriptor, which must be 16-byte aligned."""
+def is_aligned(x: Tensor) -> bool:
+    """Whether every row of a tensor is contiguous and starts on a multiple of 16 bytes."""
     unit = x.element_size()
     return (
         x.stride(-1) == 1

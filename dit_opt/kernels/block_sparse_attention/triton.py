@@ -18,7 +18,7 @@ from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_output
 from dit_opt.kernels.block_sparse_attention.tilings import (
     choose_precision,
     choose_tiling,
-    fits_descriptor,
+    is_aligned,
     pad_dim,
     takes_descriptors,
 )
@@ -188,10 +188,10 @@ def launch(
         return out.zero_(), lse.fill_(-torch.inf)
     architecture = read_architecture(q.device)
     padded_dim = pad_dim(dim)
-    tiling = choose_tiling(architecture, padded_dim, q.element_size(), block_q, block_k)
-    use_descriptors = takes_descriptors(architecture, q.element_size()) and all(
-        fits_descriptor(x) for x in (q, k, v)
-    )
+    itemsize = q.element_size()
+    aligned = all(is_aligned(x) for x in (q, k, v))
+    tiling = choose_tiling(architecture, padded_dim, itemsize, block_q, block_k, aligned)
+    use_descriptors = aligned and takes_descriptors(architecture, itemsize)
     counts, indices = counts.contiguous(), indices.contiguous()
     bias_strides = (0, 0)
     if key_bias is not None:
@@ -238,7 +238,7 @@ def launch(
         HAS_BIAS=key_bias is not None,
         RAGGED_KEYS=keys % block_k != 0,
         USE_DESCRIPTORS=use_descriptors,
-        PRECISION=choose_precision(architecture, padded_dim, q.element_size()),
+        PRECISION=choose_precision(architecture, padded_dim, itemsize),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )

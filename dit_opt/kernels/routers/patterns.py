@@ -38,11 +38,11 @@ class HeadKind(Enum):
 
 @dataclass(frozen=True)
 class Boxes:
-    """Bounding boxes of groups of tokens: `low` and `high` int64 [n, 3], both inclusive, over the
-    video tokens.
+    """Bounding boxes of n groups of tokens.
 
-    `level` int64 [n] is the widest checkerboard that holds one of the tokens; `has_text` bool [n]
-    says whether any is outside the video.
+    `low`, `high` int64 [n, 3]: smallest and largest (t, h, w) of the group's video tokens.
+    `level` int64 [n]: the widest checkerboard that holds one of them. `has_text` bool [n]: whether
+    any token of the group is outside the video.
     """
 
     low: Tensor
@@ -59,9 +59,10 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Keep a key when it lies within `reach` (dt, dh, dw) of the query, None meaning any distance,
-    and on the checkerboard of step `lattice` (1 meaning every token). Source: RainFusion, arXiv
-    2505.21036.
+    """Which keys a query keeps: those within `reach` of it that stand on the checkerboard `lattice`.
+
+    `reach` is (dt, dh, dw), None meaning any distance; `lattice` is a step, 1 meaning every token.
+    Source: RainFusion, arXiv 2505.21036.
     """
 
     kind: HeadKind
@@ -106,9 +107,7 @@ def list_patterns(layout: VideoLayout) -> tuple[Pattern, ...]:
 
 
 def box_blocks(layout: VideoLayout, order: Tensor, block: int) -> Boxes:
-    """The bounding boxes of consecutive blocks of `block` tokens of an order, ceil(N / block) of
-    them.
-    """
+    """The bounding boxes of the ceil(N / block) consecutive blocks of an order int64 [N]."""
     positions = locate_tokens(layout)
     video = torch.full((layout.tokens,), False)
     video[layout.video_start : layout.video_start + layout.video_tokens] = True

@@ -1,10 +1,9 @@
-"""RainFusion's router: the Adaptive Recognition Module gives every head the sparsest pattern that
-keeps its mass.
+"""RainFusion's router: each head gets the sparsest pattern that keeps its softmax mass.
 
 Heads differ (local in space, local in time, or a texture over the frame) and change with the
 prompt, so the choice is made per head in every forward, from a few exact softmax rows, and stays a
-tensor on the device. Source: RainFusion, arXiv 2505.21036; here the recall is of the executed block
-lists, in their own token order.
+tensor on the device. Source: the Adaptive Recognition Module of RainFusion, arXiv 2505.21036; here
+the recall is of the executed block lists, in their own token order.
 """
 
 from __future__ import annotations
@@ -45,12 +44,11 @@ def measure_recall(
     key_bias: Tensor | None = None,
     rows: int | None = None,
 ) -> Tensor:
-    """The softmax mass that each candidate's block lists hold, for sampled query rows: float32 [B,
-    H, C, m].
+    """The softmax mass that each candidate's block lists hold for sampled queries, [B, H, C, m].
 
-    q [B, H, N, D] and k [B, Hk, N, D] of any strides, Hk dividing H; key_bias is additive, [B or 1,
-    H or 1, N]. Exact softmax in float32 over all keys. A row without any key counts as fully kept.
-    `rows` overrides m.
+    Float32, by an exact softmax over all keys; a row without any key counts as fully kept.
+    q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides H; key_bias is additive,
+    [B or 1, H or 1, N]; `rows` overrides m. Raises ValueError for shapes that do not fit.
     """
     batch, heads, tokens, _ = q.shape
     key_heads = k.shape[1]
@@ -92,8 +90,7 @@ def recognize(
     key_bias: Tensor | None = None,
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The candidate of each head, int32 [B, H], and the mean recall of every candidate, float32 [B,
-    H, C].
+    """The candidate of each head, int32 [B, H], and the mean recall of all, float32 [B, H, C].
 
     By quality: the sparsest candidate whose mean recall, less one standard error of that mean,
     reaches `target`. The margin pays for having picked the sparsest of several noisy estimates, and
@@ -111,6 +108,7 @@ def recognize(
     else:
         error = by_row.std(-1, correction=0) / by_row.shape[-1] ** 0.5
         serves = recall - error >= target
+        # Rounding must not cost dense its recall of 1: without any match argmax names the sparsest.
         serves[..., -1] = True
         choice = serves.int().argmax(-1)
     return choice.int(), recall
@@ -119,9 +117,7 @@ def recognize(
 def candidate_names(
     T: int, H: int, W: int, video_start: int, N: int, block_q: int, block_k: int
 ) -> tuple[str, ...]:
-    """What the values of `choice` stand for on this grid: "spatial 2", "temporal 1x1", "textural
-    4", ..., "dense".
-    """
+    """What each value of `choice` means on this grid: "temporal 1x1", "textural 4", "dense"..."""
     return build_tables(T, H, W, video_start, N, block_q, block_k, torch.device("cpu")).names
 
 

@@ -28,8 +28,9 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """`rows` int64 [m]: token positions in the model's own order.
+    """A sample of m query rows.
 
+    `rows` int64 [m]: token positions in the model's own order.
     `kept` float32 [m, C, orders * nk]: 1 where candidate C's list for that row's query block holds
     the key block; block j of order o stands at o * nk + j. `gather` int64 [orders * N] and
     `offsets` int64 [orders * nk] name the tokens of all those blocks, one after the other.
@@ -42,18 +43,15 @@ class Sample:
 
 
 def count_rows(layout: VideoLayout) -> int:
-    """How many rows recognition samples by default: one in 128 video tokens, at least 32, at most
-    64.
-    """
+    """Rows that recognition samples by default: one in 128 video tokens, between 32 and 64."""
     return min(max(layout.video_tokens // _TOKENS_PER_ROW, _MIN_ROWS), _MAX_ROWS)
 
 
 def place_rows(layout: VideoLayout, count: int) -> list[int]:
-    """Token positions of `count` video rows: one in each of `count` equal stretches, some of them
-    in the first frame.
+    """Token positions of `count` video rows, an eighth of them in the first frame.
 
-    Inside its stretch a row stands at a multiple of the golden ratio, so that no period of the grid
-    is met twice.
+    One row in each equal stretch of tokens, at a multiple of the golden ratio inside it, so that no
+    period of the grid is met twice.
     """
     count = min(count, layout.video_tokens)
     local = max(1, int(count * _LOCAL_SHARE)) if layout.frames > 1 else 0
@@ -64,10 +62,7 @@ def place_rows(layout: VideoLayout, count: int) -> list[int]:
 
 @functools.lru_cache(maxsize=8)
 def draw_sample(tables: Tables, count: int) -> Sample:
-    """The sample of `count` rows (fewer when the video has fewer tokens), on the tables' device.
-
-    Cached.
-    """
+    """A sample of `count` rows, fewer when the video has fewer tokens. Cached, on their device."""
     device = tables.orders.device
     rows = torch.tensor(place_rows(tables.layout, count), device=device)
     query_blocks = tables.inverses[:, rows][tables.order_of] // tables.block_q

@@ -1,5 +1,4 @@
-"""RainFusion's candidates for one grid: token orders, block lists and densities, ready on the
-device.
+"""RainFusion's candidates for one grid: token orders, block lists and densities on the device.
 
 They depend on shapes alone, so they are built once per grid and every forward only indexes them;
 that is what keeps the choice per head free of host synchronisations.
@@ -30,7 +29,7 @@ _ORDER_OF = {
     HeadKind.TEXTURAL: 2,
 }
 
-
+# The highest strips tried for the columns order, and the query blocks they are tried on.
 _MAX_STRIP = 16
 _STRIP_QUERY_BLOCKS = 64
 
@@ -141,8 +140,9 @@ def choose_strip(layout: VideoLayout, block_q: int, block_k: int) -> int:
 
 
 def list_kept(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A mask bool [..., nq, nk] as counts int32 [..., nq] and ascending indices int32 [..., nq,
-    nk], rest zero.
+    """A block mask bool [..., nq, nk] as counts int32 [..., nq] and indices int32 [..., nq, nk].
+
+    Indices are ascending in the first `counts` entries and zero after them.
     """
     blocks = torch.arange(mask.shape[-1], device=mask.device)
     ascending = torch.where(mask, blocks, mask.shape[-1]).sort(-1).values

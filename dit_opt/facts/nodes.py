@@ -1,0 +1,67 @@
+"""Single nodes: the public name of an op, the owner of a graph input, sizes and numbers.
+
+Rules and facts read nodes only through these, so that none of them adds a guard.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from dit_opt._compat import size_expression
+
+__all__ = ["is_pointwise", "number_of", "op_name", "origin_of", "sizes_of"]
+
+
+def op_name(node: Node) -> str:
+    """The public name of an op, one for its function, method, in-place form and overloads."""
+    return _plain_name(
+        node.target
+        if isinstance(node.target, str)
+        else getattr(node.target, "__name__", str(node.target))
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plain_name(name: str) -> str:
+    name = name.split(".")[0]
+    # `and_`, `or_` and `xor_` end in an underscore and are not in place.
+    in_place = name.endswith("_") and not name.startswith("_")
+    return name[:-1] if in_place and name not in ("and_", "or_", "xor_") else name
+
+
+@lru_cache(maxsize=4096)
+def is_pointwise(name: str) -> bool:
+    """Whether torch tags the op as elementwise with broadcasting."""
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
+
+
+def origin_of(node: Node) -> tuple[str, bool]:
+    """(short name of a graph input, whether the user gives it rather than the module)."""
+    inner = node.op == "get_attr" or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+    # Buffers look like any other tensor; Dynamo names inputs after where it found them.
+    if inner or re.search(r"_(parameters|buffers)_|^l_self_|^g_", node.name):
+        return node.name, False
+    return re.sub(r"^l_(kwargs_)?|_$", "", node.name), True
+
+
+def sizes_of(value: torch.Tensor) -> tuple[sympy.Expr, ...]:
+    """The shape as expressions; adds no guard."""
+    return tuple(size_expression(s) for s in value.shape)
+
+
+def number_of(value: Any) -> sympy.Expr | None:
+    """An argument that is an int or a node of a size, as an expression; None for anything else."""
+    if isinstance(value, Node):
+        value = value.meta.get("example_value")
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return size_expression(value)
+    return None

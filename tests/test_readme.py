@@ -1,0 +1,38 @@
+"""The README names options, reasons and commands that exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from dit_opt.cli import app
+from dit_opt.decisions import Reason
+from dit_opt.options import Options
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_option_is_in_the_table():
+    table = README[README.index("### Options") : README.index("## What it is measured")]
+    named = set()
+    for row in re.findall(r"^\| (`.*?) \|", table, re.M):
+        named |= set(re.findall(r"`(\w+)`", row))
+    assert named == {f.name for f in dataclasses.fields(Options)}
+
+
+def test_every_reason_named_exists():
+    named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+|CAUSAL|DROPOUT|FLEX)`", README)) - {"DITOPT_DUMP"}
+    assert named and named <= set(Reason.__members__)
+
+
+def test_flags_and_files_named_exist():
+    help_text = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).stdout
+    section = README[README.index("## Try it") : README.index("## Use it")]
+    for flag in set(re.findall(r"`(--\w+)`", section)):
+        assert flag in help_text
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists()
