@@ -46,7 +46,7 @@ def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
 
 
 def origin_of_axes(dim: Dim) -> Origin | None:
-    """The input dimension that all leaves of a dimension stem from first; None where they differ."""
+    """The input dimension that all leaves of a dimension stem from; None where they differ."""
     found = {leaf.origin for leaf in leaves(dim)}
     keys = {(o.source, o.dim) if o else None for o in found}
     return next(iter(found)) if len(keys) == 1 else None

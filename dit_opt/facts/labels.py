@@ -195,7 +195,7 @@ class Labels:
             self.ended[leaf] = self.node
 
     def agree(self, *dims: Dim) -> Dim:
-        """Tie dimensions that an op walks together, broadcasting size 1. Raises NoRule on a clash."""
+        """Tie dimensions that an op walks together; size 1 broadcasts. Raises NoRule on a clash."""
         wide = [d for d in dims if size(d) != 1]
         for other in wide[1:]:
             if not unify(wide[0], other):

@@ -64,6 +64,15 @@ def normalize(
     return pointwise(labels, x, weight, bias)
 
 
+def group_norm(labels: Labels, x: Node, *args: Any, **kwargs: Any) -> list[Dim]:
+    """Channels belong to groups by position."""
+    labels.end(labels[x][1])
+    for weight in [*args, *kwargs.values()]:
+        if labels.is_tensor(weight):
+            labels.end(labels[weight][0])
+    return labels[x]
+
+
 def reduce(
     labels: Labels, x: Node, dim: Any = None, keepdim: bool = False, **kwargs: Any
 ) -> list[Dim]:
@@ -120,7 +129,7 @@ POINTWISE = (
 CARRY = (
     "to float double half bfloat16 long int bool type type_as contiguous clone detach dropout "
     "softmax log_softmax cpu cuda zeros_like ones_like empty_like full_like rand_like randn_like "
-    "real imag group_norm requires_grad _get_data_attr alias"
+    "real imag requires_grad _get_data_attr alias"
 )
 CONSTANT = (
     "zeros ones full empty new_zeros new_ones new_full new_empty arange linspace rand randn tensor"
@@ -134,6 +143,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(REDUCE.split(), reduce),
     "layer_norm": normalize,
     "rms_norm": normalize,
+    "group_norm": group_norm,
     "norm": norm,
     "vector_norm": norm,
     "linalg_vector_norm": norm,

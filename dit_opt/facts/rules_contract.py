@@ -20,6 +20,8 @@ __all__ = ["CONTRACT_RULES"]
 
 def linear(labels: Labels, x: Node, weight: Node, bias: Any = None) -> list[Dim]:
     labels.tie(labels[x][-1], labels[weight][1])
+    if labels.is_tensor(bias):
+        labels.tie(labels[bias][0], labels[weight][0])
     return [*labels[x][:-1], labels[weight][0]]
 
 
@@ -97,6 +99,9 @@ def attention(
             # Grouped heads differ in size.
             if are_equal(size(other), size(q[d])):
                 labels.tie(q[d], other)
+            else:
+                labels.end(q[d])
+                labels.end(other)
     if labels.is_tensor(attn_mask):
         mask = labels[attn_mask]
         for d, dim in enumerate(reversed(mask)):
@@ -122,8 +127,16 @@ def convolution(
     x, w, want = labels[input], labels[weight], labels.sizes()
     n = len(w) - 2
     step, edge, gap = (_each(v, n) for v in (stride, padding, dilation))
+    if are_equal(size(x[-n - 1]), size(w[1])):
+        labels.tie(x[-n - 1], w[1])
+    else:
+        # Groups of channels: which channel meets which weight is a matter of position.
+        for channels in (x[-n - 1], w[0], w[1]):
+            labels.end(channels)
+    if labels.is_tensor(bias):
+        labels.tie(labels[bias][0], w[0])
     dims = [
-        _patch(labels, dim, size(w[2 + i]), step[i], edge[i], gap[i], want[i - n], i)
+        _patch(labels, dim, w[2 + i], step[i], edge[i], gap[i], want[i - n], i)
         for i, dim in enumerate(x[-n:])
     ]
     return [*x[: -n - 1], w[0], *dims]
@@ -135,25 +148,24 @@ def _each(value: Any, n: int) -> list[Any]:
 
 
 def _patch(
-    labels: Labels, dim: Dim, kernel: sympy.Expr, stride: Any, padding: Any, dilation: Any,
+    labels: Labels, dim: Dim, kernel: Dim, stride: Any, padding: Any, dilation: Any,
     length: sympy.Expr, slot: int,
 ) -> Dim:  # fmt: skip
-    """One dimension of a convolution: passed on, cut into patches, or ended by mixing neighbours."""
-    if padding == "valid":
-        padding = 0
-    if padding == 0 and kernel == stride == 1:
+    """One dimension of a convolution: passed on, cut into patches, or ended by mixing."""
+    padding = 0 if padding == "valid" else padding
+    extent = size(kernel)
+    if padding == 0 and extent == stride == 1:
         return dim
-    if padding == 0 and dilation == 1 and kernel == stride:
-        whole = resolve(dim)
-        origins = whole[0].origins if len(whole) == 1 else ()
-        patches = labels.new(("patch", slot), length, origins)
-        inner = labels.new(("kernel", slot), kernel)
-        # Where the sizes do not prove that patches cover the dimension, a rest may be cut
-        # off: no product then.
-        if not are_equal(length * kernel, size(dim)) or unify(dim, patches + inner):
-            return patches
-    labels.end(dim)
-    return labels.new(("convolution", slot), length)
+    patches = padding == 0 and dilation == 1 and extent == stride
+    whole = resolve(dim)
+    origins = whole[0].origins if patches and len(whole) == 1 else ()
+    outer = labels.new(("convolution", slot), length, origins)
+    # Where the sizes do not prove that patches cover the dimension, a rest may be cut off.
+    covered = patches and are_equal(length * extent, size(dim))
+    if not (covered and unify(dim, outer + kernel)):
+        labels.end(dim)
+        labels.end(kernel)
+    return outer
 
 
 CONTRACT_RULES: dict[str, Rule] = {

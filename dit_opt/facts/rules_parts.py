@@ -59,7 +59,7 @@ def _whole_segments(
 def _bounds(
     dim: Dim, index: slice, length: sympy.Expr | None
 ) -> tuple[sympy.Expr | None, sympy.Expr]:
-    """(start, None where unknown; length) of a slice of step 1; `length`: the result's, if known."""
+    """(start, None where unknown; length) of a slice of step 1; `length`: the result's if known."""
     total = size(dim)
     start = _position(index.start, total, sympy.S.Zero)
     if length is None:

@@ -145,11 +145,16 @@ def find_faults(build: Build, report: KernelReport) -> list[str]:
     return faults
 
 
+def load_kernel(build: Build) -> Any:
+    """The `triton.jit` function that a build names."""
+    module, name = build.kernel.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def check_build(build: Build) -> tuple[KernelReport, list[str]]:
     """Compile and lint one build: its report and its faults."""
-    module, name = build.kernel.split(":")
     compiled = compile_ahead(
-        getattr(importlib.import_module(module), name),
+        load_kernel(build),
         build.signature,
         build.constexprs,
         build.attrs,

@@ -5,6 +5,10 @@ Facts are expressions over a graph's symbols; ops want arguments.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import sympy
 import torch
 from torch.fx import Graph, Node
@@ -45,13 +49,15 @@ class SizeWriter:
         return self._written[expression]
 
     def _compute(self, expression: sympy.Expr) -> Node:
-        import operator
-
         if expression.is_Symbol:
             for node, dim, size in self._shapes:
                 if size == expression:
                     return self._add("call_method", "size", (node, dim))
             raise KeyError(f"No input of the graph has the size {expression}.")
+        if isinstance(expression, sympy.Pow) and expression.exp.is_Integer:
+            # torch keeps squares of sizes as powers
+            parts = [self.write(expression.base)] * int(expression.exp)
+            return self._fold(operator.mul, parts)
         parts = [self.write(a) for a in expression.args]
         if isinstance(expression, sympy.Add):
             function = operator.add
@@ -63,9 +69,13 @@ class SizeWriter:
             function = operator.mod
         else:
             raise KeyError(f"The size {expression} is not made of +, *, // and %.")
+        return self._fold(function, parts)
+
+    def _fold(self, function: Callable[..., Any], parts: list[int | Node]) -> Node:
         result = parts[0]
         for part in parts[1:]:
             result = self._add("call_function", function, (result, part))
+        assert isinstance(result, Node)
         return result
 
     def _add(self, op: str, target, args) -> Node:

@@ -59,7 +59,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys a query keeps: those within `reach` of it that stand on the checkerboard `lattice`.
+    """Which keys a query keeps: those within `reach` and on the checkerboard `lattice`.
 
     `reach` is (dt, dh, dw), None meaning any distance; `lattice` is a step, 1 meaning every token.
     Source: RainFusion, arXiv 2505.21036.

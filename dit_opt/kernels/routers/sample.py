@@ -62,7 +62,7 @@ def place_rows(layout: VideoLayout, count: int) -> list[int]:
 
 @functools.lru_cache(maxsize=8)
 def draw_sample(tables: Tables, count: int) -> Sample:
-    """A sample of `count` rows, fewer when the video has fewer tokens. Cached, on their device."""
+    """A sample of `count` rows, fewer when the video is shorter; cached beside its tables."""
     device = tables.orders.device
     rows = torch.tensor(place_rows(tables.layout, count), device=device)
     query_blocks = tables.inverses[:, rows][tables.order_of] // tables.block_q

@@ -1,0 +1,115 @@
+"""The CPU path against the float64 specification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_opt.kernels.block_sparse_attention import cpu
+
+from .plans import Case, assert_matches_reference, make_inputs, make_plan
+
+# Largest error of out and of lse for standard normal inputs. bfloat16 rounds the scores, the
+# weights and the result (values up to 4) to 8 bits each; its lse is that of the rounded scores.
+ERRORS = {
+    torch.float32: (2e-6, 2e-6),
+    torch.bfloat16: (3e-2, 2e-2),
+    torch.float16: (2e-3, 2e-6),
+}
+
+CASES = {
+    "even": Case(),
+    "ragged": Case(queries=150, keys=201),
+    "ragged, odd, one key block": Case(queries=1, keys=33),
+    "cross": Case(queries=70, keys=300, block_k=128),
+    "grouped heads": Case(heads=6, key_heads=2, queries=150, keys=140),
+    "batch": Case(batch=3, plan_batch=3, queries=130, keys=140),
+    "one plan for a batch": Case(batch=2, queries=130, keys=140),
+    "strided": Case(batch=2, strided=True, queries=150, keys=150),
+    "bias": Case(batch=2, bias=True, queries=150, keys=201),
+    "bias, grouped heads": Case(batch=2, heads=4, bias=True, queries=150, keys=201),
+    "dense": Case(density=1.0, queries=300, keys=170),
+    "empty": Case(density=0.0),
+    "odd dimension": Case(dim=40, queries=100, keys=100),
+}
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matches_the_reference(case, dtype):
+    arguments = make_inputs(case, dtype)
+    assert_matches_reference(cpu.attend(*arguments), arguments, *ERRORS[dtype])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    group=st.integers(1, 2),
+    key_heads=st.integers(1, 2),
+    queries=st.integers(1, 200),
+    keys=st.integers(1, 200),
+    dim=st.sampled_from([8, 33, 64]),
+    density=st.floats(0.0, 1.0),
+    bias=st.booleans(),
+    strided=st.booleans(),
+    block_k=st.sampled_from([16, 64]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_matches_the_reference(group, key_heads, seed, **sizes):
+    case = Case(heads=group * key_heads, key_heads=key_heads, block_q=32, **sizes)
+    arguments = make_inputs(case, seed=seed)
+    assert_matches_reference(cpu.attend(*arguments), arguments, 3e-6, 3e-6)
+
+
+def test_small_gathers_give_the_same_result(monkeypatch):
+    arguments = make_inputs(Case(heads=4, key_heads=4, queries=500, keys=450))
+    whole = cpu.attend(*arguments)
+    monkeypatch.setattr(cpu, "GATHER_BYTES", 1)
+    assert_matches_reference(cpu.attend(*arguments), arguments, 2e-6, 2e-6)
+    torch.testing.assert_close(cpu.attend(*arguments), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_shared_ranges_are_sliced_and_not_gathered(monkeypatch):
+    mask = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    mask[:, :, :2, :2] = True
+    mask[:, :, 2:, 1:] = True
+    case = Case(queries=250, keys=250)
+    arguments = list(make_inputs(case))
+    arguments[3:5] = make_plan(mask)
+    monkeypatch.setattr(cpu, "_attend_gathered", lambda *_: pytest.fail("gathered"))
+    assert_matches_reference(cpu.attend(*arguments), tuple(arguments), 2e-6, 2e-6)
+
+
+def test_score_tiles_give_the_same_result(monkeypatch):
+    arguments = make_inputs(Case(density=1.0, queries=250, keys=250), torch.bfloat16)
+    monkeypatch.setattr(cpu, "SCORE_TILE", 250 * 64)
+    assert_matches_reference(cpu.attend(*arguments), arguments, *ERRORS[torch.bfloat16])
+
+
+def test_large_bfloat16_scores_are_not_rounded():
+    case = Case(queries=150, keys=201, density=0.9)
+    q, k, *rest = make_inputs(case, torch.bfloat16)
+    arguments = (q * 16, k * 4, *rest)
+    assert cpu._bound_scores(*arguments[:2], arguments[6]) > cpu.BF16_SCORE_BOUND
+    # Rounded scores would be off by up to 2^-9 of 200, and the lse with them.
+    assert_matches_reference(cpu.attend(*arguments), arguments, 3e-2, 1e-3)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, *rest = make_inputs(Case(queries=100, keys=100, density=1.0))
+    arguments = (q * 100, k * 100, *rest)
+    # Scores of 1e5 have a float32 spacing of 0.01.
+    assert_matches_reference(cpu.attend(*arguments), arguments, 5e-2, 5e-2)
+
+
+def test_unkept_keys_are_never_read():
+    mask = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    mask[..., 1] = False
+    arguments = list(make_inputs(Case()))
+    arguments[3:5] = make_plan(mask)
+    expected = cpu.attend(*arguments)
+    arguments[1][:, :, 64:128] = torch.nan
+    arguments[2][:, :, 64:128] = torch.nan
+    torch.testing.assert_close(cpu.attend(*arguments), expected, atol=0, rtol=0)

@@ -1,0 +1,41 @@
+"""The table of tilings and the rules that pick from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_opt.kernels.block_sparse_attention import tilings
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dim", [1, 48, 64, 80, 128, 256])
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_tiles_divide_blocks(architecture, itemsize, dim, block):
+    padded = tilings.pad_dim(dim)
+    tiling = tilings.choose_tiling(architecture, padded, itemsize, block, block)
+    assert block % tiling.tile_q == 0 and block % tiling.tile_k == 0
+    assert tiling.num_warps >= 1 and padded >= dim
+
+
+def test_pad_dim():
+    assert [tilings.pad_dim(d) for d in (1, 32, 33, 72, 96, 120, 128, 129, 256)] == [
+        32, 32, 64, 128, 128, 128, 128, 256, 256,
+    ]  # fmt: skip
+
+
+def test_alignment_is_read_from_pointer_and_strides():
+    x = torch.empty(2, 3, 8, 64, dtype=torch.float16)
+    assert tilings.is_aligned(x) and tilings.is_aligned(x.transpose(1, 2))
+    assert not tilings.is_aligned(x[..., 1:])
+    assert not tilings.is_aligned(x.mT)
+    assert not tilings.is_aligned(x[..., :9].contiguous())
+    assert not tilings.is_aligned(x[:1].expand(2, -1, -1, -1))
+
+
+def test_only_16_bit_tensors_on_hopper_and_later_use_descriptors():
+    assert tilings.takes_descriptors("sm_90", 2) and tilings.takes_descriptors("sm_120", 2)
+    assert not tilings.takes_descriptors("sm_89", 2)
+    assert not tilings.takes_descriptors("sm_90", 4)
+    assert not tilings.takes_descriptors("gfx942", 2)

@@ -1,0 +1,77 @@
+"""Ahead-of-time compilation and the linter, on a kernel small enough to know the answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from dit_opt.kernels import aot
+from dit_opt.kernels.block_sparse_attention.builds import make_build
+
+CLEAN = aot.KernelReport(
+    target="sm_90", config="", registers=100, spill_bytes=0, shared_bytes=1 << 16,
+    wgmma=8, tma_loads=4, mma_sync=0, serialized=(),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def build():
+    return make_build("sm_90", 64, torch.bfloat16)
+
+
+def test_lint_reads_hopper_code(build):
+    report, faults = aot.check_build(build)
+    assert (report.target, report.config, faults) == ("sm_90", build.config, [])
+    assert 64 < report.registers <= 255 and report.spill_bytes == 0
+    assert report.wgmma > 0 and report.tma_loads > 0 and report.mma_sync == 0
+    # Queries, and keys and values twice each.
+    assert report.shared_bytes >= (128 + 4 * 64) * 64 * 2
+
+
+def test_lint_reads_amd_code():
+    report, faults = aot.check_build(make_build("gfx942", 64, torch.float16))
+    assert report.target == "gfx942" and faults == []
+    assert report.mma_sync > 0 and report.registers > 64
+
+
+def test_lint_sees_spills(build):
+    options = {**build.options, "maxnreg": 64}
+    compiled = aot.compile_ahead(
+        aot.load_kernel(build),
+        build.signature,
+        build.constexprs,
+        build.attrs,
+        aot.TARGETS["sm_90"],
+        **options,
+    )
+    report = aot.lint(compiled)
+    assert report.spill_bytes > 0 or report.serialized
+    assert aot.find_faults(build, report) != []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"spill_bytes": 4}, "spills 4 bytes"),
+        ({"serialized": ("C7512",)}, "C7512"),
+        ({"wgmma": 0}, "HGMMA"),
+        ({"tma_loads": 0}, "UTMALDG"),
+        ({"mma_sync": 2}, "mma.sync"),
+        ({"shared_bytes": 228 * 1024}, "shared memory"),
+    ],
+)
+def test_find_faults(build, change, words):
+    report = aot.KernelReport(**{**CLEAN.__dict__, **change})
+    faults = aot.find_faults(build, report)
+    assert faults == [] if words is None else len(faults) == 1 and words in faults[0]
+
+
+def test_interpreted_kernels_are_refused():
+    def kernel():
+        pass
+
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        aot.compile_ahead(kernel, {}, {}, {}, aot.TARGETS["sm_90"])

@@ -1,0 +1,156 @@
+"""Each reason that this pass gives, with a site that differs in nothing else from a replaced one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import sympy
+import torch
+
+from dit_opt import cost
+from dit_opt.decisions import Reason
+from dit_opt.facts.sites import find_sites
+from dit_opt.facts.tokens import Grid, SiteKind, find_tokens
+from dit_opt.options import OptionError, Options
+from dit_opt.passes.choose_sites import choose_sites
+from tests.graphs import capture_tiny
+from tests.tiny_models import cogvideox, flux, hunyuan_video, wan
+
+
+def facts(make=wan):
+    _, gm = capture_tiny(make)
+    sites = find_sites(gm.graph)
+    return gm, sites, find_tokens(gm.graph, sites)
+
+
+def reasons(options, make=wan, sites=None, tokens=None):
+    gm, found, known = facts(make)
+    choices = choose_sites(gm, sites or found, tokens or known, Options(**options))
+    return [c.decision.reason for c in choices]
+
+
+def test_self_attention_is_replaced_and_cross_attention_is_not():
+    assert reasons({"min_tokens": 0}) == [Reason.REPLACED, Reason.CROSS_ATTENTION] * 2
+
+
+def test_a_replaced_site_carries_grid_start_and_target():
+    gm, sites, tokens = facts(cogvideox)
+    options = Options(min_tokens=0, quality=0.9)
+    choice = choose_sites(gm, sites, tokens, options)[0]
+    assert choice.sparse is not None
+    assert (choice.sparse.grid, choice.sparse.start) == ((3, 4, 5), 7)
+    assert (choice.sparse.target, choice.sparse.by_density) == (0.9, False)
+    assert choice.decision.layout.grid_source == "latents"
+    heads, n, d = 2 * 2, 67, 16
+    assert choice.decision.flops_dense == 4 * heads * n * n * d
+    assert choice.decision.gain == pytest.approx(cost.attention_gain(cost.EXPECTED_DENSITY))
+
+
+def test_a_density_is_handed_on_as_one():
+    gm, sites, tokens = facts()
+    choice = choose_sites(gm, sites, tokens, Options(min_tokens=0, density=0.3))[0]
+    assert (choice.sparse.target, choice.sparse.by_density) == (0.3, True)
+
+
+def test_keeping_everything_needs_no_grid():
+    assert reasons({"density": 1, "min_tokens": 0}, flux) == [Reason.REPLACED] * 2
+    assert reasons({"min_tokens": 0}, flux) == [Reason.NO_GRID] * 2
+
+
+def test_a_given_grid_serves_packed_tokens():
+    gm, sites, tokens = facts(flux)
+    choices = choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(1, 4, 5)))
+    assert [c.decision.layout.grid_source for c in choices] == ["option"] * 2
+    assert choices[0].sparse.grid == (1, 4, 5)
+    assert choices[0].sparse.start == 7
+
+
+def test_short_sites_stay_dense():
+    assert Reason.TOO_SHORT in reasons({"min_tokens": 61})
+    assert Reason.TOO_SHORT not in reasons({"min_tokens": 60})
+    assert Reason.TOO_SHORT in reasons({})
+
+
+def test_the_dense_router_replaces_nothing():
+    assert set(reasons({"router": "dense", "min_tokens": 0})) == {Reason.ROUTER_DENSE}
+
+
+def test_a_refusal_of_the_call_itself_comes_first():
+    _, sites, _ = facts()
+    refused = [dataclasses.replace(s, refusal=Reason.CAUSAL) for s in sites]
+    assert set(reasons({"min_tokens": 0}, sites=refused)) == {Reason.CAUSAL}
+
+
+def test_unknown_tokens_stay_dense():
+    gm, sites, tokens = facts()
+    layouts = {
+        n: dataclasses.replace(layout, kind=SiteKind.UNKNOWN)
+        for n, layout in tokens.layouts.items()
+    }
+    unknown = dataclasses.replace(tokens, layouts=layouts)
+    assert reasons({"min_tokens": 0}, tokens=unknown)[0] is Reason.UNKNOWN_TOKENS
+
+
+def test_masks_that_are_more_than_key_padding_stay_dense():
+    found = reasons({"min_tokens": 0}, hunyuan_video)
+    assert Reason.MASK_NOT_KEY_PADDING in found and Reason.REPLACED in found
+
+
+def test_a_key_padding_mask_is_handed_on():
+    gm, sites, tokens = facts(hunyuan_video)
+    sparse = [
+        c.sparse for c in choose_sites(gm, sites, tokens, Options(min_tokens=0)) if c.sparse
+    ]
+    assert sparse and all(s.key_mask is not None and not s.mask_queries for s in sparse)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"dtype": torch.float64}, Reason.UNSUPPORTED_DTYPE),
+        ({"dim": 8}, Reason.UNSUPPORTED_HEAD_DIM),
+        ({"dim": 264}, Reason.UNSUPPORTED_HEAD_DIM),
+    ],
+)
+def test_tensors_that_the_kernel_does_not_take(changes, reason):
+    gm, sites, tokens = facts()
+    site = sites[0]
+    nodes = {}
+    for name in ("query", "key", "value"):
+        node = gm.graph.__class__().placeholder(name)
+        shape = (2, 2, 60, changes.get("dim", 24))
+        dtype = changes.get("dtype", torch.float32)
+        node.meta["example_value"] = torch.empty(shape, dtype=dtype, device="meta")
+        nodes[name] = node
+    changed = dataclasses.replace(site, **nodes)
+    assert reasons({"min_tokens": 0}, sites=[changed, sites[2]])[0] is reason
+
+
+def test_a_grid_that_fits_no_site_is_an_error():
+    with pytest.raises(OptionError, match=r"72 tokens.*60"):
+        reasons({"grid": (3, 4, 6), "min_tokens": 0})
+
+
+def test_a_grid_at_odds_with_the_graph_is_an_error():
+    with pytest.raises(OptionError, match=r"proves \(3, 4, 5\)"):
+        reasons({"grid": (5, 4, 3), "min_tokens": 0})
+
+
+def test_a_grid_that_agrees_is_taken_from_the_graph():
+    gm, sites, tokens = facts()
+    choice = choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(3, 4, 5)))[0]
+    assert choice.decision.layout.grid_source == "latents"
+
+
+def test_a_router_asked_for_by_name_must_serve_a_site():
+    with pytest.raises(OptionError, match="can serve none"):
+        reasons({"router": "rainfusion", "min_tokens": 100})
+    assert Reason.REPLACED in reasons({"router": "rainfusion", "min_tokens": 0})
+
+
+def test_symbolic_lengths_are_judged_in_each_call():
+    from dit_opt.passes.choose_sites import _fewer
+
+    assert _fewer(sympy.Integer(5), 6) and not _fewer(sympy.Symbol("s0"), 6)
+    assert Grid((sympy.Symbol("s0"), sympy.Integer(2), sympy.Integer(3)), "latents").sizes
