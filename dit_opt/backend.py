@@ -1,4 +1,4 @@
-"""What Dynamo calls: read the facts of a graph, run the passes, hand it to Inductor, bind the result.
+"""What Dynamo calls: read a graph's facts, run the passes, hand it to Inductor, bind the result.
 
 `torch.compile(model, backend="ditopt")` finds it through an entry point.
 """

@@ -53,9 +53,12 @@ def optimize(
     for model in _find_denoisers(pipe_or_model):
         announcement = Announcement(_timestep_reader(scheduler))
         announce(model, announcement)
-        settings = dict(
-            backend="ditopt", fullgraph=fullgraph, dynamic=dynamic, options=dict(options)
-        )
+        settings = {
+            "backend": "ditopt",
+            "fullgraph": fullgraph,
+            "dynamic": dynamic,
+            "options": dict(options),
+        }
         if regional:
             _announce_steps(model, announcement)
             if not hasattr(model, "compile_repeated_blocks"):

@@ -319,7 +319,7 @@ def test_no_match_warns_or_raises_or_is_ignored(eager, caplog):
     torch.compiler.reset()
     caplog.clear()
     tiny(compiled(tiny.model, min_tokens=10_000, on_no_match="ignore"))
-    assert not caplog.records
+    assert "replaced no attention site" not in caplog.text
 
 
 def test_reset_forgets_plans_and_steps(eager):

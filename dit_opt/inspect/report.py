@@ -11,6 +11,7 @@ import torch
 
 from dit_opt.decisions import Decision, GraphRecord
 from dit_opt.inspect.render import render_report
+from dit_opt.runtime.schedule import Phase
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def report(model: torch.nn.Module) -> Report:
     names = {id(p): name for name, p in model.named_parameters()}
     graphs = []
     for bound in live_bounds():
-        if not any(id(p) in names for p in bound.models):
+        owners = [owner for owner in bound.calls if id(owner) in names]
+        if not owners:
             continue
         layers = [
             _describe(bound.record, names[id(owner)], key, state)
@@ -106,12 +108,17 @@ def report(model: torch.nn.Module) -> Report:
         graphs.append(
             GraphReport(
                 record=bound.record,
-                calls={phase.value: n for phase, n in bound.calls.items() if n},
+                calls=_sum_calls([bound.calls[owner] for owner in owners]),
                 layers=tuple(sorted(layers, key=lambda r: (_natural(r.layer), r.branch))),
                 warm=bound.warm,
             )
         )
     return Report(tuple(graphs))
+
+
+def _sum_calls(calls: list[dict[Phase, int]]) -> dict[str, int]:
+    total = {phase.value: sum(c[phase] for c in calls) for phase in Phase}
+    return {phase: n for phase, n in total.items() if n}
 
 
 def _natural(name: str) -> list[Any]:

@@ -100,13 +100,14 @@ def _replace(
     q, k, v = qkv
     bias = bias_before_order = _write_key_bias(graph, sparse.key_mask)
     state: list[Node] = []
+    blocks = (BLOCK_Q, BLOCK_K)
     if sparse.grid is None:
         length = call(torch.ops.aten.sym_size.int, (k, -2))
-        plan = call(ops.dense_plan_v1.default, (q, length, BLOCK_Q, BLOCK_K))
+        plan = call(ops.dense_plan_v1.default, (q, length, *blocks))
         counts, indices = _unpack(graph, plan, 2)
         pair = call(
             ops.block_sparse_attention_v1.default,
-            (q, k, v, counts, indices, bias, sparse.scale, BLOCK_Q, BLOCK_K),
+            (q, k, v, counts, indices, bias, sparse.scale, *blocks),
         )
         out = call(operator.getitem, (pair, 0))
     else:
@@ -116,20 +117,19 @@ def _replace(
         else:
             found = call(
                 ops.rainfusion_recognize_v1.default,
-                (q, k, bias, sparse.scale, sparse.target, sparse.by_density, *where)
-                + (BLOCK_Q, BLOCK_K),
+                (q, k, bias, sparse.scale, sparse.target, sparse.by_density, *where, *blocks),
             )
-            choice, recall, density = state = _unpack(graph, found, 3)
-        heads = call(torch.ops.aten.sym_size.int, (q, 1))
+            state = _unpack(graph, found, 3)
+            choice = state[0]
         length = call(torch.ops.aten.sym_size.int, (q, -2))
-        plan = call(ops.rainfusion_plan_v1.default, (choice, length, *where, BLOCK_Q, BLOCK_K))
+        plan = call(ops.rainfusion_plan_v1.default, (choice, length, *where, *blocks))
         counts, indices, rows, inverse = _unpack(graph, plan, 4)
         q, k, v = (call(ops.gather_tokens_v1.default, (x, rows)) for x in (q, k, v))
         if bias is not None:
             bias = call(ops.gather_bias_v1.default, (bias, rows))
         pair = call(
             ops.block_sparse_attention_v1.default,
-            (q, k, v, counts, indices, bias, sparse.scale, BLOCK_Q, BLOCK_K),
+            (q, k, v, counts, indices, bias, sparse.scale, *blocks),
         )
         out = call(operator.getitem, (pair, 0))
         out = call(ops.scatter_tokens_v1.default, (out, inverse))

@@ -110,9 +110,9 @@ class Bound:
         self.record = record
         self.warm: bool | None = None
         self.states = LayerStates()
-        self.calls = dict.fromkeys(Phase, 0)
-        # parameters that identify the models this graph has run for
-        self.models: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # how often each phase ran, by the parameter that identifies a model: one graph may serve
+        # several models of one class
+        self.calls: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._compile_variant = compile_variant
         self.phases = phases
         self._wiring = wiring
@@ -128,8 +128,7 @@ class Bound:
     def forget(self) -> None:
         """Drop plans, statistics and trajectories; compiled graphs stay."""
         self.states = LayerStates()
-        self.models = WeakIdKeyDictionary()
-        self.calls = dict.fromkeys(Phase, 0)
+        self.calls = WeakIdKeyDictionary()
         self._streams = WeakIdKeyDictionary()
 
     def variant(self, phase: Phase) -> Callable[..., Any]:
@@ -145,17 +144,18 @@ class Bound:
     def __call__(self, *args: Any) -> Any:
         refuse_gradients(args)
         owner = self._nobody if self._wiring.model is None else args[self._wiring.model]
-        if owner not in self.models:
-            self.models[owner] = True
+        if owner not in self.calls:
+            self.calls[owner] = dict.fromkeys(Phase, 0)
+        calls = self.calls[owner]
         if self.phases == {Phase.OBSERVE}:
-            self.calls[Phase.OBSERVE] += 1
+            calls[Phase.OBSERVE] += 1
             return self.variant(Phase.OBSERVE)(*args)
         # a thread, and the sizes of a dynamic graph, have trajectories of their own
         stream = (threading.get_ident(), tuple(a for a in args if isinstance(a, int)))
         position = self._locate(owner, stream, args)
         key = (*stream, position.branch if position else 0)
         phase = self._phase(args, key, position)
-        self.calls[phase] += 1
+        calls[phase] += 1
         if phase is not Phase.SEARCH:
             plans = self._plans(args, key) if phase is Phase.REUSE else ()
             return self.variant(phase)(*args, *plans)

@@ -1,4 +1,4 @@
-"""Each reason that this pass gives, with a site that differs in nothing else from a replaced one."""
+"""Each reason that this pass gives, on a site that differs in nothing else from a replaced one."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_refusal_of_the_call_itself_comes_first():
 
 
 def test_unknown_tokens_stay_dense():
-    gm, sites, tokens = facts()
+    _, _, tokens = facts()
     layouts = {
         n: dataclasses.replace(layout, kind=SiteKind.UNKNOWN)
         for n, layout in tokens.layouts.items()
@@ -99,9 +99,7 @@ def test_masks_that_are_more_than_key_padding_stay_dense():
 
 def test_a_key_padding_mask_is_handed_on():
     gm, sites, tokens = facts(hunyuan_video)
-    sparse = [
-        c.sparse for c in choose_sites(gm, sites, tokens, Options(min_tokens=0)) if c.sparse
-    ]
+    sparse = [c.sparse for c in choose_sites(gm, sites, tokens, Options(min_tokens=0)) if c.sparse]
     assert sparse and all(s.key_mask is not None and not s.mask_queries for s in sparse)
 
 
@@ -114,7 +112,7 @@ def test_a_key_padding_mask_is_handed_on():
     ],
 )
 def test_tensors_that_the_kernel_does_not_take(changes, reason):
-    gm, sites, tokens = facts()
+    gm, sites, _ = facts()
     site = sites[0]
     nodes = {}
     for name in ("query", "key", "value"):

@@ -201,7 +201,7 @@ def test_forget_begins_anew():
     run(bound, w, [1000, 800])
     bound.forget()
     run(bound, w, [600])
-    assert list(bound.states) and bound.calls[Phase.SEARCH] == 1
+    assert list(bound.states) and bound.calls[w][Phase.SEARCH] == 1
 
 
 def test_gradients_are_refused():

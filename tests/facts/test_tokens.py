@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
+
+from dit_opt.facts.sites import Form, find_sites
+from dit_opt.facts.tokens import Grid, SegmentKind, SiteKind, declare_grid, find_tokens
+from tests import tiny_models
+from tests.graphs import capture
+
+LATENTS, TEXT, OTHER = SegmentKind.LATENTS, SegmentKind.TEXT, SegmentKind.OTHER
+
+
+def layouts_of(gm):
+    sites = find_sites(gm.graph)
+    tokens = find_tokens(gm.graph, sites)
+    return [tokens.layouts[site.node] for site in sites]
+
+
+def layouts(function, *args, **kwargs):
+    (gm,) = capture(function, *args, **kwargs)
+    return layouts_of(gm)
+
+
+def attend(q, k=None):
+    """[B, N, C] -> [B, N, C] by one head."""
+    k = q if k is None else k
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], k[:, None])[:, 0]
+
+
+def describe(segments):
+    return [(s.kind, int(s.start), int(s.stop), s.source) for s in segments]
+
+
+VIDEO = (LATENTS, 0, 60, "hidden_states")
+PROMPT = (TEXT, 0, 7, "encoder_hidden_states")
+# model: [(kind of site, segments of the queries, segments of the keys), ...], each once
+EXPECTED = {
+    "wan": [(SiteKind.SELF, [VIDEO], [VIDEO]), (SiteKind.CROSS, [VIDEO], [PROMPT])],
+    "ltx_video": [(SiteKind.SELF, [VIDEO], [VIDEO]), (SiteKind.CROSS, [VIDEO], [PROMPT])],
+    "hunyuan_video": [
+        (SiteKind.SELF, [PROMPT], [PROMPT]),
+        (SiteKind.JOINT, [VIDEO, (TEXT, 60, 67, "encoder_hidden_states")], None),
+    ],
+    "cogvideox": [(SiteKind.JOINT, [PROMPT, (LATENTS, 7, 67, "hidden_states")], None)],
+    "flux": [(SiteKind.JOINT, [PROMPT, (LATENTS, 7, 27, "hidden_states")], None)],
+    "sd3": [
+        (
+            SiteKind.JOINT,
+            [(LATENTS, 0, 20, "hidden_states"), (TEXT, 20, 27, "encoder_hidden_states")],
+            None,
+        ),
+        (SiteKind.SELF, [(LATENTS, 0, 20, "hidden_states")], None),
+    ],
+    "dit": [(SiteKind.SELF, [(LATENTS, 0, 36, "hidden_states")], None)],
+}
+
+
+@pytest.mark.parametrize("build", tiny_models.ALL, ids=lambda f: f.__name__)
+def test_every_site_of_every_model(build):
+    tiny = build()
+    found = layouts(tiny.model, **tiny.inputs)
+    assert len(found) == tiny.n_sites
+    distinct = []
+    for layout in found:
+        row = (layout.kind, describe(layout.query), describe(layout.key))
+        if row not in distinct:
+            distinct.append(row)
+        on_latents = any(s.kind is LATENTS for s in layout.query)
+        if on_latents and tiny.grid is not None:
+            assert layout.grid is not None and layout.grid.sizes == tiny.grid
+            assert all(isinstance(n, sympy.Integer) for n in layout.grid.sizes)
+            assert layout.grid.source == ("tables" if tiny.name == "ltx_video" else "latents")
+            assert layout.reason == ""
+        else:
+            assert layout.grid is None and layout.reason
+    wanted = [(kind, query, key or query) for kind, query, key in EXPECTED[tiny.name]]
+    assert distinct == wanted
+
+
+def test_flux_says_why_it_has_no_grid():
+    tiny = tiny_models.flux()
+    for layout in layouts(tiny.model, **tiny.inputs):
+        assert "'hidden_states'" in layout.reason and "'img_ids' from outside" in layout.reason
+        assert 'options={"grid": (T, H, W)}' in layout.reason
+
+
+DYNAMIC = (
+    tiny_models.wan,
+    tiny_models.cogvideox,
+    tiny_models.ltx_video,
+    tiny_models.sd3,
+    tiny_models.hunyuan_video,
+    tiny_models.dit,
+)
+
+
+@pytest.mark.parametrize("build", DYNAMIC, ids=lambda f: f.__name__)
+def test_symbolic_sizes(build):
+    tiny = build(batch=2)
+    (gm,) = capture(tiny.model, dynamic=True, **tiny.inputs)
+    symbols = _values_of_symbols(gm, tiny.inputs)
+    environment = symbols.pop("environment")
+    before = len(environment.guards), len(environment.deferred_runtime_asserts)
+    found = layouts_of(gm)
+    assert (len(environment.guards), len(environment.deferred_runtime_asserts)) == before
+    gridded = [layout for layout in found if layout.grid is not None]
+    assert gridded
+    for layout in gridded:
+        assert any(not n.is_Integer for n in layout.grid.sizes)
+        assert tuple(int(n.subs(symbols)) for n in layout.grid.sizes) == tiny.grid
+        latents = next(s for s in layout.query if s.kind is LATENTS)
+        count = int(sympy.sympify(latents.stop - latents.start).subs(symbols))
+        assert count == tiny.grid[0] * tiny.grid[1] * tiny.grid[2]
+
+
+def _values_of_symbols(gm, inputs):
+    """What each size symbol of the graph stands for, and the shape environment."""
+    from torch.utils._pytree import tree_flatten_with_path
+
+    named = {
+        "_".join(str(getattr(k, "key", getattr(k, "idx", ""))) for k in path): value
+        for path, value in tree_flatten_with_path(inputs)[0]
+    }
+    values = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        example = node.meta["example_value"]
+        name = node.name.removeprefix("l_kwargs_").removesuffix("_")
+        if isinstance(example, torch.SymInt) and name in named:
+            values.setdefault(example.node.expr, named[name])
+            values["environment"] = example.node.shape_env
+        elif isinstance(example, torch.Tensor) and name in named:
+            for size, real in zip(example.shape, named[name].shape, strict=True):
+                if isinstance(size, torch.SymInt):
+                    values.setdefault(size.node.expr, real)
+                    values["environment"] = size.node.shape_env
+    return values
+
+
+@pytest.mark.parametrize("build", [tiny_models.wan, tiny_models.ltx_video, tiny_models.cogvideox])
+def test_one_frame_is_a_grid_of_one_frame(build):
+    tiny = build(grid=(1, 4, 5), layers=1)
+    assert layouts(tiny.model, **tiny.inputs)[0].grid.sizes == (1, 4, 5)
+
+
+def test_a_grid_of_width_one_is_never_guessed():
+    """(3, 4, 1) looks like one frame of 3 x 4 once its last axis is gone."""
+    for build in (tiny_models.wan, tiny_models.ltx_video, tiny_models.cogvideox):
+        tiny = build(grid=(3, 4, 1), layers=1)
+        layout = layouts(tiny.model, **tiny.inputs)[0]
+        assert layout.grid is None and layout.reason
+
+
+def test_decomposed_attention_has_the_same_layout():
+    tiny = tiny_models.dit(batch=2)
+    tiny.model.set_attn_processor(AttnProcessor())
+    (gm,) = capture(tiny.model, **tiny.inputs)
+    assert [s.form for s in find_sites(gm.graph)] == [Form.DECOMPOSED] * tiny.n_sites
+    for layout in layouts_of(gm):
+        assert layout.kind is SiteKind.SELF and layout.grid == Grid((1, 6, 6), "latents")
+
+
+def capture_block(tiny, path):
+    """The graph of one block, as regional compilation makes it."""
+    calls = []
+    block = tiny.model.get_submodule(path)
+    handle = block.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    tiny()
+    handle.remove()
+    args, kwargs = calls[0]
+    (gm,) = capture(block, *args, **kwargs)
+    return layouts_of(gm)
+
+
+def test_a_block_alone_has_no_grid_until_the_user_says_so():
+    own, cross = capture_block(tiny_models.wan(), "blocks.0")
+    assert own.kind is SiteKind.SELF and describe(own.query)[0][:3] == VIDEO[:3]
+    assert cross.kind is SiteKind.CROSS and describe(cross.key)[0][:3] == PROMPT[:3]
+    assert own.grid is None and "packed" in own.reason and 'options={"grid"' in own.reason
+    declared = declare_grid(own, (3, 4, 5))
+    assert declared.grid == Grid((3, 4, 5), "option") and declared.reason == ""
+
+
+def test_a_joint_block_alone_does_not_tell_text_from_latents():
+    (layout,) = capture_block(tiny_models.cogvideox(), "transformer_blocks.0")
+    assert layout.kind is SiteKind.JOINT and layout.grid is None
+    assert [s.kind for s in layout.query] == [OTHER, OTHER]
+    assert "Several segments reach the output" in layout.reason
+    declared = declare_grid(layout, (3, 4, 5))
+    assert [s.kind for s in declared.query] == [OTHER, LATENTS]
+    assert declared.key == declared.query and declared.grid.sizes == (3, 4, 5)
+
+
+def test_a_block_alone_without_text_may_hold_text_among_its_tokens():
+    (layout,) = capture_block(tiny_models.dit(), "transformer_blocks.0")
+    assert layout.kind is SiteKind.SELF and [s.kind for s in layout.query] == [OTHER]
+    assert "whether text is among them" in layout.reason
+
+
+def test_a_declared_grid_that_fits_no_segment_is_refused():
+    (layout, *_) = capture_block(tiny_models.wan(), "blocks.0")
+    refused = declare_grid(layout, (3, 4, 6))
+    assert refused.grid is None and refused.query == layout.query
+    assert "(3, 4, 6) of 72 tokens" in refused.reason and "60 tokens" in refused.reason
+
+
+def test_a_proved_grid_is_not_overruled():
+    tiny = tiny_models.wan(layers=1)
+    layout = layouts(tiny.model, **tiny.inputs)[0]
+    assert declare_grid(layout, (5, 4, 3)) is layout
+
+
+def grid_table(*sizes):
+    return torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in sizes), indexing="ij"))
+
+
+def test_position_tables_of_packed_tokens_prove_the_grid():
+    def model(x):
+        return attend(x + grid_table(3, 4, 5).flatten(1).sum(0)[None, :, None])
+
+    (layout,) = layouts(model, torch.randn(2, 60, 8))
+    assert layout.grid == Grid((3, 4, 5), "tables")
+
+
+def test_tables_that_contradict_each_other_prove_nothing():
+    def model(x):
+        first, second = (grid_table(*s).flatten(1).sum(0) for s in ((3, 4, 5), (3, 5, 4)))
+        return attend(x + first[None, :, None] + second[None, :, None])
+
+    (layout,) = layouts(model, torch.randn(2, 60, 8))
+    assert layout.grid is None and 'options={"grid"' in layout.reason
+
+
+def test_windows_of_tokens_are_no_grid():
+    """Only tables made of positions count: tokens are split for other reasons too."""
+
+    def model(x):
+        pooled = x.view(2, 6, 10, 8).mean(2, keepdim=True)
+        return attend((x.view(2, 6, 10, 8) + pooled).view(2, 60, 8))
+
+    (layout,) = layouts(model, torch.randn(2, 60, 8))
+    assert layout.grid is None
+
+
+def test_an_op_without_a_rule_ends_the_axis():
+    def model(x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return attend(tokens.roll(1, 1)).transpose(1, 2).unflatten(2, (3, 4, 5))
+
+    (layout,) = layouts(model, torch.randn(2, 8, 3, 4, 5))
+    assert layout.grid is None and "roll" in layout.reason
+
+
+def test_transposed_tokens_are_not_row_major():
+    def model(x):
+        tokens = x.permute(0, 4, 3, 2, 1).flatten(1, 3)
+        return attend(tokens).unflatten(1, (5, 4, 3)).permute(0, 4, 3, 2, 1)
+
+    (layout,) = layouts(model, torch.randn(2, 8, 3, 4, 5))
+    assert layout.grid is None and "row-major" in layout.reason
+
+
+def test_latents_among_more_keys_are_joint_and_other_keys_are_cross():
+    def model(x, text):
+        x = attend(x, torch.cat([text, x], 1))
+        return attend(x, text)
+
+    joint, cross = layouts(model, torch.randn(2, 60, 8), torch.randn(2, 7, 8))
+    assert joint.kind is SiteKind.JOINT
+    assert describe(joint.key) == [(TEXT, 0, 7, "text"), (LATENTS, 7, 67, "x")]
+    assert cross.kind is SiteKind.CROSS
+
+
+def test_registers_are_a_segment_of_their_own():
+    registers = torch.nn.Parameter(torch.randn(1, 4, 8))
+
+    def model(x, text):
+        x = torch.cat([registers.expand(2, -1, -1), text, x], 1)
+        return attend(x)[:, 11:]
+
+    (layout,) = layouts(model, torch.randn(2, 60, 8), torch.randn(2, 7, 8))
+    assert layout.kind is SiteKind.JOINT
+    assert describe(layout.query) == [
+        (OTHER, 0, 4, None),
+        (TEXT, 4, 11, "text"),
+        (LATENTS, 11, 71, "x"),
+    ]
+
+
+def test_a_buffer_filled_by_slices_is_a_joint_sequence():
+    def model(x, text):
+        buffer = x.new_zeros(2, 67, 8)
+        buffer[:, :7] = text
+        buffer[:, 7:] = x
+        return attend(buffer)[:, 7:]
+
+    (layout,) = layouts(model, torch.randn(2, 60, 8), torch.randn(2, 7, 8))
+    assert describe(layout.query) == [(TEXT, 0, 7, "text"), (LATENTS, 7, 67, "x")]
+
+
+def test_multi_head_attention_hides_its_tokens():
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
+    found = layouts(lambda x: attention(x, x, x, need_weights=False)[0].sin(), torch.randn(2, 6, 8))
+    assert all(layout.kind is SiteKind.UNKNOWN and layout.reason for layout in found)

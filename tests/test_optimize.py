@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import dit_opt
+from dit_opt import backend as backend_module
+from dit_opt.options import OptionError
+from tests.tiny_models import wan
+
+OPTIONS = {"density": 0.6, "min_tokens": 0}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo(monkeypatch):
+    monkeypatch.setattr(backend_module, "compile_with_inductor", lambda gm, inputs, patches: gm)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def make_pipeline(count: int = 1):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    models = [wan(grid=(4, 12, 16)) for _ in range(count)]
+    pipe = types.SimpleNamespace(scheduler=scheduler, transformer=models[0].model)
+    if count == 2:
+        pipe.transformer_2 = models[1].model
+    return pipe, models[0].inputs
+
+
+def run(pipe, inputs, steps, boundary=0.0):
+    pipe.scheduler.set_timesteps(steps)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            model = pipe.transformer if t >= boundary else pipe.transformer_2
+            model(**{**inputs, "timestep": t.expand(1)})
+
+
+def calls(model):
+    return dit_opt.report(model).graphs[0].calls
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_a_share_of_the_trajectory_is_counted_in_the_schedulers_steps(regional):
+    pipe, inputs = make_pipeline()
+    options = {**OPTIONS, "grid": (4, 12, 16)} if regional else OPTIONS
+    assert dit_opt.optimize(pipe, regional=regional, dense_steps=0.2, **options) is pipe
+    run(pipe, inputs, 10)
+    layers = 2 if regional else 1
+    assert calls(pipe.transformer) == {"observe": 2 * layers, "search": 8 * layers}
+
+
+def test_a_second_transformer_takes_over_in_the_middle():
+    pipe, inputs = make_pipeline(2)
+    dit_opt.optimize(pipe, dense_steps=0.2, **OPTIONS)
+    run(pipe, inputs, 10, boundary=900)
+    first, second = calls(pipe.transformer), calls(pipe.transformer_2)
+    assert first["observe"] == 2
+    assert "observe" not in second and first["search"] + second["search"] == 8
+
+
+def test_a_module_can_be_compiled_alone():
+    tiny = wan()
+    dit_opt.optimize(tiny.model, density=1, dense_steps=0, min_tokens=0)
+    tiny()
+    assert calls(tiny.model) == {"search": 1}
+
+
+def test_bad_options_are_refused_before_anything_is_touched():
+    tiny = wan()
+    with pytest.raises(OptionError):
+        dit_opt.optimize(tiny.model, densty=0.5)
+    assert tiny.model._compiled_call_impl is None
+
+
+def test_something_without_a_denoiser_is_refused():
+    with pytest.raises(TypeError, match="transformer"):
+        dit_opt.optimize(types.SimpleNamespace(vae=torch.nn.Linear(1, 1)))
+
+
+def test_regional_needs_repeated_blocks():
+    with pytest.raises(TypeError, match="regional"):
+        dit_opt.optimize(torch.nn.Linear(1, 1), regional=True)
