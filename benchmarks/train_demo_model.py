@@ -1,11 +1,13 @@
 """Train the demo model: a small diffusers video transformer, by flow matching on generated clips.
 
-    python -m benchmarks.train_demo_model --out DIR [--minutes 90] [--threads 2]
+    python -m benchmarks.train_demo_model --out DIR [--minutes 170] [--threads 2]
 
 Small grids first, where a step is cheap, then the demo grid. Attention starts local: each head's
 query and key biases are set so that rotary embedding alone makes scores fall off with distance
 along the axes of that head (time, space or both), the structure that large video models are
-reported to learn. Everything is trained from there. The log says how much softmax mass the best
+reported to learn. Everything is trained from there. A small model in little time would let some
+heads go flat, which those of large models are not: attention that is spread over more than
+`SPREAD` of the tokens is charged for its entropy. The log says how much softmax mass the best
 quarter of key blocks holds.
 """
 
@@ -22,7 +24,9 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
+from benchmarks.attention_mass import RecordMass
 from dit_opt.demo import clips
 from dit_opt.demo.model import CONFIG, save_checkpoint
 
@@ -35,19 +39,32 @@ FREQUENCIES = 3
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training: pixels per clip, batch, share of the time, peak learning rate."""
+    """One stretch of training.
+
+    Attributes:
+        size: frames, height and width of a clip in pixels.
+        batch: clips in one forward pass; parts: passes of one step.
+        share: of the whole time. rate: learning rate at its start.
+    """
 
     size: tuple[int, int, int]
     batch: int
+    parts: int
     share: float
     rate: float
 
 
 PHASES = (
-    Phase((8, 32, 32), 8, 0.34, 1.6e-3),
-    Phase((8, 32, 64), 4, 0.26, 1.2e-3),
-    Phase((8, 64, 128), 1, 0.40, 9e-4),
+    Phase((8, 32, 32), 8, 1, 0.30, 1.6e-3),
+    Phase((8, 32, 64), 4, 1, 0.30, 1.2e-3),
+    Phase((8, 64, 128), 1, 2, 0.40, 9e-4),
 )
+# the effective number of keys of a query, as a share of all, above which entropy is charged
+SPREAD = 0.05
+ENTROPY_WEIGHT = 0.01
+ENTROPY_ROWS = 16
+MASS_LEVELS = (0.9, 0.6, 0.3)
+SAVE_EVERY, MASS_EVERY = 100, 500
 
 
 @torch.no_grad()
@@ -109,33 +126,152 @@ def sample_noise_level(count: int, rng: torch.Generator) -> torch.Tensor:
     return 1.5 * u / (1 + 0.5 * u)
 
 
-def run_step(model, phase: Phase, rng: torch.Generator) -> torch.Tensor:
-    clip, prompts = clips.draw_batch(phase.batch, rng, phase.size)
-    keep = torch.rand(phase.batch, generator=rng) > 0.1
-    text = clips.embed([p if k else None for p, k in zip(prompts, keep)])
-    if phase.batch == 1:
-        sigma = sample_noise_level(1, rng)
-    else:
-        sigma = sample_noise_level(phase.batch, rng)
+class EntropyCharge(TorchFunctionMode):
+    """Adds up the entropy above `log(SPREAD * N)` of sampled rows of every self-attention call."""
+
+    def __init__(self, rng: torch.Generator) -> None:
+        super().__init__()
+        self.charges: list[torch.Tensor] = []
+        self._rng = rng
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            q, k = kwargs["query"], kwargs["key"]
+            tokens = q.shape[-2]
+            if tokens == k.shape[-2]:
+                rows = torch.randint(tokens, (ENTROPY_ROWS,), generator=self._rng)
+                scores = q[:, :, rows].float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+                entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
+                self.charges.append((entropy - math.log(SPREAD * tokens)).relu().mean())
+        return func(*args, **kwargs)
+
+
+def run_step(model, phase: Phase, rng: torch.Generator) -> float:
+    """Add up the gradients of one step; returns its loss."""
+    total = 0.0
+    sigmas = sample_noise_level(phase.batch * phase.parts, rng)
+    for part in sigmas[torch.randperm(len(sigmas), generator=rng)].view(phase.parts, -1):
+        clip, prompts = clips.draw_batch(phase.batch, rng, phase.size)
+        keep = torch.rand(phase.batch, generator=rng) > 0.1
+        text = clips.embed([p if k else None for p, k in zip(prompts, keep, strict=True)])
+        noise = torch.randn(clip.shape, generator=rng)
+        s = part.view(-1, 1, 1, 1, 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16), EntropyCharge(rng) as entropy:
+            velocity = model(
+                hidden_states=(1 - s) * clip + s * noise,
+                timestep=part * 1000,
+                encoder_hidden_states=text,
+                return_dict=False,
+            )[0]
+        loss = (velocity.float() - (noise - clip)).square().mean() / phase.parts
+        charge = torch.stack(entropy.charges).mean() * (ENTROPY_WEIGHT / phase.parts)
+        (loss + charge).backward()
+        total += loss.item()
+    return total
+
+
+def choose_rate(progress: float, step: int) -> tuple[int, float]:
+    """The phase and its learning rate: halved within a phase, to nothing in the last one."""
+    edges = torch.tensor([p.share for p in PHASES]).cumsum(0).tolist()
+    which = next((i for i, e in enumerate(edges) if progress < e), len(PHASES) - 1)
+    phase = PHASES[which]
+    inside = min(1.0, (progress - edges[which] + phase.share) / phase.share)
+    rate = (
+        phase.rate * (1 - inside) + 1e-5 if phase is PHASES[-1] else phase.rate * (1 - inside / 2)
+    )
+    return which, rate * min(1.0, (step + 1) / 60)
+
+
+@torch.no_grad()
+def measure_model_mass(state: dict[str, torch.Tensor]) -> float:
+    """Mass of the best quarter of key blocks, of one noised clip at a few noise levels."""
+    model = WanTransformer3DModel(**CONFIG).eval()
+    model.load_state_dict(state)
+    rng = torch.Generator().manual_seed(7)
+    clip, prompts = clips.draw_batch(1, rng)
     noise = torch.randn(clip.shape, generator=rng)
-    s = sigma.view(-1, 1, 1, 1, 1)
-    noisy = (1 - s) * clip + s * noise
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        velocity = model(
-            hidden_states=noisy,
-            timestep=sigma * 1000,
-            encoder_hidden_states=text,
-            return_dict=False,
-        )[0]
-    return (velocity.float() - (noise - clip)).square().mean()
+    with RecordMass() as record:
+        for sigma in MASS_LEVELS:
+            model(
+                hidden_states=(1 - sigma) * clip + sigma * noise,
+                timestep=torch.tensor([sigma * 1000]),
+                encoder_hidden_states=clips.embed(prompts),
+            )
+    return torch.stack(record.rows).mean().item()
+
+
+def save_progress(folder: Path, model, average: dict, step: int, seconds: float) -> None:
+    save_checkpoint(folder / "model.safetensors", average)
+    state = {f"model.{k}": v for k, v in model.state_dict().items()}
+    state |= {f"ema.{k}": v for k, v in average.items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "state.safetensors")
+    (folder / "progress.json").write_text(json.dumps({"step": step, "seconds": seconds}))
+
+
+def train(args: argparse.Namespace) -> None:
+    model = build_model().train()
+    step, spent = 0, args.skip_minutes * 60
+    if args.start:
+        model.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    if args.resume:
+        state = load_file(args.out / "state.safetensors")
+        model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+        average = {k[4:]: v for k, v in state.items() if k.startswith("ema.")}
+        progress = json.loads((args.out / "progress.json").read_text())
+        step, spent = progress["step"], progress["seconds"]
+    matrices, rest = split_parameters(model)
+    optimizers = [
+        torch.optim.Muon(
+            matrices, lr=1e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    count = sum(p.numel() for p in model.parameters())
+    log.info("%.2f M parameters, %s", count / 1e6, [asdict(p) for p in PHASES])
+    rng = torch.Generator().manual_seed(1000 + step)
+    budget, began, recent = args.minutes * 60, time.monotonic() - spent, []
+    while spent < budget and (args.steps is None or step < args.steps):
+        which, rate = choose_rate(spent / budget, step)
+        loss = run_step(model, PHASES[which], rng)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                average[key].lerp_(value, 1 - min(0.998, 1 - 1 / (step + 1)))
+        recent.append((loss, time.monotonic() - began - spent))
+        spent = time.monotonic() - began
+        if step % args.log_every == 0:
+            losses, seconds = (sum(x) / len(recent) for x in zip(*recent, strict=True))
+            log.info(
+                "step %d phase %d loss %.4f norm %.2f rate %.1e %.2f s/step %.0f min",
+                *(step, which, losses, norm, rate, seconds, spent / 60),
+            )
+            recent.clear()
+        if step % MASS_EVERY == 0:
+            log.info("step %d mass of the best quarter %.3f", step, measure_model_mass(average))
+        if step % SAVE_EVERY == 0:
+            save_progress(args.out, model, average, step, spent)
+    save_progress(args.out, model, average, step, spent)
+    log.info("finished after %d steps", step)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--minutes", type=float, default=170)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--start", type=Path, help="checkpoint to begin from")
+    parser.add_argument(
+        "--skip-minutes", type=float, default=0, help="begin so far into the schedule"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
     parser.add_argument("--steps", type=int, help="stop early, for trials")
     parser.add_argument("--log-every", type=int, default=50)
     args = parser.parse_args()
@@ -144,85 +280,6 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     torch.set_num_threads(args.threads)
     train(args)
-
-
-def train(args) -> None:
-    model = build_model().train()
-    matrices, rest = split_parameters(model)
-    count = sum(p.numel() for p in model.parameters())
-    log.info("%.2f M parameters, %s", count / 1e6, [asdict(p) for p in PHASES])
-    muon = torch.optim.Muon(
-        matrices, lr=1e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-    )
-    adam = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    step, spent = 0, 0.0
-    state_file, progress_file = args.out / "state.safetensors", args.out / "progress.json"
-    if args.resume and state_file.exists():
-        state = load_file(state_file)
-        model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
-        average = {k[4:]: v for k, v in state.items() if k.startswith("ema.")}
-        progress = json.loads(progress_file.read_text())
-        step, spent = progress["step"], progress["seconds"]
-    rng = torch.Generator().manual_seed(1000 + step)
-    budget, recent = args.minutes * 60, []
-    edges = torch.tensor([p.share for p in PHASES]).cumsum(0).tolist()
-    began = saved = time.monotonic() - 0.0
-    offset = spent
-    while spent < budget and (args.steps is None or step < args.steps):
-        progress = spent / budget
-        which = next((i for i, e in enumerate(edges) if progress < e), len(PHASES) - 1)
-        phase = PHASES[which]
-        # within a phase the rate falls by half, at the very end to zero
-        start = edges[which] - phase.share
-        inside = (progress - start) / phase.share
-        rate = phase.rate * (1 - 0.5 * inside)
-        if which == len(PHASES) - 1:
-            rate = phase.rate * (1 - inside) + 1e-5
-        rate *= min(1.0, (step + 1) / 60)
-        for optimizer in (muon, adam):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        loss = run_step(model, phase, rng)
-        if phase.batch == 1:
-            # two clips a step on the demo grid, one after the other for memory
-            (loss / 2).backward()
-            second = run_step(model, phase, rng)
-            (second / 2).backward()
-            loss = (loss + second) / 2
-        else:
-            loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adam):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        decay = min(0.998, 1 - 1 / (step + 1))
-        with torch.no_grad():
-            for key, value in model.state_dict().items():
-                average[key].lerp_(value, 1 - decay)
-        recent.append(loss.item())
-        spent = offset + time.monotonic() - began
-        if step % args.log_every == 0:
-            log.info(
-                "step %d phase %d loss %.4f norm %.2f rate %.1e %.2f s/step %.0f min",
-                step,
-                which,
-                sum(recent) / len(recent),
-                norm,
-                rate,
-                (time.monotonic() - saved) / len(recent) if step == args.log_every else 0,
-                spent / 60,
-            )
-            recent.clear()
-        if step % 100 == 0:
-            save_checkpoint(args.out / "model.safetensors", average)
-            state = {f"model.{k}": v for k, v in model.state_dict().items()}
-            state |= {f"ema.{k}": v for k, v in average.items()}
-            save_file({k: v.contiguous() for k, v in state.items()}, state_file)
-            progress_file.write_text(json.dumps({"step": step, "seconds": spent}))
-    save_checkpoint(args.out / "model.safetensors", average)
-    log.info("finished after %d steps", step)
 
 
 if __name__ == "__main__":

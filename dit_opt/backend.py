@@ -30,7 +30,7 @@ from dit_opt.facts.sites import Form, Site, find_sites
 from dit_opt.facts.tokens import Tokens, find_tokens
 from dit_opt.inspect.dump import Dumper
 from dit_opt.inspect.render import render_decisions, summarise
-from dit_opt.options import Options
+from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.passes.choose_sites import Choice, choose_sites
 from dit_opt.passes.graph_edit import copy_graph
@@ -167,7 +167,8 @@ def _bind(
     phases = {Phase.OBSERVE}
     if sparse:
         phases.add(Phase.SEARCH)
-        if searching and options.refresh_every > 1 and None not in layers:
+        if searching and options.refresh_every > 1:
+            _require_layers(searching, layers, options)
             phases.add(Phase.REUSE)
     lengths = [_count_tokens(s) for s in sparse]
     layouts = [(*s.grid, s.start, _count_tokens(s)) for s in searching if s.grid]
@@ -211,6 +212,18 @@ def _bind(
     for phase in sorted(needed, key=lambda p: p.value):
         bound.variant(phase)
     return bound
+
+
+def _require_layers(
+    searching: Sequence[SparseSite], layers: Sequence[int | None], options: Options
+) -> None:
+    for sparse, layer in zip(searching, layers, strict=True):
+        if layer is None:
+            raise OptionError(
+                f"refresh_every={options.refresh_every} keeps plans between steps, but no parameter "
+                f"feeds the attention of {sparse.site.module or 'this graph'}, so that its plan "
+                "could not be told from another layer's. Use refresh_every=1."
+            )
 
 
 def _first_phase(bound: Bound) -> Phase:

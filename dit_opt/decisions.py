@@ -27,10 +27,6 @@ class Reason(Enum):
         "It has fewer keys than the sparse kernel needs to win.",
         "Set min_tokens lower to replace it nevertheless.",
     )
-    NOT_WORTH_IT = (
-        "The cost model predicts no gain.",
-        "Set density or quality lower, or min_tokens to replace it nevertheless.",
-    )
     ROUTER_DENSE = ("router='dense' leaves every site alone.", "Choose router='auto'.")
     CAUSAL = ("It is causal; the routers assume that every query may see every key.", "")
     DROPOUT = ("It drops attention weights at random.", "Put the model in eval mode.")
@@ -42,21 +38,9 @@ class Reason(Enum):
         "The graph does not tell the latent grid (T, H, W), and the router needs it.",
         'Pass options={"grid": (T, H, W)}, in tokens.',
     )
-    GRID_MISMATCH = (
-        "The grid does not multiply to the number of latent tokens.",
-        "Give the grid in tokens, after patching.",
-    )
     UNKNOWN_TOKENS = (
         "The graph does not tell which of its tokens are latents.",
         'Pass options={"grid": (T, H, W)}, in tokens.',
-    )
-    NO_TIMESTEP = (
-        "No input feeds a sinusoidal embedding, so steps cannot be told apart.",
-        "Compile the whole model, or use ditopt.optimize, which reads the scheduler.",
-    )
-    NO_LAYER_IDENTITY = (
-        "No parameter feeds it, so its state could not be told from another layer's.",
-        "Set refresh_every=1, which keeps no state between steps.",
     )
     UNSUPPORTED_DTYPE = (
         "The sparse kernel takes float32, float16 and bfloat16 only.",

@@ -40,9 +40,9 @@ def matmul(labels: Labels, x: Node, y: Node) -> list[Dim]:
     return [*lead, a[-2], b[-1]]
 
 
-def batched(labels: Labels, batch1: Node, mat2: Node) -> list[Dim]:
+def batched(labels: Labels, input: Node, mat2: Node) -> list[Dim]:
     """`bmm`, `mm`."""
-    return matmul(labels, batch1, mat2)
+    return matmul(labels, input, mat2)
 
 
 def matmul_add(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 
+from dit_opt.facts.nodes import origin_of
 from dit_opt.facts.sites import Form, find_sites
 from dit_opt.facts.tokens import Grid, SegmentKind, SiteKind, declare_grid, find_tokens
 from tests import tiny_models
@@ -128,7 +129,7 @@ def _values_of_symbols(gm, inputs):
     values = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         example = node.meta["example_value"]
-        name = node.name.removeprefix("l_kwargs_").removesuffix("_")
+        name, _ = origin_of(node)
         if isinstance(example, torch.SymInt) and name in named:
             values.setdefault(example.node.expr, named[name])
             values["environment"] = example.node.shape_env
@@ -156,7 +157,9 @@ def test_a_grid_of_width_one_is_never_guessed():
 
 def test_decomposed_attention_has_the_same_layout():
     tiny = tiny_models.dit(batch=2)
-    tiny.model.set_attn_processor(AttnProcessor())
+    for module in tiny.model.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(AttnProcessor())
     (gm,) = capture(tiny.model, **tiny.inputs)
     assert [s.form for s in find_sites(gm.graph)] == [Form.DECOMPOSED] * tiny.n_sites
     for layout in layouts_of(gm):
