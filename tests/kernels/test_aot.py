@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from dit_opt.kernels import aot
 from dit_opt.kernels.block_sparse_attention.builds import make_build

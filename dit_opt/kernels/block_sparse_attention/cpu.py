@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
 from dit_opt.kernels.block_sparse_attention.runs import Bucket, find_buckets
 
-# Larger gathers fall out of the second-level cache and fault in fresh pages (10x slower).
+# Per thread. Larger gathers fall out of the second-level cache and fault in fresh pages (up to 10x
+# slower); smaller ones leave threads without work.
 GATHER_BYTES = 1 << 20
 
 # Scores that the product form rounds to bfloat16 are off by up to 2^-9 of their size; above this
@@ -140,7 +141,8 @@ def _attend_gathered(call: _Call, bucket: Bucket) -> None:
     rows = (bucket.heads * call.query_blocks + bucket.first).unsqueeze(1) + torch.arange(count)
     keys = (bucket.heads // call.group * call.key_blocks).unsqueeze(1) + bucket.lists
     biases = (bucket.heads * call.key_blocks).unsqueeze(1) + bucket.lists
-    step = max(1, GATHER_BYTES // (kept * block_k * dim * call.k.element_size()))
+    limit = GATHER_BYTES * torch.get_num_threads()
+    step = max(1, limit // (kept * block_k * dim * call.k.element_size()))
     missing = count * block_q - bucket.query_tokens
     for begin in range(0, runs, step):
         part = slice(begin, begin + step)

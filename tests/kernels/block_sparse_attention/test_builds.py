@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -26,8 +27,6 @@ def test_builds_of_a_target_are_distinct():
 
 
 def test_the_signature_names_every_argument():
-    import torch
-
     build = make_build("sm_90", 64, torch.float16)
     assert build.signature["p_q"] == "tensordesc<fp16[1, 1, 128, 64]>"
     assert build.signature["p_indices"] == "*i32"
