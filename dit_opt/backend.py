@@ -220,8 +220,8 @@ def _require_layers(
     for sparse, layer in zip(searching, layers, strict=True):
         if layer is None:
             raise OptionError(
-                f"refresh_every={options.refresh_every} keeps plans between steps, but no parameter "
-                f"feeds the attention of {sparse.site.module or 'this graph'}, so that its plan "
+                f"refresh_every={options.refresh_every} keeps plans between steps, but no "
+                f"parameter feeds the attention of {sparse.site.module or 'this graph'}, so its plan "
                 "could not be told from another layer's. Use refresh_every=1."
             )
 

@@ -1,4 +1,4 @@
-"""The backend as a user meets it, with a stand-in for Inductor where only state and rules matter."""
+"""The backend as a user meets it; a stand-in for Inductor where only state and rules matter."""
 
 from __future__ import annotations
 
@@ -257,14 +257,16 @@ def test_dynamic_sizes_reach_the_router(eager):
     del tiny
 
 
-def test_repeated_blocks_keep_their_plans_apart(eager):
-    tiny = big_wan()
+@pytest.mark.parametrize("make", [wan, tiny_models.cogvideox], ids=["self", "text first"])
+def test_repeated_blocks_keep_their_plans_apart(eager, make):
+    tiny = make(grid=(4, 12, 16))
     reference = run_trajectory(compiled(tiny.model, **SPARSE), tiny.inputs)
     torch.compiler.reset()
     dit_opt.optimize(tiny.model, regional=True, grid=(4, 12, 16), **SPARSE)
     assert_same(run_trajectory(tiny.model, tiny.inputs), reference)
-    layers = [row.layer for g in dit_opt.report(tiny.model).graphs for row in g.layers]
-    assert layers == ["blocks.0.attn1.to_q.weight", "blocks.1.attn1.to_q.weight"]
+    rows = [row for g in dit_opt.report(tiny.model).graphs for row in g.layers]
+    assert len({row.layer for row in rows}) == len(rows) == 2
+    assert all(0 < row.density <= 0.6 for row in rows)
 
 
 def test_gradients_are_refused():

@@ -110,9 +110,7 @@ def draw_prompt(rng: torch.Generator, subjects: int | None = None) -> Prompt:
     count = subjects or 1 + int(torch.rand((), generator=rng) < 0.75)
     colours = torch.randperm(len(PALETTE), generator=rng)[:count].tolist()
     pick = lambda options: options[int(torch.randint(len(options), (), generator=rng))]  # noqa: E731
-    return tuple(
-        Subject(list(PALETTE)[c], pick(SHAPES), pick(list(DIRECTIONS))) for c in colours
-    )
+    return tuple(Subject(list(PALETTE)[c], pick(SHAPES), pick(list(DIRECTIONS))) for c in colours)
 
 
 def list_prompts(count: int) -> list[Prompt]:
@@ -140,9 +138,7 @@ def _rotate(y: torch.Tensor, x: torch.Tensor, angle) -> tuple[torch.Tensor, torc
     return c * y - s * x, s * y + c * x
 
 
-def _drifting_texture(
-    rng: torch.Generator, frames: int, height: int, width: int
-) -> torch.Tensor:
+def _drifting_texture(rng: torch.Generator, frames: int, height: int, width: int) -> torch.Tensor:
     """Band-passed noise of unit variance `[T, H, W]` that drifts with one velocity.
 
     Its phase is random beyond two periods, as in natural textures, so what a pixel tells reaches

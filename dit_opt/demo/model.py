@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 CHECKPOINT = Path(__file__).with_name("model.safetensors")
-CONFIG = dict(
-    patch_size=(1, 4, 4),
-    num_attention_heads=4,
-    attention_head_dim=64,
-    in_channels=3,
-    out_channels=3,
-    text_dim=clips.TEXT_DIM,
-    freq_dim=256,
-    ffn_dim=640,
-    num_layers=5,
-    cross_attn_norm=True,
-    rope_max_seq_len=64,
-)
+CONFIG: dict[str, Any] = {
+    "patch_size": (1, 4, 4),
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "text_dim": clips.TEXT_DIM,
+    "freq_dim": 256,
+    "ffn_dim": 640,
+    "num_layers": 5,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 64,
+}
 GRID = (clips.FRAMES, clips.HEIGHT // 4, clips.WIDTH // 4)
 
 

@@ -6,7 +6,7 @@ One table of questions, asked in order; the first "no" is the reason. Nothing is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -17,7 +17,14 @@ from dit_opt._compat import size_expression
 from dit_opt.decisions import Decision, LayoutSummary, Reason
 from dit_opt.facts.masks import MaskKind, classify_mask
 from dit_opt.facts.sites import Site
-from dit_opt.facts.tokens import Grid, Layout, SegmentKind, SiteKind, Tokens
+from dit_opt.facts.tokens import (
+    Grid,
+    Layout,
+    SegmentKind,
+    SiteKind,
+    Tokens,
+    declare_grid,
+)
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.sparse_attention import SparseSite
 
@@ -44,12 +51,9 @@ def choose_sites(
     Raises OptionError where a grid was given that fits no site, or where a router was asked for
     by name and can serve none of the sites.
     """
-    choices = [_judge(site, tokens.layouts.get(site.node), options) for site in sites]
-    if (
-        options.grid
-        and sites
-        and not any(_fits(tokens.layouts.get(s.node), options) for s in sites)
-    ):
+    layouts = [_apply_grid(tokens.layouts.get(site.node), options) for site in sites]
+    choices = [_judge(site, layout, options) for site, layout in zip(sites, layouts, strict=True)]
+    if options.grid and sites and not any(layout and layout.grid for layout in layouts):
         counts = sorted({str(_length(s)) for s in sites if s.query is not None})
         raise OptionError(
             f"grid={options.grid} is {_product(options.grid)} tokens, but the attention sites of "
@@ -74,7 +78,7 @@ def choose_sites(
 def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
     reason, detail = _find_obstacle(site, layout, options)
     kind, keys = classify_mask(site)
-    grid = _grid(layout, options)
+    grid = layout.grid if layout else None
     dense = cost.dense_flops(*_shape(site)) if site.query is not None else None
     full = options.density == 1
     sparse = None
@@ -133,7 +137,7 @@ def _find_obstacle(site: Site, layout: Layout | None, options: Options) -> tuple
         return Reason.TOO_SHORT, f"{_length(site)} tokens"
     if options.density == 1:
         return Reason.REPLACED, ""
-    if _grid(layout, options) is None:
+    if layout.grid is None:
         return Reason.NO_GRID, layout.reason
     return Reason.REPLACED, ""
 
@@ -164,36 +168,28 @@ def _product(grid: Sequence) -> sympy.Expr:
     return out
 
 
-def _fits(layout: Layout | None, options: Options) -> bool:
-    if layout is None or not options.grid:
-        return False
-    wanted = _product(options.grid)
-    return any(
-        not (size := sympy.sympify(s.stop) - s.start).is_Integer or size == wanted
-        for s in layout.query
-        if s.kind is not SegmentKind.TEXT
-    )
+def _apply_grid(layout: Layout | None, options: Options) -> Layout | None:
+    """The layout with the grid of the options, where the graph proves none.
 
-
-def _grid(layout: Layout | None, options: Options) -> Grid | None:
-    """The grid of a site: what the graph proves, else what the option says.
-
-    Raises OptionError where the two differ.
+    Raises OptionError where the graph proves another one for as many tokens.
     """
-    if layout is None:
-        return None
-    proved = layout.grid
-    if options.grid is None or not _fits(layout, options):
-        return proved
-    given = Grid(tuple(sympy.Integer(n) for n in options.grid), "option")
-    if proved is None:
-        return given
-    if all(p.is_Integer for p in proved.sizes) and tuple(proved.sizes) != given.sizes:
+    if layout is None or options.grid is None:
+        return layout
+    if layout.grid is None:
+        return declare_grid(layout, options.grid)
+    proved = tuple(layout.grid.sizes)
+    if (
+        all(size.is_Integer for size in proved)
+        and proved != options.grid
+        and _product(proved) == _product(options.grid)
+    ):
         raise OptionError(
-            f"grid={options.grid} contradicts the graph, which proves "
-            f"{tuple(map(int, proved.sizes))} (from its {proved.source}); leave `grid` out."
+            f"grid={options.grid} contradicts the graph, which proves {tuple(map(int, proved))} "
+            f"(from its {layout.grid.source}); leave `grid` out."
         )
-    return proved
+    if _product(proved) != _product(options.grid):
+        return replace(layout, grid=None, reason=f"It does not fit grid={options.grid}.")
+    return layout
 
 
 def _describe_shapes(site: Site) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def test_attention_starts_local_along_the_axes_of_each_head():
             x1, x2 = bias[head, 0::2], bias[head, 1::2]
             c, s = cos[place][0::2], sin[place][1::2]
             rotated.append(torch.stack([x1 * c - x2 * s, x1 * s + x2 * c]))
-        return float((rotated[0] * rotated[1]).sum() / 8)
+        return float((rotated[0] * rotated[1]).sum().detach() / 8)
 
     origin, later, aside = (0, 0, 0), (3, 0, 0), (0, 3, 0)
     # head 0 looks along time, head 2 across space
