@@ -221,7 +221,7 @@ def _require_layers(
         if layer is None:
             raise OptionError(
                 f"refresh_every={options.refresh_every} keeps plans between steps, but no "
-                f"parameter feeds the attention of {sparse.site.module or 'this graph'}, so its plan "
+                f"parameter feeds the attention of {sparse.site.module or 'a site'}, so its plan "
                 "could not be told from another layer's. Use refresh_every=1."
             )
 

@@ -19,9 +19,13 @@ from dit_opt.kernels.block_sparse_attention.runs import Bucket, find_buckets
 # slower); smaller ones leave threads without work.
 GATHER_BYTES = 1 << 20
 
-# Scores that the product form rounds to bfloat16 are off by up to 2^-9 of their size; above this
-# bound on |score| the slower form with float32 scores is used.
-BF16_SCORE_BOUND = 32.0
+# Below this bound on |score| no softmax weight underflows, and bfloat16 scores, which are off by up
+# to 2^-9 of their size, are good enough.
+SCORE_BOUND = 32.0
+
+# With fewer queries than this, torch's flash attention takes 32 at a time and uses a second core
+# badly (1.4x instead of 2x); two matrix products take over.
+FLASH_QUERIES = 192
 
 # Score tile of the product form, in elements.
 SCORE_TILE = 1 << 20
@@ -41,7 +45,7 @@ class _Call:
     key_blocks: int
     group: int
     scale: float
-    multiply: bool
+    bounded: bool
 
 
 def attend(
@@ -57,9 +61,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `reference.attend`.
 
-    float32 runs flash attention on the gathered blocks; bfloat16 runs two matrix products around a
-    softmax, which is twice as fast, unless the scores are too large for it; float16 has no fast
-    arithmetic on processors and is computed in float32.
+    Gathered blocks go through two matrix products around a softmax, or through torch's flash
+    attention where that is faster (long runs in float32) or more exact (bfloat16 with large
+    scores). float16 has no fast arithmetic on processors and is computed in float32.
     """
     out, lse = new_outputs(q)
     if q.numel() == 0 or k.shape[2] == 0:
@@ -83,7 +87,7 @@ def attend(
         key_blocks=ceil_div(keys, block_k),
         group=heads // k.shape[1],
         scale=scale,
-        multiply=q.dtype == torch.bfloat16 and _bound_scores(q, k, scale) <= BF16_SCORE_BOUND,
+        bounded=_bound_scores(q, k, scale) <= SCORE_BOUND,
     )
     for bucket in find_buckets(counts, indices, batch, queries, keys, block_q, block_k):
         if bucket.contiguous and bucket.query_tokens > block_q:
@@ -141,8 +145,10 @@ def _attend_gathered(call: _Call, bucket: Bucket) -> None:
     rows = (bucket.heads * call.query_blocks + bucket.first).unsqueeze(1) + torch.arange(count)
     keys = (bucket.heads // call.group * call.key_blocks).unsqueeze(1) + bucket.lists
     biases = (bucket.heads * call.key_blocks).unsqueeze(1) + bucket.lists
-    limit = GATHER_BYTES * torch.get_num_threads()
-    step = max(1, limit // (kept * block_k * dim * call.k.element_size()))
+    threads = torch.get_num_threads()
+    step = GATHER_BYTES * threads // (kept * block_k * dim * call.k.element_size())
+    # A batch that the threads can share evenly.
+    step = max(1, step - step % threads if step > threads else step)
     missing = count * block_q - bucket.query_tokens
     for begin in range(0, runs, step):
         part = slice(begin, begin + step)
@@ -170,11 +176,13 @@ def _attend_dense(
     """Dense attention of each run, [runs, tokens, D] each, without the padding of ragged blocks."""
     q = q[:, : bucket.query_tokens]
     k, v = k[:, : bucket.key_tokens], v[:, : bucket.key_tokens]
-    attend_dense = _multiply if call.multiply else _flash
+    bias = None if bias is None else bias[:, None, : bucket.key_tokens]
+    if call.bounded if q.dtype == torch.bfloat16 else bucket.query_tokens < FLASH_QUERIES:
+        out, lse = _multiply(q, k, v, bias, call.scale, call.bounded)
+    else:
+        out, lse = _flash(q, k, v, bias, call.scale)
     if bias is None:
-        return attend_dense(q, k, v, None, call.scale)
-    bias = bias[:, None, : bucket.key_tokens]
-    out, lse = attend_dense(q, k, v, bias, call.scale)
+        return out, lse
     # The library kernels leave NaN where no key is left.
     empty = bias.amax(-1) == -torch.inf
     return out.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, -torch.inf)
@@ -192,7 +200,7 @@ def _flash(
 
 
 def _multiply(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, bounded: bool
 ) -> tuple[Tensor, Tensor]:
     """Dense attention by two matrix products, with scores in the dtype of q."""
     out = torch.empty_like(q)
@@ -201,15 +209,14 @@ def _multiply(
     for begin in range(0, q.shape[1], tile):
         rows = slice(begin, begin + tile)
         scores = torch.bmm(q[:, rows] * scale, k.transpose(1, 2))
-        if bias is None:
-            # The scores are bounded, so no weight underflows: one column gives the denominator.
-            witness = scores[..., 0].float()
-            weights = torch.softmax(scores, -1, out=scores)
-            lse[:, rows] = witness - weights[..., 0].float().log()
-        else:
+        if bias is not None:
             scores += bias
-            witness = scores.amax(-1).float()
-            weights = torch.softmax(scores, -1, out=scores)
-            lse[:, rows] = witness - weights.amax(-1).float().log()
+        # One weight and its score give the denominator. The largest weight never underflows; with
+        # bounded scores the first one does not either, and costs no search.
+        first = bounded and bias is None
+        witness = scores[..., 0].float() if first else scores.amax(-1).float()
+        weights = torch.softmax(scores, -1, out=scores)
+        weight = weights[..., 0] if first else weights.amax(-1)
+        lse[:, rows] = witness - weight.float().log()
         out[:, rows] = torch.bmm(weights, v)
     return out, lse

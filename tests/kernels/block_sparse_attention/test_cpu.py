@@ -92,13 +92,22 @@ def test_large_bfloat16_scores_are_not_rounded():
     case = Case(queries=150, keys=201, density=0.9)
     q, k, *rest = make_inputs(case, torch.bfloat16)
     arguments = (q * 16, k * 4, *rest)
-    assert cpu._bound_scores(*arguments[:2], arguments[6]) > cpu.BF16_SCORE_BOUND
+    assert cpu._bound_scores(*arguments[:2], arguments[6]) > cpu.SCORE_BOUND
     # Rounded scores would be off by up to 2^-9 of 200, and the lse with them.
     assert_matches_reference(cpu.attend(*arguments), arguments, 3e-2, 1e-3)
 
 
-def test_large_scores_do_not_overflow():
-    q, k, *rest = make_inputs(Case(queries=100, keys=100, density=1.0))
+@pytest.mark.parametrize("flash_queries", [1, 10**9])
+def test_both_forms_of_float32_match_the_reference(monkeypatch, flash_queries):
+    monkeypatch.setattr(cpu, "FLASH_QUERIES", flash_queries)
+    for case in (CASES["ragged"], CASES["bias"], CASES["grouped heads"]):
+        arguments = make_inputs(case)
+        assert_matches_reference(cpu.attend(*arguments), arguments, 2e-6, 2e-6)
+
+
+@pytest.mark.parametrize("queries", [100, 250])
+def test_large_scores_do_not_overflow(queries):
+    q, k, *rest = make_inputs(Case(queries=queries, keys=100, density=1.0))
     arguments = (q * 100, k * 100, *rest)
     # Scores of 1e5 have a float32 spacing of 0.01.
     assert_matches_reference(cpu.attend(*arguments), arguments, 5e-2, 5e-2)
