@@ -214,7 +214,9 @@ def _multiply(
         # One weight and its score give the denominator. The largest weight never underflows; with
         # bounded scores the first one does not either, and costs no search.
         first = bounded and bias is None
-        witness = scores[..., 0].float() if first else scores.amax(-1).float()
+        witness = scores[..., 0] if first else scores.amax(-1)
+        # Copied, because the softmax overwrites the scores.
+        witness = witness.to(torch.float32, copy=True)
         weights = torch.softmax(scores, -1, out=scores)
         weight = weights[..., 0] if first else weights.amax(-1)
         lse[:, rows] = witness - weight.float().log()
