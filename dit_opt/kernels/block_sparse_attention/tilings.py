@@ -30,7 +30,7 @@ _NVIDIA: dict[tuple[int, int], Tiling] = {
     (256, 2): Tiling(64, 32, 8, 2),
     (32, 4): Tiling(64, 32, 4, 2),
     (64, 4): Tiling(64, 32, 4, 2),
-    (128, 4): Tiling(32, 16, 4, 2),
+    (128, 4): Tiling(32, 16, 8, 2),
     (256, 4): Tiling(32, 16, 8, 1),
 }
 
