@@ -50,7 +50,14 @@ def optimize(
     """
     Options.parse(options)
     scheduler = getattr(pipe_or_model, "scheduler", None)
-    for model in _find_denoisers(pipe_or_model):
+    models = _find_denoisers(pipe_or_model)
+    for model in models:
+        if regional and not hasattr(model, "compile_repeated_blocks"):
+            raise TypeError(
+                f"{type(model).__name__} has no compile_repeated_blocks; call optimize without "
+                "regional=True to compile the whole model."
+            )
+    for model in models:
         announcement = Announcement(_timestep_reader(scheduler))
         announce(model, announcement)
         settings = {
@@ -61,11 +68,6 @@ def optimize(
         }
         if regional:
             _announce_steps(model, announcement)
-            if not hasattr(model, "compile_repeated_blocks"):
-                raise TypeError(
-                    f"{type(model).__name__} has no compile_repeated_blocks; call optimize without "
-                    "regional=True to compile the whole model."
-                )
             model.compile_repeated_blocks(**settings)
         else:
             model.compile(**settings)

@@ -82,5 +82,7 @@ def test_something_without_a_denoiser_is_refused():
 
 
 def test_regional_needs_repeated_blocks():
+    model = torch.nn.Linear(1, 1)
     with pytest.raises(TypeError, match="regional"):
-        dit_opt.optimize(torch.nn.Linear(1, 1), regional=True)
+        dit_opt.optimize(model, regional=True)
+    assert not model._forward_pre_hooks

@@ -11,7 +11,7 @@ import torch
 from dit_opt import cost
 from dit_opt.decisions import Reason
 from dit_opt.facts.sites import find_sites
-from dit_opt.facts.tokens import Grid, SiteKind, find_tokens
+from dit_opt.facts.tokens import SiteKind, find_tokens
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.choose_sites import choose_sites
 from tests.graphs import capture_tiny
@@ -151,4 +151,3 @@ def test_symbolic_lengths_are_judged_in_each_call():
     from dit_opt.passes.choose_sites import _fewer
 
     assert _fewer(sympy.Integer(5), 6) and not _fewer(sympy.Symbol("s0"), 6)
-    assert Grid((sympy.Symbol("s0"), sympy.Integer(2), sympy.Integer(3)), "latents").sizes
