@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.attention_mass import RecordMass
 from dit_opt.demo import clips
 from dit_opt.demo.model import CONFIG, save_checkpoint
+from dit_opt.demo.sampler import SHIFT
 
 log = logging.getLogger("train_demo_model")
 
@@ -55,9 +56,9 @@ class Phase:
 
 
 PHASES = (
-    Phase((8, 32, 32), 8, 1, 0.30, 1.6e-3),
-    Phase((8, 32, 64), 4, 1, 0.30, 1.2e-3),
-    Phase((8, 64, 128), 1, 2, 0.40, 9e-4),
+    Phase((8, 32, 64), 4, 1, 0.45, 1.4e-3),
+    Phase((8, 48, 96), 2, 1, 0.20, 1.0e-3),
+    Phase((8, 64, 128), 1, 2, 0.35, 8e-4),
 )
 # the effective number of keys of a query, as a share of all, above which entropy is charged
 SPREAD = 0.05
@@ -121,18 +122,18 @@ def split_parameters(model) -> tuple[list, list]:
 
 
 def sample_noise_level(count: int, rng: torch.Generator) -> torch.Tensor:
-    """Stratified sigma in (0, 1), a little more of it at high noise."""
+    """Stratified sigma in (0, 1), spread as the sampler's steps are."""
     u = (torch.rand(count, generator=rng) + torch.arange(count)) / count
-    return 1.5 * u / (1 + 0.5 * u)
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
 class EntropyCharge(TorchFunctionMode):
     """Adds up the entropy above `log(SPREAD * N)` of sampled rows of every self-attention call."""
 
-    def __init__(self, rng: torch.Generator) -> None:
+    def __init__(self, rows: torch.Tensor) -> None:
         super().__init__()
         self.charges: list[torch.Tensor] = []
-        self._rng = rng
+        self._rows = rows
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -140,8 +141,9 @@ class EntropyCharge(TorchFunctionMode):
             q, k = kwargs["query"], kwargs["key"]
             tokens = q.shape[-2]
             if tokens == k.shape[-2]:
-                rows = torch.randint(tokens, (ENTROPY_ROWS,), generator=self._rng)
-                scores = q[:, :, rows].float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+                scores = (
+                    q[:, :, self._rows].float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+                )
                 entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
                 self.charges.append((entropy - math.log(SPREAD * tokens)).relu().mean())
         return func(*args, **kwargs)
@@ -157,7 +159,9 @@ def run_step(model, phase: Phase, rng: torch.Generator) -> float:
         text = clips.embed([p if k else None for p, k in zip(prompts, keep, strict=True)])
         noise = torch.randn(clip.shape, generator=rng)
         s = part.view(-1, 1, 1, 1, 1)
-        with torch.autocast("cpu", dtype=torch.bfloat16), EntropyCharge(rng) as entropy:
+        tokens = clip[0, 0].numel() // math.prod(CONFIG["patch_size"])
+        rows = torch.randint(tokens, (ENTROPY_ROWS,), generator=rng)
+        with torch.autocast("cpu", dtype=torch.bfloat16), EntropyCharge(rows) as entropy:
             velocity = model(
                 hidden_states=(1 - s) * clip + s * noise,
                 timestep=part * 1000,
@@ -221,6 +225,8 @@ def train(args: argparse.Namespace) -> None:
         average = {k[4:]: v for k, v in state.items() if k.startswith("ema.")}
         progress = json.loads((args.out / "progress.json").read_text())
         step, spent = progress["step"], progress["seconds"]
+    for block in model.blocks:
+        block.compile(dynamic=False)
     matrices, rest = split_parameters(model)
     optimizers = [
         torch.optim.Muon(

@@ -107,7 +107,7 @@ def embed(prompts: list[Prompt | None]) -> torch.Tensor:
 
 def draw_prompt(rng: torch.Generator, subjects: int | None = None) -> Prompt:
     """A random prompt of one or two subjects of different colours."""
-    count = subjects or 1 + int(torch.rand((), generator=rng) < 0.75)
+    count = subjects or 1 + int(torch.rand((), generator=rng) < 0.85)
     colours = torch.randperm(len(PALETTE), generator=rng)[:count].tolist()
     pick = lambda options: options[int(torch.randint(len(options), (), generator=rng))]  # noqa: E731
     return tuple(Subject(list(PALETTE)[c], pick(SHAPES), pick(list(DIRECTIONS))) for c in colours)
@@ -176,11 +176,11 @@ def render(
     # the first subject is in front, so it is painted last
     for subject in reversed(prompt):
         dy, dx = DIRECTIONS[subject.direction]
-        radius, speed = uniform(6.5, 10.0), uniform(2.5, 4.5)
+        radius, speed = uniform(7.5, 11.5), uniform(2.5, 4.5)
         for _ in range(8):
             cy = float(uniform(0.28, 0.72)) * height
             cx = float(uniform(0.22, 0.78)) * width
-            if all(math.hypot(cy - py, cx - px) > 14 for py, px in placed):
+            if all(math.hypot(cy - py, cx - px) > 16 for py, px in placed):
                 break
         placed.append((cy, cx))
         v, u = _rotate(

@@ -46,7 +46,7 @@ def measure_recall(
 ) -> Tensor:
     """The softmax mass that each candidate's block lists hold for sampled queries, [B, H, C, m].
 
-    Float32, by an exact softmax over all keys; a row without any key counts as fully kept.
+    By an exact float32 softmax over all keys, of scores in the dtype of the keys; a row without any key counts as fully kept.
     q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides H; key_bias is additive,
     [B or 1, H or 1, N]; `rows` overrides m. Raises ValueError for shapes that do not fit.
     """
@@ -57,7 +57,11 @@ def measure_recall(
     count, blocks = sample.rows.numel(), sample.offsets.numel()
     # Query heads that share a key head stand side by side, as columns of one matmul.
     columns = heads // key_heads * count
-    queries = (q.index_select(2, sample.rows).float() * scale).view(batch, key_heads, columns, -1)
+    # Half-precision products run in their own dtype: converting all keys would cost more than they
+    # do. Processors have no fast float16.
+    exact = torch.float32 if q.device.type == "cpu" and k.dtype == torch.float16 else k.dtype
+    queries = (q.index_select(2, sample.rows).float() * scale).to(exact)
+    queries = queries.view(batch, key_heads, columns, -1)
     if key_bias is not None:
         key_bias = key_bias.float().expand(batch, heads, tokens)
 
@@ -67,7 +71,7 @@ def measure_recall(
     for item in range(batch):
         for first in range(0, key_heads, step):
             part = slice(first, first + step)
-            scores = torch.bmm(k[item, part].float(), queries[item, part].transpose(1, 2))
+            scores = torch.bmm(k[item, part].to(exact), queries[item, part].transpose(1, 2)).float()
             if key_bias is not None:
                 bias = key_bias[item].unflatten(0, (key_heads, -1))[part]
                 scores.unflatten(2, (-1, count)).add_(bias.transpose(1, 2).unsqueeze(-1))
