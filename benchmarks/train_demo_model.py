@@ -29,7 +29,6 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.attention_mass import RecordMass
 from dit_opt.demo import clips
 from dit_opt.demo.model import CONFIG, save_checkpoint
-from dit_opt.demo.sampler import SHIFT
 
 log = logging.getLogger("train_demo_model")
 
@@ -56,14 +55,15 @@ class Phase:
 
 
 PHASES = (
-    Phase((8, 32, 64), 4, 1, 0.45, 1.4e-3),
-    Phase((8, 48, 96), 2, 1, 0.20, 1.0e-3),
-    Phase((8, 64, 128), 1, 2, 0.35, 8e-4),
+    Phase((8, 32, 64), 4, 1, 0.33, 1.4e-3),
+    Phase((16, 48, 48), 2, 1, 0.20, 1.1e-3),
+    Phase((16, 64, 64), 1, 1, 0.47, 8e-4),
 )
 # the effective number of keys of a query, as a share of all, above which entropy is charged
-SPREAD = 0.05
-ENTROPY_WEIGHT = 0.01
+SPREAD = 0.04
+ENTROPY_WEIGHT = 0.03
 ENTROPY_ROWS = 16
+NOISE_SHIFT = 5.0
 MASS_LEVELS = (0.9, 0.6, 0.3)
 SAVE_EVERY, MASS_EVERY = 100, 500
 
@@ -122,9 +122,9 @@ def split_parameters(model) -> tuple[list, list]:
 
 
 def sample_noise_level(count: int, rng: torch.Generator) -> torch.Tensor:
-    """Stratified sigma in (0, 1), spread as the sampler's steps are."""
+    """Stratified sigma in (0, 1), more of it at high noise: where things are is decided there."""
     u = (torch.rand(count, generator=rng) + torch.arange(count)) / count
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
+    return NOISE_SHIFT * u / (1 + (NOISE_SHIFT - 1) * u)
 
 
 class EntropyCharge(TorchFunctionMode):
@@ -175,8 +175,11 @@ def run_step(model, phase: Phase, rng: torch.Generator) -> float:
     return total
 
 
-def choose_rate(progress: float, step: int) -> tuple[int, float]:
-    """The phase and its learning rate: halved within a phase, to nothing in the last one."""
+def choose_rate(progress: float, steps: int) -> tuple[int, float]:
+    """The phase and its learning rate: halved within a phase, to nothing in the last one.
+
+    `steps` counts from the last start, whose optimizers know nothing yet.
+    """
     edges = torch.tensor([p.share for p in PHASES]).cumsum(0).tolist()
     which = next((i for i, e in enumerate(edges) if progress < e), len(PHASES) - 1)
     phase = PHASES[which]
@@ -184,7 +187,7 @@ def choose_rate(progress: float, step: int) -> tuple[int, float]:
     rate = (
         phase.rate * (1 - inside) + 1e-5 if phase is PHASES[-1] else phase.rate * (1 - inside / 2)
     )
-    return which, rate * min(1.0, (step + 1) / 60)
+    return which, rate * min(1.0, (steps + 1) / 30)
 
 
 @torch.no_grad()
@@ -225,8 +228,9 @@ def train(args: argparse.Namespace) -> None:
         average = {k[4:]: v for k, v in state.items() if k.startswith("ema.")}
         progress = json.loads((args.out / "progress.json").read_text())
         step, spent = progress["step"], progress["seconds"]
-    for block in model.blocks:
-        block.compile(dynamic=False)
+    if not args.no_compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
     matrices, rest = split_parameters(model)
     optimizers = [
         torch.optim.Muon(
@@ -237,9 +241,10 @@ def train(args: argparse.Namespace) -> None:
     count = sum(p.numel() for p in model.parameters())
     log.info("%.2f M parameters, %s", count / 1e6, [asdict(p) for p in PHASES])
     rng = torch.Generator().manual_seed(1000 + step)
+    first = step
     budget, began, recent = args.minutes * 60, time.monotonic() - spent, []
     while spent < budget and (args.steps is None or step < args.steps):
-        which, rate = choose_rate(spent / budget, step)
+        which, rate = choose_rate(spent / budget, step - first)
         loss = run_step(model, PHASES[which], rng)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -277,6 +282,7 @@ def main() -> None:
     parser.add_argument(
         "--skip-minutes", type=float, default=0, help="begin so far into the schedule"
     )
+    parser.add_argument("--no-compile", action="store_true", help="run the blocks eager")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
     parser.add_argument("--steps", type=int, help="stop early, for trials")
     parser.add_argument("--log-every", type=int, default=50)

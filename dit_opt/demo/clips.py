@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-FRAMES, HEIGHT, WIDTH = 8, 64, 128
+FRAMES, HEIGHT, WIDTH = 16, 64, 64
 
 PALETTE: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.12, 0.12),
@@ -176,7 +176,7 @@ def render(
     # the first subject is in front, so it is painted last
     for subject in reversed(prompt):
         dy, dx = DIRECTIONS[subject.direction]
-        radius, speed = uniform(7.5, 11.5), uniform(2.5, 4.5)
+        radius, speed = uniform(7.5, 11.5), uniform(1.8, 3.0)
         for _ in range(8):
             cy = float(uniform(0.28, 0.72)) * height
             cx = float(uniform(0.22, 0.78)) * width

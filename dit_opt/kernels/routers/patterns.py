@@ -24,7 +24,7 @@ from dit_opt.kernels.routers.orders import (
 )
 
 # Kept shares that the bandwidths aim at, narrow to wide.
-_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 
 
 class HeadKind(Enum):

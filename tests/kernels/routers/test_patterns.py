@@ -98,11 +98,11 @@ def test_tokens_are_boxes_of_size_one():
     assert DENSE.lift(tokens, tokens).all()
 
 
-def test_bands_rise_from_narrow_to_a_half_without_repeats():
+def test_bands_rise_from_narrow_to_wide_without_repeats():
     patterns = list_patterns(VideoLayout(16, 16, 16, 0, 4096))
     assert [pattern.name for pattern in patterns] == [
-        *("spatial 0", "spatial 1", "spatial 2", "spatial 4"),
-        *("temporal 1x1", "temporal 2x2", "temporal 4x4", "temporal 5x5"),
+        *("spatial 0", "spatial 1", "spatial 2", "spatial 3", "spatial 4", "spatial 6"),
+        *("temporal 1x1", "temporal 2x2", "temporal 4x4", "temporal 5x5", "temporal 6x6"),
         *("textural 8", "textural 4", "textural 2"),
     ]
     assert DENSE.name == "dense"
