@@ -46,9 +46,10 @@ def measure_recall(
 ) -> Tensor:
     """The softmax mass that each candidate's block lists hold for sampled queries, [B, H, C, m].
 
-    By an exact float32 softmax over all keys, of scores in the dtype of the keys; a row without any key counts as fully kept.
-    q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides H; key_bias is additive,
-    [B or 1, H or 1, N]; `rows` overrides m. Raises ValueError for shapes that do not fit.
+    By a float32 softmax over all keys, of scores in the dtype of the keys; a row without any key
+    counts as fully kept. q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides H;
+    key_bias is additive, [B or 1, H or 1, N]; `rows` overrides m. Raises ValueError for shapes that
+    do not fit.
     """
     batch, heads, tokens, _ = q.shape
     key_heads = k.shape[1]
