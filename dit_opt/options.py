@@ -14,7 +14,7 @@ from typing import Any
 
 from dit_opt._compat import expand_mode, inductor_settings
 
-DEFAULT_QUALITY = 0.95
+DEFAULT_QUALITY = 0.9
 DEFAULT_DENSE_STEPS = 0.2
 
 ROUTERS = ("auto", "dense", "rainfusion")
