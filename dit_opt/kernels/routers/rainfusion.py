@@ -46,7 +46,8 @@ def measure_recall(
 ) -> Tensor:
     """The softmax mass that each candidate's block lists hold for sampled queries, [B, H, C, m].
 
-    By an exact float32 softmax over all keys, of scores in the dtype of the keys; a row without any key counts as fully kept.
+    By an exact float32 softmax over all keys, of scores in the dtype of the keys; a row without any
+    key counts as fully kept.
     q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides H; key_bias is additive,
     [B or 1, H or 1, N]; `rows` overrides m. Raises ValueError for shapes that do not fit.
     """
