@@ -1,8 +1,8 @@
 """Thresholds on scores that keep a wanted sum, by bisection on the bits of a float.
 
-Sorting every block of a layer would take several copies of it in 64-bit indices. Halving the range
-of float32 down to the last bit reads the scores 28 times, always, and takes no memory that grows
-with a sort; which blocks are kept is the same.
+Sorting every block of a layer would hold several copies of it in 64-bit indices. Halving the range
+of float32 down to its last bit reads the scores 28 times, whatever they are, and holds one copy;
+the blocks that are kept are the same.
 """
 
 from __future__ import annotations
