@@ -14,7 +14,6 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from dit_opt._compat import proved_sizes
 from dit_opt.facts.axes import (
     Axis,
     Dim,
@@ -25,7 +24,15 @@ from dit_opt.facts.axes import (
     size,
     unify,
 )
-from dit_opt.facts.nodes import is_pointwise, op_name, origin_of, sizes_of
+from dit_opt.facts.nodes import (
+    find_data,
+    find_proved_sizes,
+    holds_tensor,
+    is_pointwise,
+    op_name,
+    origin_of,
+    sizes_of,
+)
 from dit_opt.facts.sizes import are_equal
 
 __all__ = [
@@ -80,9 +87,9 @@ class Labels:
         self._memo: dict[tuple[Any, ...], Axis] = {}
         self._rules = rules
         self._nodes = tuple(n for n in graph.nodes if n.op != "output")
-        self._data = _find_data(self._nodes)
+        self._data = find_data(self._nodes)
         self._sizes: dict[int, tuple[sympy.Expr, ...]] = {}
-        self._proved = _find_proved(self._nodes)
+        self._proved = find_proved_sizes(self._nodes)
         for _ in range(PASSES):
             before = dict(self._labels)
             for record in (self.joins, self.ended, self.ends, self.makes, self.unknown):
@@ -115,7 +122,7 @@ class Labels:
         value = node.meta.get("example_value")
         if node.op in INPUTS:
             return self._begin(value, origin_of(node), "")
-        if not _holds_tensor(value) and name != "setitem":
+        if not holds_tensor(value) and name != "setitem":
             return None
         rule = self._rules.get(name)
         if rule is None and is_pointwise(name):
@@ -259,35 +266,7 @@ class Labels:
         return node not in self._data
 
 
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(isinstance(v, torch.Tensor) for v in value)
-    return isinstance(value, torch.Tensor)
-
-
 def _dims(label: Label) -> list[Dim]:
     if isinstance(label, tuple):
         return [dim for part in label for dim in _dims(part)]
     return label or []
-
-
-def _find_proved(nodes: Iterable[Node]) -> dict[sympy.Symbol, sympy.Expr]:
-    """What the guards of a graph prove of its sizes."""
-    for node in nodes:
-        value = node.meta.get("example_value")
-        for size in value.shape if isinstance(value, torch.Tensor) else ():
-            if isinstance(size, torch.SymInt):
-                return proved_sizes(size)
-    return {}
-
-
-def _find_data(nodes: Iterable[Node]) -> set[Node]:
-    """The tensors that depend on the user's tensors."""
-    data: set[Node] = set()
-    for node in nodes:
-        if node.op == "placeholder":
-            if isinstance(node.meta.get("example_value"), torch.Tensor) and origin_of(node)[1]:
-                data.add(node)
-        elif _holds_tensor(node.meta.get("example_value")):
-            data.update([node] if any(n in data for n in node.all_input_nodes) else [])
-    return data

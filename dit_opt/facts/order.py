@@ -1,4 +1,4 @@
-"""Where the video tokens may be kept in another order: from where they are made to where they leave.
+"""Where the video tokens may be kept in another order: from their making to their leaving.
 
 Sparse patterns want neighbours in (T, H, W) to be neighbours in memory. A permutation of the tokens
 that is the same for all heads can be applied once, to the tokens and to every table over them, and
@@ -232,6 +232,4 @@ def _made_from(modes: Modes, source: str | None) -> set[Node]:
 
 
 def _refuse(reason: OrderReason, node: Node, detail: str = "") -> OrderRefusal:
-    return OrderRefusal(
-        reason, node.name, op_name(node), module_of(node), source_of(node), detail
-    )
+    return OrderRefusal(reason, node.name, op_name(node), module_of(node), source_of(node), detail)

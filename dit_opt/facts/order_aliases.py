@@ -23,7 +23,7 @@ _VIEWS = set(
     "movedim moveaxis numpy_T t mT getattr expand expand_as broadcast_to view_as_complex "
     "view_as_real real imag conj positive getitem split chunk split_with_sizes tensor_split narrow "
     "unbind select to float double half bfloat16 long int bool type type_as contiguous detach "
-    "dropout cpu cuda requires_grad _get_data_attr alias meshgrid".split()
+    "dropout cpu cuda requires_grad _get_data_attr alias".split()
 )
 _OPERATORS = set(
     "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul "
@@ -60,14 +60,16 @@ def find_stale_write(modes: Modes) -> Node | None:
             created.setdefault(name, position[node if name[1] == UNDONE else source])
             last_read[name] = position[node]
             family.unite(_made(modes, source), name)
-            if _may_alias(modes, node):
+            if source in _aliased(modes, node):
                 memory.unite(name, own)
                 family.unite(name, own)
     members = defaultdict(list)
     for name in created:
         members[family.find(name)].append(name)
     for node, target in writes:
-        if target[1] == UNDONE:
+        # A shape that is changed in place changes under an older name, too.
+        reshaped = op_name(node) in _VIEWS and modes.holds(node)
+        if target[1] == UNDONE or reshaped:
             return node
         for name in members[family.find(target)]:
             if memory.find(name) == memory.find(target):
@@ -109,10 +111,14 @@ def _targets(node: Node) -> list[Node]:
     return [t for t in targets if isinstance(t, Node)]
 
 
-def _may_alias(modes: Modes, node: Node) -> bool:
-    return (
-        op_name(node) in _VIEWS or bool(_targets(node)) or node in modes.labels.unknown
-    ) and node.op != "output"
+def _aliased(modes: Modes, node: Node) -> list[Node]:
+    """The values of which a node's own may be another name."""
+    if node in modes.labels.unknown:
+        return node.all_input_nodes
+    if op_name(node) not in _VIEWS:
+        return _targets(node)
+    first = node.args[0] if node.args else None
+    return [first] if isinstance(first, Node) else node.all_input_nodes
 
 
 class _Sets:

@@ -39,7 +39,7 @@ class OrderReason(Enum):
     RANDOM = "It draws random numbers token by token."
     VALUES = "It hands values of tokens out of the graph."
     IN_PLACE = "It writes in place what is read both in the order and in the model's own."
-    PAIRWISE = "It is a table over pairs of tokens, which costs the square of their number to order."
+    PAIRWISE = "It is a table over pairs of tokens: ordering it costs the square of their number."
     FOLDED = "The tokens share a dimension with other axes where they enter or leave the order."
     # Not obstacles: where the order begins and ends.
     BEGINS = "The tokens become one dimension here."
@@ -163,9 +163,7 @@ class Modes:
             return OrderReason.RANDOM
         if any(map(self.run.touches, self.labels.ends.get(node, ()))):
             return _why_ended(node, name)
-        made = name not in _REPEATS and any(
-            map(self.run.touches, self.labels.makes.get(node, ()))
-        )
+        made = name not in _REPEATS and any(map(self.run.touches, self.labels.makes.get(node, ())))
         if any(map(self.run.is_torn, self._around(node))):
             return _why_torn(name) if reads else OrderReason.BEGINS
         if holds and not reads:

@@ -4,9 +4,17 @@ import pytest
 import torch
 
 from dit_opt.facts.order import OrderReason, OrderRegion
-from tests.orders import N, apply_order, attend, find_region, latents, patchify, random_order
-from tests.orders import trace as trace_plain
-from tests.orders import unpatchify
+from tests.orders import (
+    N,
+    apply_order,
+    attend,
+    find_region,
+    latents,
+    patchify,
+    random_order,
+    trace,
+    unpatchify,
+)
 
 
 def finish(tokens):
@@ -83,19 +91,40 @@ def flagged(x):
     return finish(tokens) + view
 
 
-FINE = (copied, through_a_view, before_the_order, unread_base, after_the_end)
+def table_added(x):
+    tokens = attend(patchify(x)) * 2
+    tokens.add_(torch.sin(tokens))
+    return finish(tokens)
+
+
+def by_keyword(x):
+    tokens = attend(patchify(x))
+    view = torch.flatten(input=tokens, start_dim=2).reshape(1, 2, 15, 4)
+    tokens.mul_(2)
+    return finish(tokens) + view.sum()
+
+
+def shape_changed(x):
+    tokens = attend(patchify(x)) * 2
+    tokens.transpose_(1, 2)
+    return finish(tokens.transpose(1, 2))
+
+
+FINE = (table_added, copied, through_a_view, before_the_order, unread_base, after_the_end)
 STALE = (
     base_read_later,
     base_written_later,
     input_written,
     grid_view_written,
     flagged,
+    by_keyword,
+    shape_changed,
 )
 
 
 @pytest.mark.parametrize("function", FINE, ids=lambda f: f.__name__)
 def test_writes_that_everyone_sees(function):
-    gm = trace_plain(function, latents())
+    gm = trace(function, latents())
     region = find_region(gm)
     assert isinstance(region, OrderRegion), str(region)
     ordered, _ = apply_order(gm, region)
@@ -107,10 +136,10 @@ def test_writes_that_everyone_sees(function):
 
 @pytest.mark.parametrize("function", STALE, ids=lambda f: f.__name__)
 def test_writes_that_a_copy_would_miss(function):
-    refusal = find_region(trace_plain(function, latents()))
+    refusal = find_region(trace(function, latents()))
     assert refusal.reason is OrderReason.IN_PLACE
 
 
 def test_writes_by_position_are_no_order():
-    refusal = find_region(trace_plain(written_by_position, latents()))
+    refusal = find_region(trace(written_by_position, latents()))
     assert refusal.reason in (OrderReason.IN_PLACE, OrderReason.UNKNOWN_OP)

@@ -223,7 +223,7 @@ LAYERS = {
     "norm over tokens": lambda t, table: t / (t.norm(dim=1, keepdim=True) + 1),
     "channels first": lambda t, table: t.transpose(1, 2).softmax(-1).transpose(1, 2) + t,
     "heads": lambda t, table: t.reshape(1, N, 2, 2).flatten(2) + t,
-    "chunks": lambda t, table: torch.cat(t.chunk(2, -1)[::-1], -1) + t,
+    "chunks": lambda t, table: torch.cat([t.chunk(2, -1)[1], t[..., :2]], -1) + t,
     "two copies": split_joint,
     "pointwise convolution": lambda t, table: (
         F.conv1d(t.transpose(1, 2), WEIGHT[..., None]).transpose(1, 2)
