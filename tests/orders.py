@@ -73,16 +73,14 @@ def apply_order(gm: GraphModule, region: OrderRegion) -> tuple[GraphModule, int]
         for n in copy.graph.find_nodes(op="placeholder")
         if isinstance(value := n.meta["example_value"], torch.Tensor)
     )
+    # Nobody reads the size of an order from its example, so a symbolic one need not be made.
+    length = int(region.length) if region.length.is_Integer else 1
     order, inverse = (
-        append_placeholder(copy, name, example.new_empty(int_or_size(region), dtype=torch.int64))
+        append_placeholder(copy, name, example.new_empty(length, dtype=torch.int64))
         for name in ("order", "inverse")
     )
     moved = region.moved({n.name: n for n in copy.graph.nodes})
     return copy, order_tokens(copy, moved, order, inverse)
-
-
-def int_or_size(region: OrderRegion) -> tuple[int]:
-    return (int(region.length),) if region.length.is_Integer else (1,)
 
 
 def random_order(count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -129,9 +129,8 @@ def find_order_region(
     stale = find_stale_write(modes)
     if stale is not None:
         return _refuse(OrderReason.IN_PLACE, stale)
-    edges = {}
+    edges: dict[str, list[TokenEdge]] = {"entries": [], "exits": []}
     for side, values in (("entries", _entries(modes)), ("exits", _exits(modes))):
-        edges[side] = []
         for node, users in values:
             edge = _edge(modes, node, users)
             if isinstance(edge, OrderRefusal):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.facts.order import OrderReason, OrderRegion
+from dit_opt.facts.order import OrderReason, OrderRefusal, OrderRegion
 from tests.orders import (
     N,
     apply_order,
@@ -118,7 +118,6 @@ STALE = (
     grid_view_written,
     flagged,
     by_keyword,
-    shape_changed,
 )
 
 
@@ -140,6 +139,6 @@ def test_writes_that_a_copy_would_miss(function):
     assert refusal.reason is OrderReason.IN_PLACE
 
 
-def test_writes_by_position_are_no_order():
-    refusal = find_region(trace(written_by_position, latents()))
-    assert refusal.reason in (OrderReason.IN_PLACE, OrderReason.UNKNOWN_OP)
+@pytest.mark.parametrize("function", [written_by_position, shape_changed])
+def test_writes_that_no_rule_knows(function):
+    assert isinstance(find_region(trace(function, latents())), OrderRefusal)
