@@ -18,7 +18,8 @@ import torch
 import triton
 
 from dit_opt.kernels.aot import TARGETS, check_builds
-from dit_opt.kernels.block_sparse_attention.builds import list_builds
+from dit_opt.kernels.block_sparse_attention.builds import list_builds as list_attention
+from dit_opt.kernels.routers.builds import list_builds as list_block_mass
 
 HEADERS = {
     "target": "target",
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
 
-    builds = [build for target in options.targets for build in list_builds(target)]
+    lists = (list_attention, list_block_mass)
+    builds = [build for target in options.targets for listed in lists for build in listed(target)]
     rows = []
     for _, report, faults in check_builds(builds, options.processes):
         rows.append(dataclasses.asdict(report) | {"faults": faults})

@@ -38,7 +38,9 @@ __all__ = [
     "mark_static_input",
     "operator_name",
     "parameter_path",
+    "proved_sizes",
     "size_expression",
+    "writes_in_place",
 ]
 
 
@@ -50,6 +52,25 @@ def size_expression(size: int | torch.SymInt) -> sympy.Expr:
     if isinstance(size, torch.SymInt):
         return size.node.expr
     return sympy.Integer(int(size))
+
+
+def proved_sizes(size: torch.SymInt) -> dict[sympy.Symbol, sympy.Expr]:
+    """Symbols of a size's graph that its guards prove to be expressions of other symbols.
+
+    A table given by the user has a symbol of its own until it meets the tokens; from then on a
+    guard says that its length is theirs. `ShapeEnv.guards` is read only.
+    """
+    proved: dict[sympy.Symbol, sympy.Expr] = {}
+    for guard in size.node.shape_env.guards:
+        if not isinstance(guard.expr, sympy.Equality):
+            continue
+        sides = [side.xreplace(proved) for side in guard.expr.args]
+        for symbol, other in (sides, sides[::-1]):
+            if symbol.is_Symbol and symbol.is_integer and symbol not in other.free_symbols:
+                known = {symbol: other}
+                proved = {key: value.xreplace(known) for key, value in proved.items()} | known
+                break
+    return proved
 
 
 def compile_with_inductor(
@@ -146,6 +167,11 @@ def operator_name(target: Any) -> str | None:
     if isinstance(target, HigherOrderOperator):
         return f"higher_order.{target.name()}"
     return None
+
+
+def writes_in_place(target: Any) -> bool:
+    """Whether an operator of the dispatcher writes to its arguments; only its schema tells."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 def kernel_selections(graph: Graph) -> dict[Node, tuple[str, ...]]:

@@ -41,6 +41,29 @@ def test_size_expression_adds_no_guard():
     assert _compat.size_expression(7) == sympy.Integer(7)
 
 
+def test_proved_sizes_are_those_that_guards_tie():
+    def scale(x, table):
+        return x.flatten(1) * table
+
+    gm = capture_one(scale, torch.ones(2, 6, 4), torch.ones(24), dynamic=True)
+    x, table = (n.meta["example_value"] for n in gm.graph.nodes if n.name in ("l_x_", "l_table_"))
+    environment = x.shape[1].node.shape_env
+    before = len(environment.guards)
+    length = _compat.size_expression(table.shape[0])
+    sizes = [_compat.size_expression(s) for s in x.shape]
+    proved = _compat.proved_sizes(x.shape[1])
+    assert sympy.expand(length.xreplace(proved) - sizes[1] * sizes[2]) == 0
+    assert all(s.xreplace(proved) == s for s in sizes)
+    assert len(environment.guards) == before
+
+
+def test_operators_that_write_in_place():
+    assert _compat.writes_in_place(torch.ops.aten.add_.Tensor)
+    assert _compat.writes_in_place(torch.ops.aten.add.out)
+    assert not _compat.writes_in_place(torch.ops.aten.add.Tensor)
+    assert not _compat.writes_in_place("add_")
+
+
 def test_floor_division_and_modulo():
     size = sympy.Symbol("s0", integer=True, positive=True)
     assert _compat.FloorDiv(size + 31, 32).subs(size, 33) == 2

@@ -24,7 +24,15 @@ from dit_opt.facts.axes import (
     size,
     unify,
 )
-from dit_opt.facts.nodes import is_pointwise, op_name, origin_of, sizes_of
+from dit_opt.facts.nodes import (
+    find_data,
+    find_proved_sizes,
+    holds_tensor,
+    is_pointwise,
+    op_name,
+    origin_of,
+    sizes_of,
+)
 from dit_opt.facts.sizes import are_equal
 
 __all__ = [
@@ -62,6 +70,9 @@ class Labels:
         joins: (dims, dim): a reshape of a constant table made one dimension of several, row-major.
         ended: the node at which an axis was last seen to end, by axis.
         disputed: axes for which two tables have different structures.
+        ends: the dimensions along which each node reads positions, mixes or clashes.
+        makes: the dimensions that begin at each node.
+        unknown: why a node was not labelled by a rule.
     """
 
     def __init__(self, graph: Graph, rules: dict[str, Rule]) -> None:
@@ -69,16 +80,20 @@ class Labels:
         self.joins: list[tuple[tuple[Dim, ...], Dim]] = []
         self.ended: dict[Axis, Node] = {}
         self.disputed: set[Axis] = set()
+        self.ends: dict[Node, list[Dim]] = {}
+        self.makes: dict[Node, list[Dim]] = {}
+        self.unknown: dict[Node, str] = {}
         self._labels: dict[Node, Label] = {}
         self._memo: dict[tuple[Any, ...], Axis] = {}
         self._rules = rules
         self._nodes = tuple(n for n in graph.nodes if n.op != "output")
-        self._data = _find_data(self._nodes)
+        self._data = find_data(self._nodes)
         self._sizes: dict[int, tuple[sympy.Expr, ...]] = {}
+        self._proved = find_proved_sizes(self._nodes)
         for _ in range(PASSES):
             before = dict(self._labels)
-            self.joins.clear()
-            self.ended.clear()
+            for record in (self.joins, self.ended, self.ends, self.makes, self.unknown):
+                record.clear()
             for node in self._nodes:
                 if node.op not in INPUTS or node not in before:
                     self._labels[node] = self._visit(node)
@@ -95,6 +110,10 @@ class Labels:
     def label_of(self, node: Node) -> Label:
         return self._labels.get(node)
 
+    def dims_of(self, node: Node) -> list[Dim]:
+        """All dimensions of a tensor, or of all tensors of a tuple; none of anything else."""
+        return _dims(self._labels.get(node))
+
     def is_tensor(self, value: Any) -> bool:
         return isinstance(value, Node) and isinstance(self._labels.get(value), list)
 
@@ -103,7 +122,7 @@ class Labels:
         value = node.meta.get("example_value")
         if node.op in INPUTS:
             return self._begin(value, origin_of(node), "")
-        if not _holds_tensor(value) and name != "setitem":
+        if not holds_tensor(value) and name != "setitem":
             return None
         rule = self._rules.get(name)
         if rule is None and is_pointwise(name):
@@ -119,8 +138,9 @@ class Labels:
         except (NoRule, TypeError, IndexError, AttributeError) as error:
             reason = error
         log.debug("No label for %s (%s): %s", node.name, name, reason)
+        self.unknown[node] = str(reason)
         for source in node.all_input_nodes:
-            for dim in _dims(self._labels.get(source)):
+            for dim in self.dims_of(source):
                 self.end(dim)
         return self._begin(value, None, f"made by `{name}` (node {node.name})")
 
@@ -175,6 +195,13 @@ class Labels:
         self, slot: Any, length: sympy.Expr, origins: Iterable[Origin] = (), note: str = ""
     ) -> Dim:
         """A dimension of a new axis, the same in every pass; `slot` tells those of a node apart."""
+        dim = self._once(slot, length, origins, note)
+        self.makes.setdefault(self.node, []).append(dim)
+        return dim
+
+    def _once(
+        self, slot: Any, length: sympy.Expr, origins: Iterable[Origin] = (), note: str = ""
+    ) -> Dim:
         if length == 1:
             return ()
         key = (self.node, slot, length)
@@ -187,10 +214,11 @@ class Labels:
     def join(self, dims: Sequence[Dim], slot: Any) -> Dim:
         """The concatenation of dimensions, by the same axis in every pass."""
         length = sum((size(d) for d in dims), sympy.S.Zero)
-        return () if length == 1 else join(dims, self.new(slot, length)[0])
+        return () if length == 1 else join(dims, self._once(slot, length)[0])
 
     def end(self, dim: Dim) -> None:
         """The op reads positions along a dimension, or mixes them: its axes end here."""
+        self.ends.setdefault(self.node, []).append(dim)
         for leaf in leaves(dim):
             self.ended[leaf] = self.node
 
@@ -220,7 +248,10 @@ class Labels:
     def _sizes_of(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
         # Nodes keep their fake tensors alive, so that an id names one tensor.
         if id(value) not in self._sizes:
-            self._sizes[id(value)] = sizes_of(value)
+            sizes = sizes_of(value)
+            if self._proved:
+                sizes = tuple(s.xreplace(self._proved) for s in sizes)
+            self._sizes[id(value)] = sizes
         return self._sizes[id(value)]
 
     def parts(self) -> int:
@@ -235,25 +266,7 @@ class Labels:
         return node not in self._data
 
 
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(isinstance(v, torch.Tensor) for v in value)
-    return isinstance(value, torch.Tensor)
-
-
 def _dims(label: Label) -> list[Dim]:
     if isinstance(label, tuple):
         return [dim for part in label for dim in _dims(part)]
     return label or []
-
-
-def _find_data(nodes: Iterable[Node]) -> set[Node]:
-    """The tensors that depend on the user's tensors."""
-    data: set[Node] = set()
-    for node in nodes:
-        if node.op == "placeholder":
-            if isinstance(node.meta.get("example_value"), torch.Tensor) and origin_of(node)[1]:
-                data.add(node)
-        elif _holds_tensor(node.meta.get("example_value")):
-            data.update([node] if any(n in data for n in node.all_input_nodes) else [])
-    return data

@@ -1,4 +1,4 @@
-"""Single nodes: the public name of an op, the owner of a graph input, sizes and numbers.
+"""Nodes: the public name of an op, the owner of a graph input, sizes and numbers.
 
 Rules and facts read nodes only through these, so that none of them adds a guard.
 """
@@ -6,6 +6,7 @@ Rules and facts read nodes only through these, so that none of them adds a guard
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -13,9 +14,18 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt._compat import size_expression
+from dit_opt._compat import proved_sizes, size_expression
 
-__all__ = ["is_pointwise", "number_of", "op_name", "origin_of", "sizes_of"]
+__all__ = [
+    "find_data",
+    "find_proved_sizes",
+    "holds_tensor",
+    "is_pointwise",
+    "number_of",
+    "op_name",
+    "origin_of",
+    "sizes_of",
+]
 
 
 def op_name(node: Node) -> str:
@@ -65,3 +75,32 @@ def number_of(value: Any) -> sympy.Expr | None:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return size_expression(value)
     return None
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether a value is a tensor or a tuple with one."""
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(v, torch.Tensor) for v in value)
+    return isinstance(value, torch.Tensor)
+
+
+def find_proved_sizes(nodes: Iterable[Node]) -> dict[sympy.Symbol, sympy.Expr]:
+    """What the guards of a graph prove of its sizes."""
+    for node in nodes:
+        value = node.meta.get("example_value")
+        for length in value.shape if isinstance(value, torch.Tensor) else ():
+            if isinstance(length, torch.SymInt):
+                return proved_sizes(length)
+    return {}
+
+
+def find_data(nodes: Iterable[Node]) -> set[Node]:
+    """The tensors that depend on the user's tensors."""
+    data: set[Node] = set()
+    for node in nodes:
+        if node.op == "placeholder":
+            if isinstance(node.meta.get("example_value"), torch.Tensor) and origin_of(node)[1]:
+                data.add(node)
+        elif holds_tensor(node.meta.get("example_value")):
+            data.update([node] if any(n in data for n in node.all_input_nodes) else [])
+    return data

@@ -106,10 +106,17 @@ def _walk(labels: Labels, dims: list[Dim], length: sympy.Expr) -> Dim:
         if length != 1:
             raise NoRule("no operand has the size of the result")
         return ()
-    for other in wide[1:]:
-        if not unify(wide[0], other):
+    for other in dims:
+        if size(other) == 1:
+            continue
+        if not are_equal(size(other), length):
+            # Neither broadcast nor proved to be as long.
+            labels.end(wide[0])
+            labels.end(other)
+        elif not unify(wide[0], other):
             # Both structures hold of one flat index; only a grid must not be read from either.
             labels.disputed.update(leaves(wide[0]))
+            labels.end(wide[0])
             labels.end(other)
     return wide[0]
 

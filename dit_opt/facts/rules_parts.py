@@ -143,11 +143,15 @@ def setitem(labels: Labels, x: Any, items: Any, value: Any) -> None:
             break
         if isinstance(item, slice) and item.step in (None, 1):
             _cut_at(dim, item)
+    # A number is written at positions, too.
+    target = index(labels, x, items, None)
     if labels.is_tensor(value):
-        target = index(labels, x, items, None)
         for dim, other in zip(reversed(target), reversed(labels[value]), strict=False):
-            if size(other) != 1 and are_equal(size(dim), size(other)):
+            if are_equal(size(dim), size(other)):
                 labels.tie(dim, other)
+            elif size(other) != 1:
+                labels.end(dim)
+                labels.end(other)
 
 
 def _cut_at(dim: Dim, item: slice) -> None:

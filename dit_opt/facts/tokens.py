@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import sympy
@@ -82,9 +82,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The layouts of all sites of a graph, by `site.node`."""
+    """The layouts of all sites of a graph, by `site.node`, and the labels they were read from."""
 
     layouts: Mapping[Node, Layout]
+    labels: Labels = field(repr=False, compare=False)
 
 
 def find_tokens(graph: Graph, sites: Sequence[Site]) -> Tokens:
@@ -105,7 +106,7 @@ def find_tokens(graph: Graph, sites: Sequence[Site]) -> Tokens:
     }
     for node, layout in layouts.items():
         log.debug("%s: %s", node.name, layout)
-    return Tokens(layouts)
+    return Tokens(layouts, labels)
 
 
 def declare_grid(layout: Layout, sizes: tuple[int, int, int]) -> Layout:

@@ -62,7 +62,7 @@ def sparse_attention(
         %choice, %recall, %density = rainfusion_recognize_v1(%q, %k, ..., T, H, W, start)
         %counts, %indices, %rows, %inverse = rainfusion_plan_v1(%choice, N, T, H, W, start, ...)
         %q1, %k1, %v1 = gather_tokens_v1(%q | %k | %v, %rows, H)
-        %out1, _ = block_sparse_attention_v1(%q1, %k1, %v1, %counts, %indices, ...)
+        %out1, _ = block_sparse_attention_v2(%q1, %k1, %v1, %counts, %indices, ...)
         %out = scatter_tokens_v1(%out1, %inverse)
 
     With `reuse_plans=True`, `%choice` is a new placeholder instead. A site without a grid gets
@@ -106,7 +106,7 @@ def _replace(
         plan = call(ops.dense_plan_v1.default, (q, length, *blocks))
         counts, indices = _unpack(graph, plan, 2)
         pair = call(
-            ops.block_sparse_attention_v1.default,
+            ops.block_sparse_attention_v2.default,
             (q, k, v, counts, indices, bias, sparse.scale, *blocks),
         )
         out = call(operator.getitem, (pair, 0))
@@ -128,7 +128,7 @@ def _replace(
         if bias is not None:
             bias = call(ops.gather_bias_v1.default, (bias, rows))
         pair = call(
-            ops.block_sparse_attention_v1.default,
+            ops.block_sparse_attention_v2.default,
             (q, k, v, counts, indices, bias, sparse.scale, *blocks),
         )
         out = call(operator.getitem, (pair, 0))

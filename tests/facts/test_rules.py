@@ -315,7 +315,29 @@ def test_two_structures_of_one_axis_are_disputed():
     gm = trace(clash, randn(20), torch.arange(4.0), torch.arange(5.0))
     labels = label_axes(gm.graph)
     outputs = outputs_of(gm)
-    assert set(leaves(labels[outputs[0]][0])) <= labels.disputed
+    found = set(leaves(labels[outputs[0]][0]))
+    # permuting one axis of the result would not permute both tables alike
+    assert found <= labels.disputed and found <= set(labels.ended)
+
+
+def test_a_number_written_at_a_position_ends_the_axis():
+    def write(x):
+        x = x.clone()
+        x[:, 2] = 0.0
+        return x * 2
+
+    passed, _ = check(capture_one(write, X), X)
+    assert "0.1" not in passed and {"0.0", "0.2"} <= set(passed)
+
+
+def test_labels_tell_what_each_node_ends_makes_and_does_not_know():
+    gm = trace(lambda x: torch.stack([x.cumsum(1), x], -1)[:, 2], X)
+    labels = label_axes(gm.graph)
+    nodes = {n.name: n for n in gm.graph.nodes}
+    assert labels.unknown == {nodes["cumsum"]: "cumsum has no rule"}
+    assert set(labels.ends) == {nodes["cumsum"], nodes["getitem"]}
+    assert labels.ends[nodes["getitem"]] == [labels[nodes["stack"]][1]]
+    assert labels.makes[nodes["stack"]] == [labels[nodes["stack"]][3]]
 
 
 def test_labelling_sees_what_later_ops_tie():

@@ -49,7 +49,7 @@ def test_searching_sites_become_plan_gather_attention_scatter():
         (OPS.rainfusion_recognize_v1.default, 2),
         (OPS.rainfusion_plan_v1.default, 2),
         (OPS.gather_tokens_v1.default, 6),
-        (OPS.block_sparse_attention_v1.default, 2),
+        (OPS.block_sparse_attention_v2.default, 2),
         (OPS.scatter_tokens_v1.default, 2),
     ):
         assert count(new, op) == times
@@ -87,7 +87,7 @@ def test_a_key_padding_mask_becomes_a_bias_in_each_heads_order():
     assert changed == 2
     assert count(new, OPS.gather_bias_v1.default) == 2
     for node in new.graph.find_nodes(
-        op="call_function", target=OPS.block_sparse_attention_v1.default
+        op="call_function", target=OPS.block_sparse_attention_v2.default
     ):
         assert node.args[5] is not None
 

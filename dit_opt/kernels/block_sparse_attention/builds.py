@@ -11,8 +11,10 @@ import torch
 
 from dit_opt.kernels.aot import Build
 from dit_opt.kernels.block_sparse_attention import triton as _launcher
+from dit_opt.kernels.block_sparse_attention import triton_tail as _tail
 from dit_opt.kernels.block_sparse_attention.tilings import (
     choose_precision,
+    choose_tail_tile,
     choose_tiling,
     pad_dim,
     takes_descriptors,
@@ -20,6 +22,25 @@ from dit_opt.kernels.block_sparse_attention.tilings import (
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _ALIGNED = [["tt.divisibility", 16]]
+# Pointers to what the launcher allocates or makes contiguous.
+_ALWAYS_ALIGNED = (
+    "p_counts",
+    "p_indices",
+    "p_out",
+    "p_lse",
+    "p_bias",
+    "p_log_lengths",
+    "p_words",
+)
+_TAIL_ARGUMENTS = (
+    "p_centroids",
+    "p_values",
+    "p_log_lengths",
+    "p_words",
+    "tail_group",
+    "stride_len_b",
+    "stride_len_h",
+)
 
 
 def make_build(
@@ -32,12 +53,14 @@ def make_build(
     ragged: bool = True,
     bias: bool = False,
     aligned: bool = True,
+    tail: bool = False,
 ) -> Build:
     """One configuration; `aligned` false is what tensors that fit no descriptor get."""
     kernel = _launcher.block_sparse_attention_fwd_kernel
     padded_dim = pad_dim(dim)
     tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k, aligned)
     use_descriptors = aligned and takes_descriptors(target, dtype.itemsize)
+    tile_tail = choose_tail_tile(tiling, use_descriptors)
     constexprs = {
         "DIM": dim,
         "PADDED_DIM": padded_dim,
@@ -45,11 +68,15 @@ def make_build(
         "BLOCK_K": block_k,
         "TILE_Q": tiling.tile_q,
         "TILE_K": tiling.tile_k,
+        "TILE_TAIL": tile_tail,
         "HAS_BIAS": bias,
         "RAGGED_KEYS": ragged,
+        "HAS_TAIL": tail,
         "USE_DESCRIPTORS": use_descriptors,
         "PRECISION": choose_precision(target, padded_dim, dtype.itemsize),
     }
+    if not tail:
+        constexprs |= dict.fromkeys(_TAIL_ARGUMENTS)
     name = _NAMES[dtype]
     signature = {}
     for argument in kernel.arg_names:
@@ -59,18 +86,18 @@ def make_build(
         signature[argument] = "constexpr"
         constexprs[argument] = 1
     if use_descriptors:
-        for argument, tile in (
-            ("p_q", tiling.tile_q),
-            ("p_k", tiling.tile_k),
-            ("p_v", tiling.tile_k),
-        ):
+        tiles = dict.fromkeys(("p_k", "p_v"), tiling.tile_k) | {"p_q": tiling.tile_q}
+        if tail:
+            tiles |= dict.fromkeys(("p_centroids", "p_values"), tile_tail)
+        for argument, tile in tiles.items():
             signature[argument] = f"tensordesc<{name}[1, 1, {tile}, {padded_dim}]>"
     attrs = {
         (position,): _ALIGNED
         for position, argument in enumerate(kernel.arg_names)
         if signature[argument].startswith("*") or argument.startswith("stride_")
         if signature[argument] != "constexpr"
-        if aligned or argument in ("p_counts", "p_indices", "p_out", "p_lse", "p_bias")
+        # The number of blocks, a stride of the lengths, is of any size.
+        if argument in _ALWAYS_ALIGNED or (aligned and not argument.startswith("stride_len"))
     }
     return Build(
         config=(
@@ -79,6 +106,7 @@ def make_build(
             + (" ragged" if ragged else "")
             + (" bias" if bias else "")
             + ("" if aligned else " unaligned")
+            + (" tail" if tail else "")
         ),
         target=target,
         kernel=f"{_launcher.__name__}:{kernel.__name__}",
@@ -90,6 +118,23 @@ def make_build(
     )
 
 
+def make_pack_build(target: str) -> Build:
+    """The kernel that packs lists into bits for the tail."""
+    kernel = _tail.pack_lists_kernel
+    pointers = ("p_counts", "p_indices", "p_words")
+    constexprs = {"WORDS": _tail.WORDS, "CHUNK": _tail.CHUNK}
+    return Build(
+        config=f"pack lists words {_tail.WORDS} chunk {_tail.CHUNK}",
+        target=target,
+        kernel=f"{_tail.__name__}:{kernel.__name__}",
+        signature=dict.fromkeys(pointers, "*i32")
+        | {"capacity": "i32", "words": "i32"}
+        | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        attrs={(position,): _ALIGNED for position in range(len(pointers))},
+    )
+
+
 def list_builds(target: str) -> Iterator[Build]:
     """The shipped configurations for one target: every tiling, and every branch of the kernel."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -97,20 +142,26 @@ def list_builds(target: str) -> Iterator[Build]:
         yield make_build(target, dim, bf16)
         yield make_build(target, dim, fp32)
         yield make_build(target, dim, bf16, bias=True)
+        yield make_build(target, dim, bf16, tail=True)
+        yield make_build(target, dim, fp32, tail=True)
+        yield make_build(target, dim, bf16, bias=True, tail=True)
     yield make_build(target, 128, bf16, block_k=128)
     yield make_build(target, 128, bf16, block_k=128, ragged=False)
     yield make_build(target, 128, bf16, block_q=64)
     yield make_build(target, 128, bf16, aligned=False)
     yield make_build(target, 128, fp16)
     yield make_build(target, 80, bf16)
+    yield make_build(target, 128, bf16, block_k=128, tail=True)
+    yield make_build(target, 128, bf16, aligned=False, tail=True)
+    yield make_pack_build(target)
 
 
 def _type_of(argument: str, name: str, constexprs: dict[str, object]) -> str:
     if argument in constexprs:
         return "constexpr"
-    if argument in ("p_bias", "p_lse"):
+    if argument in ("p_bias", "p_lse", "p_log_lengths"):
         return "*fp32"
-    if argument in ("p_counts", "p_indices"):
+    if argument in ("p_counts", "p_indices", "p_words"):
         return "*i32"
     if argument.startswith("p_"):
         return f"*{name}"

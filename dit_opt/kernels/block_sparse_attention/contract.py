@@ -29,11 +29,20 @@ class Arguments:
     scale: float
     block_q: int
     block_k: int
+    centroids: Tensor | None = None
+    values: Tensor | None = None
+    log_lengths: Tensor | None = None
+
+    @property
+    def tail(self) -> list[Tensor]:
+        """The summaries of key blocks that are there: all three, or none."""
+        given = [self.centroids, self.values, self.log_lengths]
+        return [tensor for tensor in given if tensor is not None]
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that is there."""
-        given = [self.q, self.k, self.v, self.counts, self.indices, self.key_bias]
+        given = [self.q, self.k, self.v, self.counts, self.indices, self.key_bias, *self.tail]
         return [tensor for tensor in given if tensor is not None]
 
 
@@ -121,6 +130,31 @@ def _bias_fits(a: Arguments) -> Any:
     return _all(*fits)
 
 
+def _tail_has_dtypes(a: Arguments) -> bool:
+    if not a.tail:
+        return True
+    centroids, values, log_lengths = a.tail
+    return centroids.dtype == values.dtype == a.q.dtype and log_lengths.dtype == torch.float32
+
+
+def _tail_fits(a: Arguments) -> Any:
+    if not a.tail:
+        return True
+    centroids, values, log_lengths = a.tail
+    if centroids.dim() != 4 or values.dim() != 4 or log_lengths.dim() != 3:
+        return False
+    batch, heads, _, dim = a.q.shape
+    key_heads, keys = a.k.shape[1:3]
+    blocks = ceil_div(keys, a.block_k)
+    same = [x == y for x, y in zip(centroids.shape, values.shape, strict=True)]
+    same += [centroids.shape[0] == batch, centroids.shape[2] == blocks, centroids.shape[3] == dim]
+    of_heads = (centroids.shape[1] == key_heads, centroids.shape[1] == heads)
+    same.append(not all(_is_false(is_equal) for is_equal in of_heads))
+    same += [_one_or(log_lengths.shape[0], batch), _one_or(log_lengths.shape[1], heads)]
+    same.append(log_lengths.shape[2] == blocks)
+    return _all(*same)
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         lambda a: a.q.dtype in DTYPES,
@@ -149,6 +183,22 @@ RULES: tuple[Rule, ...] = (
         lambda a: (
             "key_bias must be additive float32 (0 keeps a key, -inf removes it), "
             f"not {a.key_bias.dtype if a.key_bias is not None else None}."
+        ),
+    ),
+    Rule(
+        lambda a: len(a.tail) in (0, 3),
+        TypeError,
+        lambda a: (
+            f"the centroid tail needs centroids, values and log_lengths, but only {len(a.tail)} of "
+            "the three were given; pass all that summarize_blocks returns, or none."
+        ),
+    ),
+    Rule(
+        _tail_has_dtypes,
+        TypeError,
+        lambda a: (
+            f"the tail must hold centroids and values in the dtype of q, {a.q.dtype}, and float32 "
+            f"log_lengths, not {', '.join(str(tensor.dtype) for tensor in a.tail)}."
         ),
     ),
     Rule(
@@ -219,6 +269,16 @@ RULES: tuple[Rule, ...] = (
         lambda a: (
             f"key_bias must be [B or 1, H or 1, Nk], not "
             f"{tuple(a.key_bias.shape) if a.key_bias is not None else None}, for {_shapes(a)}."
+        ),
+    ),
+    Rule(
+        _tail_fits,
+        ValueError,
+        lambda a: (
+            f"the tail, {', '.join(str(tuple(tensor.shape)) for tensor in a.tail)}, does not fit "
+            f"{_shapes(a)} in key blocks of {a.block_k}: expected centroids and values [B, Hk or "
+            "H, nk, D] and log_lengths [B or 1, H or 1, nk]; use the block_k of the call in "
+            "summarize_blocks."
         ),
     ),
     Rule(

@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
+from dit_opt.kernels.block_sparse_attention.cpu_tail import add_tail
+from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.block_sparse_attention.runs import Bucket, find_buckets
+from dit_opt.kernels.block_sparse_attention.tail import Tail
 
 # Per thread. Larger gathers fall out of the second-level cache and fault in fresh pages (up to 10x
 # slower); smaller ones leave threads without work.
@@ -79,6 +82,7 @@ def attend(
     scale: float,
     block_q: int,
     block_k: int,
+    tail: Tail | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `reference.attend`.
 
@@ -91,6 +95,7 @@ def attend(
         return out.zero_(), lse.fill_(-torch.inf)
     if q.dtype == torch.float16:
         q, k, v = q.float(), k.float(), v.float()
+        tail = None if tail is None else Tail(*(x.float() for x in tail))
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     if key_bias is not None:
@@ -119,6 +124,18 @@ def attend(
             _attend_slices(call, bucket)
         else:
             _attend_gathered(call, bucket)
+    if tail is not None:
+        blocks = (batch, heads, query_blocks, block_q)
+        add_tail(
+            call.q.view(*blocks, dim),
+            tail,
+            expand_lists(counts, indices, call.key_blocks),
+            call.out.view(*blocks, dim),
+            call.lse.view(blocks),
+            scale,
+            # Centroids are no longer than the longest key.
+            direct=call.bounded and key_bias is None,
+        )
     out.copy_(call.out.view(batch, heads, -1, dim)[:, :, :queries])
     lse.copy_(call.lse.view(batch, heads, -1)[:, :, :queries])
     return out, lse

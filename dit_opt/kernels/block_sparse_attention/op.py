@@ -1,10 +1,12 @@
-"""Registers `ditopt::block_sparse_attention_v1` for processors and GPUs, and its fake.
+"""Registers `ditopt::block_sparse_attention_v2` for processors and GPUs, and its fake.
 
 One opaque op keeps the graph the same on every device and hides nothing from it: the plan comes in
 as data, so CUDA graphs, caches and reordering stay correct.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +17,14 @@ from dit_opt.kernels.block_sparse_attention.contract import (
     check_arguments,
     new_outputs,
 )
+from dit_opt.kernels.block_sparse_attention.tail import Tail, summarize_blocks
 
 # The version is part of the name because the fake's body is in no compile cache key.
-NAME = "block_sparse_attention_v1"
+NAME = "block_sparse_attention_v2"
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, Tensor? key_bias, "
-    "float scale, int block_q, int block_k) -> (Tensor out, Tensor lse)"
+    "float scale, int block_q, int block_k, Tensor? centroids=None, Tensor? values=None, "
+    "Tensor? log_lengths=None) -> (Tensor out, Tensor lse)"
 )
 
 torch.library.define(f"ditopt::{NAME}", SCHEMA, tags=(torch.Tag.flexible_layout,))
@@ -36,6 +40,7 @@ def block_sparse_attention(
     scale: float | None = None,
     block_q: int = 128,
     block_k: int = 128,
+    tail: Literal["drop", "centroid"] = "drop",
 ) -> tuple[Tensor, Tensor]:
     """Attention in which each block of queries sees only the key blocks of its list.
 
@@ -48,17 +53,28 @@ def block_sparse_attention(
         key_bias: additive float32 [B or 1, H or 1, Nk]; 0 keeps a key, -inf removes it.
         scale: positive factor on the scores; D ** -0.5 if None.
         block_q, block_k: tokens in a query and in a key block; the last of either may be ragged.
+        tail: what stands for the blocks that are not listed: nothing ("drop"), or their mean key
+            and mean value, weighted by their length ("centroid", see `tail.Tail`).
 
     Returns:
         out [B, H, Nq, D], a transposed view of [B, Nq, H, D] memory, and lse, float32 [B, H, Nq],
-        the natural logarithm of the softmax denominator. Rows without keys give 0 and -inf.
+        the natural logarithm of the softmax denominator, its tail included. Rows without keys
+        give 0 and -inf.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `contract.check_arguments`.
+        ValueError: a tail of another name.
     """
+    if tail not in ("drop", "centroid"):
+        raise ValueError(
+            f"block_sparse_attention: tail must be 'drop' or 'centroid', not {tail!r}."
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    operator = torch.ops.ditopt.block_sparse_attention_v1
-    return operator(q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+    arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+    operator = torch.ops.ditopt.block_sparse_attention_v2
+    if tail == "drop":
+        return operator(*arguments)
+    return operator(*arguments, *summarize_blocks(k, v, key_bias, block_k))
 
 
 @torch.library.impl(f"ditopt::{NAME}", "CPU")
@@ -72,9 +88,13 @@ def _run_on_cpu(
     scale: float,
     block_q: int,
     block_k: int,
+    centroids: Tensor | None = None,
+    values: Tensor | None = None,
+    log_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_arguments(Arguments(q, k, v, counts, indices, key_bias, scale, block_q, block_k))
-    return cpu.attend(q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+    arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+    tail = _check(Arguments(*arguments, centroids, values, log_lengths))
+    return cpu.attend(*arguments, tail)
 
 
 @torch.library.impl(f"ditopt::{NAME}", "CUDA")
@@ -88,12 +108,16 @@ def _run_on_gpu(
     scale: float,
     block_q: int,
     block_k: int,
+    centroids: Tensor | None = None,
+    values: Tensor | None = None,
+    log_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     # Imported here because Triton is absent where there is no GPU to run it on.
     from dit_opt.kernels.block_sparse_attention import triton
 
-    check_arguments(Arguments(q, k, v, counts, indices, key_bias, scale, block_q, block_k))
-    return triton.launch(q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+    arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+    tail = _check(Arguments(*arguments, centroids, values, log_lengths))
+    return triton.launch(*arguments, tail)
 
 
 @torch.library.register_fake(f"ditopt::{NAME}")
@@ -107,6 +131,16 @@ def _fake(
     scale: float,
     block_q: int,
     block_k: int,
+    centroids: Tensor | None = None,
+    values: Tensor | None = None,
+    log_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_arguments(Arguments(q, k, v, counts, indices, key_bias, scale, block_q, block_k))
+    arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
+    _check(Arguments(*arguments, centroids, values, log_lengths))
     return new_outputs(q)
+
+
+def _check(arguments: Arguments) -> Tail | None:
+    """Check the arguments and put the summaries of key blocks together."""
+    check_arguments(arguments)
+    return Tail(*arguments.tail) if arguments.tail else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
+from dit_opt.kernels.block_sparse_attention.tail import Tail
 
 
 def expand_lists(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
@@ -39,20 +40,25 @@ def attend(
     scale: float,
     block_q: int,
     block_k: int,
+    tail: Tail | None = None,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in which a query block sees the key blocks of its list and no other.
+    """Attention in which a query block sees the key blocks of its list.
+
+    Of every other block it sees nothing or, with a `tail`, one key: the centroid, n times.
 
     Args:
         q: [B, H, Nq, D]; k, v: [B, Hk, Nk, D] with H a multiple of Hk.
         counts: int32 [B or 1, H, nq]; indices: int32 [B or 1, H, nq, capacity].
         key_bias: additive float32 [B or 1, H or 1, Nk], or None.
+        tail: what stands for dropped blocks; None leaves them out.
         dtype: what to compute in; float64 makes a reference for float32.
 
     Returns:
         out [B, H, Nq, D] in the dtype of q, and the natural logarithm of the softmax
-        denominator as float32 [B, H, Nq]. A row without any key gives out 0 and lse -inf.
+        denominator, its tail included, as float32 [B, H, Nq]. A row without any key gives out 0
+        and lse -inf.
     """
     out, lse = new_outputs(q)
     group = q.shape[1] // k.shape[1]
@@ -60,9 +66,17 @@ def attend(
     scores = q.to(dtype) @ k.transpose(-1, -2) * scale
     if key_bias is not None:
         scores = scores + key_bias.to(dtype).unsqueeze(-2)
-    mask = expand_lists(counts, indices, ceil_div(k.shape[2], block_k))
-    mask = expand_blocks(mask, q.shape[2], k.shape[2], block_q, block_k)
+    kept = expand_lists(counts, indices, ceil_div(k.shape[2], block_k))
+    mask = expand_blocks(kept, q.shape[2], k.shape[2], block_q, block_k)
     scores = scores.masked_fill(~mask, -torch.inf)
+    if tail is not None:
+        group = q.shape[1] // tail.centroids.shape[1]
+        centroids, values = (x.to(dtype).repeat_interleave(group, 1) for x in tail[:2])
+        columns = q.to(dtype) @ centroids.transpose(-1, -2) * scale
+        columns = columns + tail.log_lengths.to(dtype).unsqueeze(-2)
+        kept = kept.repeat_interleave(block_q, -2)[..., : q.shape[2], :]
+        scores = torch.cat([scores, columns.masked_fill(kept, -torch.inf)], -1)
+        v = torch.cat([v, values], -2)
     total = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - total.masked_fill(total == -torch.inf, 0.0).unsqueeze(-1))
     out.copy_(weights @ v)

@@ -68,6 +68,15 @@ def choose_tiling(
     return Tiling(tile_q, min(tile_k, block_k), warps, largest.num_stages)
 
 
+def choose_tail_tile(tiling: Tiling, use_descriptors: bool) -> int:
+    """Centroids per step of the tail.
+
+    Loads through masked pointers take registers that descriptors do not, and whole tiles would
+    spill; the tail is a small part of the work.
+    """
+    return tiling.tile_k if use_descriptors else max(16, tiling.tile_k // 2)
+
+
 def pad_dim(dim: int) -> int:
     """The head dimension as the kernel holds it: 32, 64, 128 or 256."""
     return max(32, 1 << (dim - 1).bit_length())

@@ -15,77 +15,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
+from dit_opt.kernels.block_sparse_attention.tail import Tail
 from dit_opt.kernels.block_sparse_attention.tilings import (
     choose_precision,
+    choose_tail_tile,
     choose_tiling,
     is_aligned,
     pad_dim,
     takes_descriptors,
 )
+from dit_opt.kernels.block_sparse_attention.triton_tail import attend_centroids, pack_lists
+from dit_opt.kernels.block_sparse_attention.triton_tiles import attend_tile, load_tile
 
 LOG2_E = math.log2(math.e)
-
-
-@triton.jit
-def _load_tile(
-    p_x, batch, head, first, tokens, stride_n, stride_d,
-    TILE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """[TILE, PADDED_DIM] of one head from token `first` on, zero outside the tensor."""
-    if USE_DESCRIPTORS:
-        b_x = p_x.load([batch, head, first, 0]).reshape(TILE, PADDED_DIM)
-    else:
-        o_n = first + tl.arange(0, TILE)
-        o_d = tl.arange(0, PADDED_DIM)
-        p_tile = p_x + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
-        if MASKED:
-            b_x = tl.load(p_tile, mask=(o_n < tokens)[:, None] & (o_d < DIM)[None, :], other=0.0)
-        elif DIM != PADDED_DIM:
-            b_x = tl.load(p_tile, mask=(o_d < DIM)[None, :], other=0.0)
-        else:
-            b_x = tl.load(p_tile)
-    return b_x
-
-
-@triton.jit
-def _attend_tile(
-    b_q, b_max, b_sum, b_acc, p_k, p_v, p_bias, batch, head, first, num_keys, scale_log2,
-    stride_kn, stride_kd, stride_vn, stride_vd,
-    TILE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HAS_BIAS: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax, in units of log2 so that the scale folds into one FMA."""
-    b_k = _load_tile(
-        p_k, batch, head, first, num_keys, stride_kn, stride_kd,
-        TILE, DIM, PADDED_DIM, USE_DESCRIPTORS, MASKED,
-    )  # fmt: skip
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    if HAS_BIAS:
-        o_k = first + tl.arange(0, TILE)
-        if MASKED:
-            b_bias = tl.load(p_bias + o_k, mask=o_k < num_keys, other=-float("inf"))
-        else:
-            b_bias = tl.load(p_bias + o_k)
-        b_s = b_s * scale_log2 + (b_bias * 1.4426950408889634)[None, :]
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        # A bias can leave a row without any key so far, where inf - inf would be NaN.
-        b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_p = tl.math.exp2(b_s - b_ref[:, None])
-    else:
-        if MASKED:
-            b_s = tl.where((first + tl.arange(0, TILE) < num_keys)[None, :], b_s, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
-        b_ref = b_new
-        b_p = tl.math.exp2(b_s * scale_log2 - b_ref[:, None])
-    b_alpha = tl.math.exp2(b_max - b_ref)
-    b_v = _load_tile(
-        p_v, batch, head, first, num_keys, stride_vn, stride_vd,
-        TILE, DIM, PADDED_DIM, USE_DESCRIPTORS, MASKED,
-    )  # fmt: skip
-    b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
-    return b_new, b_sum, b_acc
 
 
 @triton.jit
@@ -97,15 +39,18 @@ def block_sparse_attention_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_ob, stride_oh, stride_on,
     stride_bias_b, stride_bias_h,
+    p_centroids, p_values, p_log_lengths, p_words, tail_group, stride_len_b, stride_len_h,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RAGGED_KEYS: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TILE_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RAGGED_KEYS: tl.constexpr, HAS_TAIL: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile (grid axis 0) of one head (axis 1) over its key blocks.
 
-    p_q, p_k and p_v are descriptors of [1, 1, tile, PADDED_DIM] or pointers. Full key blocks run
-    without a mask; a ragged last block is peeled, so that the listed index stays out of the
-    arithmetic of the main loop and the compiler can prefetch it.
+    p_q, p_k, p_v, p_centroids and p_values are descriptors of [1, 1, tile, PADDED_DIM] or
+    pointers, the last two to contiguous memory. Full key blocks run without a mask; a ragged last
+    block is peeled, so that the listed index stays out of the arithmetic of the main loop and the
+    compiler can prefetch it. The centroids come last, all of them, kept ones without weight.
     """
     first_query = tl.program_id(0) * TILE_Q
     row = tl.program_id(1)
@@ -123,7 +68,7 @@ def block_sparse_attention_fwd_kernel(
     count = tl.load(p_counts + plan_row)
     TILES: tl.constexpr = BLOCK_K // TILE_K
 
-    b_q = _load_tile(
+    b_q = load_tile(
         p_q, batch, head, first_query, num_queries, stride_qn, stride_qd,
         TILE_Q, DIM, PADDED_DIM, USE_DESCRIPTORS, True,
     )  # fmt: skip
@@ -138,7 +83,7 @@ def block_sparse_attention_fwd_kernel(
         full = count - is_ragged.to(tl.int32)
     for step in tl.range(0, full * TILES):
         first = tl.load(p_list + step // TILES) * BLOCK_K + (step % TILES) * TILE_K
-        b_max, b_sum, b_acc = _attend_tile(
+        b_max, b_sum, b_acc = attend_tile(
             b_q, b_max, b_sum, b_acc, p_k, p_v, p_bias, batch, key_head, first, num_keys,
             scale_log2, stride_kn, stride_kd, stride_vn, stride_vd,
             TILE_K, DIM, PADDED_DIM, HAS_BIAS, USE_DESCRIPTORS, PRECISION, False,
@@ -146,11 +91,26 @@ def block_sparse_attention_fwd_kernel(
     if RAGGED_KEYS:
         if is_ragged:
             for first in tl.range(last * BLOCK_K, num_keys, TILE_K, num_stages=1):
-                b_max, b_sum, b_acc = _attend_tile(
+                b_max, b_sum, b_acc = attend_tile(
                     b_q, b_max, b_sum, b_acc, p_k, p_v, p_bias, batch, key_head, first, num_keys,
                     scale_log2, stride_kn, stride_kd, stride_vn, stride_vd,
                     TILE_K, DIM, PADDED_DIM, HAS_BIAS, USE_DESCRIPTORS, PRECISION, True,
                 )  # fmt: skip
+    if HAS_TAIL:
+        blocks = tl.cdiv(num_keys, BLOCK_K)
+        tail_head = head // tail_group
+        if not USE_DESCRIPTORS:
+            tail_row = batch.to(tl.int64) * (num_heads // tail_group) + tail_head
+            p_centroids += tail_row * blocks * DIM
+            p_values += tail_row * blocks * DIM
+        p_log_lengths += batch.to(tl.int64) * stride_len_b + head.to(tl.int64) * stride_len_h
+        p_words += plan_row * tl.cdiv(blocks, 32)
+        for first in tl.range(0, blocks, TILE_TAIL):
+            b_max, b_sum, b_acc = attend_centroids(
+                b_q, b_max, b_sum, b_acc, p_centroids, p_values, p_log_lengths, p_words,
+                batch, tail_head, first, blocks, scale_log2,
+                TILE_TAIL, DIM, PADDED_DIM, USE_DESCRIPTORS, PRECISION,
+            )  # fmt: skip
 
     o_q = first_query + tl.arange(0, TILE_Q)
     o_d = tl.arange(0, PADDED_DIM)
@@ -175,41 +135,45 @@ def launch(
     scale: float,
     block_q: int,
     block_k: int,
+    tail: Tail | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `reference.attend`; the arguments are not checked here.
 
-    Runs on the device of `q`, or on CPU tensors under TRITON_INTERPRET=1. Nothing is copied: q, k
-    and v are read through their strides.
+    Runs on the device of `q`, or on CPU tensors under TRITON_INTERPRET=1. q, k and v are not
+    copied but read through their strides.
     """
     out, lse = new_outputs(q)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
-    if q.numel() == 0 or keys == 0 or indices.shape[-1] == 0:
+    if q.numel() == 0 or keys == 0 or (indices.shape[-1] == 0 and tail is None):
         return out.zero_(), lse.fill_(-torch.inf)
     architecture = read_architecture(q.device)
     padded_dim = pad_dim(dim)
     itemsize = q.element_size()
-    aligned = all(is_aligned(x) for x in (q, k, v))
+    counts, indices = counts.contiguous(), indices.contiguous()
+    sources: list[Tensor | TensorDescriptor] = [q, k, v]
+    words = None
+    if tail is not None:
+        tail = Tail(*(x.contiguous() for x in tail))
+        sources += [tail.centroids, tail.values]
+        words = pack_lists(counts, indices, ceil_div(keys, block_k))
+    aligned = all(is_aligned(x) for x in sources)
     tiling = choose_tiling(architecture, padded_dim, itemsize, block_q, block_k, aligned)
     use_descriptors = aligned and takes_descriptors(architecture, itemsize)
-    counts, indices = counts.contiguous(), indices.contiguous()
-    bias_strides = (0, 0)
+    tile_tail = choose_tail_tile(tiling, use_descriptors)
     if key_bias is not None:
         key_bias = key_bias.contiguous()
-        bias_strides = tuple(
-            stride if size > 1 else 0
-            for size, stride in zip(key_bias.shape[:2], key_bias.stride()[:2], strict=True)
-        )
-    sources: list[Tensor | TensorDescriptor] = [q, k, v]
     if use_descriptors:
+        tiles = [tiling.tile_q, tiling.tile_k, tiling.tile_k]
+        tiles += [tile_tail] * (len(sources) - 3)
         sources = [
             TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile, padded_dim])
-            for x, tile in ((q, tiling.tile_q), (k, tiling.tile_k), (v, tiling.tile_k))
+            for x, tile in zip(sources, tiles, strict=True)
         ]
     query_blocks = ceil_div(queries, block_q)
     grid = (ceil_div(queries, tiling.tile_q), batch * heads)
     block_sparse_attention_fwd_kernel[grid](
-        *sources,
+        *sources[:3],
         # A pointer must be given; it is never read without HAS_BIAS.
         key_bias if key_bias is not None else lse,
         counts,
@@ -228,21 +192,37 @@ def launch(
         *k.stride(),
         *v.stride(),
         *out.stride()[:3],
-        *bias_strides,
+        *_broadcast_strides(key_bias),
+        # Without a tail, None is a constant and leaves no trace in the machine code.
+        *(sources[3:] or (None, None)),
+        None if tail is None else tail.log_lengths,
+        words,
+        None if tail is None else heads // tail.centroids.shape[1],
+        *((None, None) if tail is None else _broadcast_strides(tail.log_lengths)),
         DIM=dim,
         PADDED_DIM=padded_dim,
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
         TILE_Q=tiling.tile_q,
         TILE_K=tiling.tile_k,
+        TILE_TAIL=tile_tail,
         HAS_BIAS=key_bias is not None,
         RAGGED_KEYS=keys % block_k != 0,
+        HAS_TAIL=tail is not None,
         USE_DESCRIPTORS=use_descriptors,
         PRECISION=choose_precision(architecture, padded_dim, itemsize),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
     return out, lse
+
+
+def _broadcast_strides(x: Tensor | None) -> tuple[int, int]:
+    """Strides of the first two axes, [B or 1, H or 1, ...]; 0 repeats an axis of size 1."""
+    if x is None:
+        return 0, 0
+    batch, heads = (0 if x.shape[axis] == 1 else x.stride(axis) for axis in range(2))
+    return batch, heads
 
 
 def read_architecture(device: torch.device) -> str:

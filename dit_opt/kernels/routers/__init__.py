@@ -7,6 +7,14 @@ it. Importing this package registers the routers' operators.
 
 from __future__ import annotations
 
-from dit_opt.kernels.routers import dense, rainfusion
+from dit_opt.kernels.routers import (
+    adaspa,
+    block_mass,
+    dense,
+    frame_tile,
+    rainfusion,
+    sol,
+    subblock,
+)
 
-__all__ = ["dense", "rainfusion"]
+__all__ = ["adaspa", "block_mass", "dense", "frame_tile", "rainfusion", "sol", "subblock"]

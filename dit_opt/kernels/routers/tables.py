@@ -21,6 +21,7 @@ from dit_opt.kernels.routers.orders import (
     order_raster,
 )
 from dit_opt.kernels.routers.patterns import DENSE, HeadKind, Pattern, box_blocks, list_patterns
+from dit_opt.kernels.routers.plan import list_kept
 
 # Where each kind's order stands in `Tables.orders`.
 _ORDER_OF = {
@@ -139,18 +140,6 @@ def choose_strip(layout: VideoLayout, block_q: int, block_k: int) -> int:
         return math.prod(pattern.lift(queries, keys).float().mean().item() for pattern in temporal)
 
     return min(range(1, highest + 1), key=measure_kept)
-
-
-def list_kept(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A block mask bool [..., nq, nk] as counts int32 [..., nq] and indices int32 [..., nq, nk].
-
-    Indices are ascending in the first `counts` entries and zero after them.
-    """
-    blocks = torch.arange(mask.shape[-1], device=mask.device)
-    ascending = torch.where(mask, blocks, mask.shape[-1]).sort(-1).values
-    counts = mask.sum(-1, keepdim=True)
-    indices = torch.where(blocks < counts, ascending, 0)
-    return counts.squeeze(-1).int(), indices.int()
 
 
 def _measure_blocks(tokens: int, block: int) -> Tensor:

@@ -13,8 +13,11 @@ import torch
 
 from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.contract import new_outputs
+from dit_opt.kernels.block_sparse_attention.reference import expand_lists
+from dit_opt.kernels.block_sparse_attention.tail import Tail
+from dit_opt.kernels.block_sparse_attention.triton_tail import pack_lists
 
-from .plans import Case, assert_matches_reference, make_inputs
+from .plans import Case, assert_matches_reference, make_inputs, make_plan
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ERRORS = {torch.float32: (3e-6, 3e-6), torch.float16: (3e-3, 3e-6)}
@@ -33,6 +36,21 @@ CASES = {
     "wide": Case(dim=128, queries=150, keys=150, block_k=128),
     "widest": Case(heads=1, key_heads=1, dim=256, queries=70, keys=100),
     "small blocks": Case(dim=32, queries=100, keys=100, block_q=32, block_k=16),
+    "tail": Case(tail=True, batch=2, dim=64, queries=150, keys=201),
+    "tail, even": Case(tail=True, dim=64, queries=128, keys=256, block_q=128),
+    "tail, grouped heads": Case(tail=True, batch=2, heads=4, dim=48, queries=70, keys=190),
+    "tail, bias": Case(tail=True, bias=True, batch=2, dim=64, queries=100, keys=201),
+    "tail, bias of query heads": Case(
+        tail=True, bias=True, bias_heads=4, heads=4, dim=32, queries=70, keys=150
+    ),
+    "tail, strided, one plan each": Case(
+        tail=True, strided=True, batch=2, plan_batch=2, dim=80, queries=70, keys=150
+    ),
+    "tail, unaligned": Case(tail=True, dim=33, queries=70, keys=150),
+    "tail, empty": Case(tail=True, density=0.0, dim=64, queries=70, keys=150),
+    "tail, many blocks": Case(
+        tail=True, heads=2, key_heads=1, dim=32, queries=40, keys=600, block_q=32, block_k=16
+    ),
 }
 
 
@@ -47,22 +65,29 @@ def poison(monkeypatch):
     monkeypatch.setattr(kernel, "new_outputs", new_poisoned)
 
 
+def launch(arguments):
+    """Run the kernel on the device of these tests."""
+
+    def move(x):
+        if isinstance(x, Tail):
+            return Tail(*(move(part) for part in x))
+        return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+
+    return tuple(x.cpu() for x in kernel.launch(*(move(x) for x in arguments)))
+
+
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_matches_the_reference(case, dtype):
     arguments = make_inputs(case, dtype)
-    on_device = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
-    out, lse = (x.cpu() for x in kernel.launch(*on_device))
-    assert_matches_reference((out, lse), arguments, *ERRORS[dtype])
+    assert_matches_reference(launch(arguments), arguments, *ERRORS[dtype])
 
 
 def test_keys_that_start_off_alignment():
     arguments = list(make_inputs(Case(dim=64, queries=100, keys=150), torch.float16))
     storage = torch.empty(arguments[1].numel() + 1, dtype=torch.float16)
     arguments[1] = storage[1:].view_as(arguments[1]).copy_(arguments[1])
-    on_device = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
-    out, lse = (x.cpu() for x in kernel.launch(*on_device))
-    assert_matches_reference((out, lse), tuple(arguments), *ERRORS[torch.float16])
+    assert_matches_reference(launch(arguments), tuple(arguments), *ERRORS[torch.float16])
 
 
 def test_no_keys_at_all():
@@ -70,3 +95,32 @@ def test_no_keys_at_all():
     arguments[1], arguments[2] = arguments[1][:, :, :0], arguments[2][:, :, :0]
     out, lse = kernel.launch(*arguments)
     assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -torch.inf).all())
+
+
+def test_a_tail_without_any_list_entry():
+    arguments = list(make_inputs(Case(tail=True, density=0.0, dim=32, queries=70, keys=150)))
+    arguments[4] = arguments[4][..., :0]
+    assert_matches_reference(launch(arguments), tuple(arguments), *ERRORS[torch.float32])
+
+
+def test_a_tail_never_reads_the_tokens_of_dropped_blocks():
+    mask = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    mask[..., 1] = False
+    arguments = list(make_inputs(Case(tail=True, dim=64)))
+    arguments[3:5] = make_plan(mask)
+    expected = launch(arguments)
+    arguments[1][:, :, 64:128] = torch.nan
+    arguments[2][:, :, 64:128] = torch.nan
+    torch.testing.assert_close(launch(arguments), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("blocks", [1, 32, 70, 1100])
+def test_packed_lists_hold_one_bit_per_block(blocks):
+    mask = torch.rand(1, 2, 2, blocks, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[0, 0, 0], mask[0, 0, 1] = True, False
+    counts, indices = make_plan(mask)
+    words = pack_lists(counts.to(DEVICE), indices.to(DEVICE), blocks).cpu()
+    assert words.shape == (1, 2, 2, -(-blocks // 32)) and words.dtype == torch.int32
+    bits = (words.unsqueeze(-1) >> torch.arange(32)) & 1
+    assert torch.equal(bits.flatten(-2)[..., :blocks].bool(), expand_lists(counts, indices, blocks))
+    assert not bits.flatten(-2)[..., blocks:].any()

@@ -9,11 +9,15 @@ from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention import reference
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.block_sparse_attention.tail import summarize_blocks
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call; `bias` adds a key-padding mask with finite offsets among the -inf."""
+    """Sizes of one call; `bias` adds a key-padding mask with finite offsets among the -inf.
+
+    `bias_heads` is 1 or `heads`; `tail` adds the summaries of the key blocks.
+    """
 
     batch: int = 1
     heads: int = 2
@@ -26,6 +30,8 @@ class Case:
     density: float = 0.5
     plan_batch: int = 1
     bias: bool = False
+    bias_heads: int = 1
+    tail: bool = False
     strided: bool = False
 
 
@@ -37,10 +43,8 @@ def make_plan(mask: Tensor) -> tuple[Tensor, Tensor]:
     return counts, indices.masked_fill(unused, 2**30)
 
 
-def make_inputs(
-    case: Case, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float, int, int]:
-    """Arguments of the op, in its order."""
+def make_inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple:
+    """Arguments of `reference.attend`, in its order; a tail is the tenth."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(heads: int, tokens: int) -> Tensor:
@@ -54,14 +58,20 @@ def make_inputs(
     mask = torch.rand(case.plan_batch, case.heads, *blocks, generator=generator) < case.density
     bias = None
     if case.bias:
-        bias = torch.randn(case.batch, 1, case.keys, generator=generator)
+        bias = torch.randn(case.batch, case.bias_heads, case.keys, generator=generator)
         bias[torch.rand(bias.shape, generator=generator) < 0.3] = -torch.inf
         # A whole block without keys, which some rows keep as their only one.
         bias[..., : case.block_k] = -torch.inf
     q = normal(case.heads, case.queries)
     k, v = normal(case.key_heads, case.keys), normal(case.key_heads, case.keys)
     scale = case.dim**-0.5
-    return q, k, v, *make_plan(mask), bias, scale, case.block_q, case.block_k
+    arguments = (q, k, v, *make_plan(mask), bias, scale, case.block_q, case.block_k)
+    return (*arguments, summarize_blocks(k, v, bias, case.block_k)) if case.tail else arguments
+
+
+def flatten_tail(arguments: tuple) -> tuple:
+    """The same arguments as the op takes them."""
+    return (*arguments[:9], *arguments[9]) if len(arguments) > 9 else arguments
 
 
 def assert_matches_reference(

@@ -32,3 +32,11 @@ def test_the_signature_names_every_argument():
     assert build.signature["p_indices"] == "*i32"
     constants = {name for name, kind in build.signature.items() if kind == "constexpr"}
     assert constants == set(build.constexprs)
+
+
+def test_without_a_tail_its_arguments_are_constants():
+    build = make_build("sm_90", 64, torch.float16)
+    assert build.constexprs["p_centroids"] is None and not build.constexprs["HAS_TAIL"]
+    build = make_build("sm_90", 64, torch.float16, tail=True)
+    assert build.signature["p_centroids"] == "tensordesc<fp16[1, 1, 64, 64]>"
+    assert build.signature["p_log_lengths"] == "*fp32" and build.signature["p_words"] == "*i32"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -33,6 +35,34 @@ def test_each_row_is_softmax_over_the_tokens_of_its_blocks():
                 out[0, head, row].double(), expected.double(), atol=1e-6, rtol=0
             )
             torch.testing.assert_close(lse[0, head, row].double(), total.log(), atol=1e-6, rtol=0)
+
+
+def test_dropped_blocks_add_their_length_at_their_centroid():
+    case = Case(
+        heads=2, key_heads=1, queries=100, keys=90, dim=16, bias=True, density=0.4, tail=True
+    )
+    arguments = make_inputs(case)
+    q, k, v, counts, indices, bias, scale, block_q, block_k, _ = arguments
+    out, lse = reference.attend(*arguments, dtype=torch.float64)
+    k, v, w = k[0, 0].double(), v[0, 0].double(), bias[0, 0].double().exp().unsqueeze(-1)
+    for head, row in itertools.product(range(2), range(0, 100, 9)):
+        block = row // block_q
+        kept = indices[0, head, block, : counts[0, head, block]].tolist()
+        x = q[0, head, row].double() * scale
+        total, numerator = torch.zeros(()).double(), torch.zeros(16).double()
+        for j in range(-(-90 // block_k)):
+            own = slice(j * block_k, min(90, (j + 1) * block_k))
+            n = w[own].sum()
+            if j in kept:
+                weights = w[own] * (k[own] @ x).exp().unsqueeze(-1)
+                total, numerator = total + weights.sum(), numerator + (weights * v[own]).sum(0)
+            elif n > 0:
+                centroid, mean = ((w[own] * y[own]).sum(0) / n for y in (k, v))
+                weight = n * (centroid @ x).exp()
+                total, numerator = total + weight, numerator + weight * mean
+        expected = numerator / total if total > 0 else numerator
+        torch.testing.assert_close(out[0, head, row].double(), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(lse[0, head, row].double(), total.log(), atol=1e-6, rtol=0)
 
 
 def test_full_lists_are_dense_attention():

@@ -19,6 +19,16 @@ def test_tiles_divide_blocks(architecture, itemsize, dim, block):
     assert tiling.num_warps >= 1 and padded >= dim
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+def test_the_tail_takes_smaller_tiles_through_pointers(itemsize, dim):
+    tiling = tilings.choose_tiling("sm_90", dim, itemsize, 128, 64)
+    assert tilings.choose_tail_tile(tiling, True) == tiling.tile_k
+    tile = tilings.choose_tail_tile(tiling, False)
+    # tl.dot multiplies no fewer than 16 columns.
+    assert 16 <= tile <= max(16, tiling.tile_k // 2)
+
+
 def test_pad_dim():
     assert [tilings.pad_dim(d) for d in (1, 32, 33, 72, 96, 120, 128, 129, 256)] == [
         32, 32, 64, 128, 128, 128, 128, 256, 256,

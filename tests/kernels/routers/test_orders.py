@@ -15,6 +15,7 @@ from dit_opt.kernels.routers.orders import (
     locate_tokens,
     measure_lattice,
     order_columns,
+    order_cubes,
     order_lattice,
     order_raster,
 )
@@ -35,7 +36,9 @@ layouts = st.builds(
 def test_every_order_is_a_permutation_with_text_last_and_in_sequence(layout, strip):
     end = layout.video_start + layout.video_tokens
     text = [*range(layout.video_start), *range(end, layout.tokens)]
-    for order in (order_raster(layout), order_columns(layout, strip), order_lattice(layout)):
+    cubes = order_cubes(layout, (strip, 4, 4))
+    others = (order_raster(layout), order_columns(layout, strip), order_lattice(layout))
+    for order in (cubes, order_cubes(layout), *others):
         assert order.dtype == torch.int64
         assert order.sort().values.tolist() == list(range(layout.tokens))
         assert order[layout.video_tokens :].tolist() == text
@@ -82,6 +85,29 @@ def test_lattice_puts_each_checkerboard_in_a_prefix(layout):
 def test_lattice_prefixes_are_an_eighth_a_quarter_and_a_half():
     level = measure_lattice(locate_tokens(VideoLayout(3, 16, 24, 0, 3 * 16 * 24)))
     assert [(level >= step).float().mean().item() for step in (8, 4, 2)] == [1 / 8, 1 / 4, 1 / 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(layout=layouts)
+def test_cubes_follow_each_other_and_blocks_stay_small(layout):
+    video = order_cubes(layout)[: layout.video_tokens] - layout.video_start
+    positions = locate_tokens(layout)[video]
+    # A step goes to a neighbouring column of the same or of the next beam.
+    assert (positions.diff(dim=0)[:, 2].abs() <= 1).all()
+    for block in positions.split(64):
+        extent = block.amax(0) - block.amin(0) + 1
+        # A block at a turn lies in two beams, and around the next layer in four.
+        assert extent.prod() <= 8 * 64
+
+
+def test_blocks_are_cubes_and_pairs_of_blocks_are_boxes_where_axes_divide():
+    layout = VideoLayout(8, 12, 16, 3, 3 + 8 * 12 * 16)
+    positions = locate_tokens(layout)[order_cubes(layout)[: 8 * 12 * 16] - 3]
+    for size, box in ((64, [4, 4, 4]), (128, [4, 4, 8])):
+        for block in positions.split(size):
+            assert (block.amax(0) - block.amin(0) + 1).tolist() == box
+    with pytest.raises(ValueError, match=r"cube \(4, 0, 4\) has an empty axis"):
+        order_cubes(layout, (4, 0, 4))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from dit_opt.kernels.block_sparse_attention.reference import expand_blocks, expand_lists
 from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.kernels.routers.patterns import HeadKind
-from dit_opt.kernels.routers.tables import build_tables, choose_strip, list_kept
+from dit_opt.kernels.routers.tables import build_tables, choose_strip
 
 CPU = torch.device("cpu")
 GRIDS = [(4, 8, 8, 0, 256), (5, 9, 7, 11, 340), (1, 16, 16, 0, 256), (9, 6, 10, 0, 559)]
@@ -33,17 +33,6 @@ def test_text_keys_are_kept_and_text_queries_see_everything(grid):
     tokens = expand_blocks(masks, grid[-1], grid[-1], 32, 16)
     video_tokens = tables.layout.video_tokens
     assert tokens[:, video_tokens:].all() and tokens[:, :, video_tokens:].all()
-
-
-def test_lists_are_ascending_int32_and_zero_after_their_count():
-    mask = torch.rand(3, 7, 11, generator=torch.Generator().manual_seed(0)) < 0.4
-    counts, indices = list_kept(mask)
-    assert counts.dtype == indices.dtype == torch.int32
-    for row, count, index in zip(
-        mask.flatten(0, 1), counts.flatten(), indices.flatten(0, 1), strict=True
-    ):
-        assert index[:count].tolist() == row.nonzero().flatten().tolist()
-        assert not index[count:].any()
 
 
 def test_candidates_of_one_order_differ():

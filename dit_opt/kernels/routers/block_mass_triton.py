@@ -1,0 +1,178 @@
+"""The exact block mass on GPUs: one Triton kernel and its launcher.
+
+Two passes over the keys without a cached log-sum-exp, one with it; the score matrix never leaves
+the chip.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.block_sparse_attention.tilings import choose_precision, choose_tiling, pad_dim
+from dit_opt.kernels.block_sparse_attention.triton import LOG2_E, read_architecture
+from dit_opt.kernels.routers.block_mass import STALE_LIMIT
+
+
+@triton.jit
+def _score_tile(
+    b_q, p_k, p_bias, first, num_keys, scale_log2, stride_n, stride_d,
+    TILE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile of queries against the keys from `first` on, in units of log2."""
+    o_k = first + tl.arange(0, TILE)
+    o_d = tl.arange(0, PADDED_DIM)
+    p_tile = p_k + o_k.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
+    if RAGGED:
+        b_k = tl.load(p_tile, mask=(o_k < num_keys)[:, None] & (o_d < DIM)[None, :], other=0.0)
+    else:
+        b_k = tl.load(p_tile, mask=(o_d < DIM)[None, :], other=0.0)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+    if HAS_BIAS:
+        b_bias = tl.load(p_bias + o_k, mask=o_k < num_keys, other=0.0)
+        b_s += (b_bias * 1.4426950408889634)[None, :]
+    if RAGGED:
+        b_s = tl.where((o_k < num_keys)[None, :], b_s, -float("inf"))
+    return b_s
+
+
+@triton.jit
+def block_mass_kernel(
+    p_q, p_k, p_bias, p_cached, p_mass, p_lse,
+    scale_log2, num_queries, num_keys, num_heads, group, key_tiles,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_bias_b, stride_bias_h,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, RAGGED: tl.constexpr,
+    STALE_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one query tile (grid axis 0) of one head (axis 1) adds to the mass of its block.
+
+    Every tile of queries and keys writes a number of its own, which the launcher adds up by blocks:
+    an atomic sum would change from run to run, and a sum within would unroll the loop.
+    """
+    first_query = tl.program_id(0) * TILE_Q
+    row = tl.program_id(1)
+    batch = row // num_heads
+    head = row % num_heads
+    p_q += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    p_k += batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
+    if HAS_BIAS:
+        p_bias += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
+    o_q = first_query + tl.arange(0, TILE_Q)
+    o_d = tl.arange(0, PADDED_DIM)
+    is_query = o_q < num_queries
+    p_tile = p_q + o_q.to(tl.int64)[:, None] * stride_qn + o_d[None, :] * stride_qd
+    b_q = tl.load(p_tile, mask=is_query[:, None] & (o_d < DIM)[None, :], other=0.0)
+
+    o_lse = row.to(tl.int64) * num_queries + o_q
+    if HAS_LSE:
+        b_lse = tl.load(p_cached + o_lse, mask=is_query, other=0.0) * 1.4426950408889634
+        b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)
+    else:
+        b_max = tl.full([TILE_Q], -float("inf"), tl.float32)
+        b_sum = tl.zeros([TILE_Q], tl.float32)
+        for first in tl.range(0, num_keys, TILE_K):
+            b_s = _score_tile(
+                b_q, p_k, p_bias, first, num_keys, scale_log2, stride_kn, stride_kd,
+                TILE_K, DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
+            )  # fmt: skip
+            b_new = tl.maximum(b_max, tl.max(b_s, 1))
+            # Rows without any key so far, where inf - inf would be NaN.
+            b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
+            b_sum = b_sum * tl.math.exp2(b_max - b_ref) + tl.sum(
+                tl.math.exp2(b_s - b_ref[:, None]), 1
+            )
+            b_max = b_new
+        b_lse = tl.where(b_sum > 0.0, b_max + tl.math.log2(b_sum), 0.0)
+
+    rows = tl.minimum(num_queries - first_query // BLOCK_Q * BLOCK_Q, BLOCK_Q).to(tl.float32)
+    p_mass += (row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * key_tiles
+    b_total = tl.zeros([TILE_Q], tl.float32)
+    for tile in tl.range(0, key_tiles):
+        b_s = _score_tile(
+            b_q, p_k, p_bias, tile * TILE_K, num_keys, scale_log2, stride_kn, stride_kd,
+            TILE_K, DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
+        )  # fmt: skip
+        b_row = tl.sum(tl.math.exp2(tl.minimum(b_s - b_lse[:, None], STALE_LIMIT)), 1)
+        b_total += b_row
+        # As a column, because Triton fails on the sum of a vector out of Blackwell's tensor memory.
+        b_tile = tl.sum(tl.where(is_query, b_row, 0.0)[:, None], 0) / rows
+        tl.store(p_mass + tile + tl.arange(0, 1), b_tile)
+    b_lse = (b_lse + tl.math.log2(b_total)) * 0.6931471805599453
+    tl.store(p_lse + o_lse, tl.where(b_total > 0.0, b_lse, -float("inf")), mask=is_query)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as `block_mass.measure_plainly`; blocks are powers of two.
+
+    Runs on the device of `q`, or on CPU tensors under TRITON_INTERPRET=1. Raises ValueError for
+    blocks that tiles cannot cover.
+    """
+    if any(block < 16 or block & (block - 1) for block in (block_q, block_k)):
+        raise ValueError(
+            f"block_q={block_q} and block_k={block_k} must be powers of two, 16 or more."
+        )
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    architecture = read_architecture(q.device)
+    padded_dim = pad_dim(dim)
+    tiling = choose_tiling(architecture, padded_dim, q.element_size(), block_q, block_k)
+    tiles_q, tiles_k = block_q // tiling.tile_q, block_k // tiling.tile_k
+    grid = (ceil_div(queries, block_q) * tiles_q, batch * heads)
+    key_tiles = ceil_div(keys, block_k) * tiles_k
+    mass = q.new_empty((batch, heads, grid[0], key_tiles), dtype=torch.float32)
+    found = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    bias_strides = (0, 0)
+    if key_bias is not None:
+        key_bias = key_bias.contiguous()
+        bias_strides = tuple(
+            stride if size > 1 else 0
+            for size, stride in zip(key_bias.shape[:2], key_bias.stride()[:2], strict=True)
+        )
+    block_mass_kernel[grid](
+        q,
+        k,
+        # Pointers must be given; they are never read without HAS_BIAS and HAS_LSE.
+        found if key_bias is None else key_bias,
+        found if lse is None else lse.contiguous(),
+        mass,
+        found,
+        scale * LOG2_E,
+        queries,
+        keys,
+        heads,
+        heads // k.shape[1],
+        key_tiles,
+        *q.stride(),
+        *k.stride(),
+        *bias_strides,
+        DIM=dim,
+        PADDED_DIM=padded_dim,
+        BLOCK_Q=block_q,
+        TILE_Q=tiling.tile_q,
+        TILE_K=tiling.tile_k,
+        HAS_BIAS=key_bias is not None,
+        HAS_LSE=lse is not None,
+        RAGGED=keys % block_k != 0,
+        STALE_LIMIT=STALE_LIMIT,
+        PRECISION=choose_precision(architecture, padded_dim, q.element_size()),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+    if tiles_q * tiles_k > 1:
+        mass = mass.unflatten(3, (-1, tiles_k)).unflatten(2, (-1, tiles_q)).sum((3, 5))
+    return mass, found

@@ -1,0 +1,160 @@
+"""How many blocks each head and each row may keep: as many as its softmax mass needs.
+
+The kept mass of a layer is a sum over blocks, so the lists that hold most of it at a given size are
+those of one threshold on mass. Peaked rows pass few blocks over it and leave room for diffuse ones.
+The flattest rows of all get the least from a sum, though; the sum of squares of what each row
+drops, which is closer to an error of the output, spreads the loss evenly and is a threshold too.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.routers.plan import Plan, list_kept
+from dit_opt.kernels.routers.thresholds import LIGHTEST, find_threshold
+
+# Equal masses are told apart by up to this much, or a threshold would take all of them or none.
+_TIE_WIDTH = 2.0**-10
+
+# Steps of a sequence that fills the plane evenly; ties then fall evenly over rows and columns.
+_ROW_STEP, _COLUMN_STEP = 0.7548776662466927, 0.5698402909980532
+
+# Rounding in the sum of all blocks must not drop one from a plan that may keep everything.
+_ROUNDING = 1 + 1e-6
+
+Spread = Literal["need", "even", "equal"]
+
+
+def allot_blocks(
+    mass: Tensor,
+    *,
+    sizes: tuple[Tensor, Tensor],
+    always_kept: Tensor,
+    quality: float | None = None,
+    density: float | None = None,
+    spread: Spread = "need",
+    floor: int = 2,
+    capacity: int | None = None,
+) -> Plan:
+    """The smallest lists that keep a share `quality` of the mass, or the best of size `density`.
+
+    Which lists are best, `spread` says: "need" keeps the most mass; "even" makes the mean square of
+    what rows drop the least, for which it sorts each row; "equal" gives all rows of an item (of a
+    head, under a quality) the same number of blocks, up to one, for measuring what the others win.
+
+    Quality holds for each head: the mean over its rows, without those that are dense by rule,
+    reaches the target, by one threshold on mass per head. Density holds for each item: the mean
+    over the heads comes as close to the target as whole blocks can without exceeding it, by one
+    threshold for all heads, and each row keeps its `floor` heaviest blocks. What is always kept
+    counts, and is kept even where it alone exceeds the target.
+
+    Args:
+        mass: float32 [B, H, nq, nk], the share of each row's softmax mass in each key block.
+        sizes: real tokens in each query block, float32 [nq], and in each key block, float32 [nk].
+        always_kept: bool [nq, nk].
+        capacity: entries per list; rows that need more keep their heaviest blocks. nk if None.
+
+    Raises ValueError for an unknown spread and unless one of quality and density is in (0, 1].
+    """
+    _check_target(quality, density)
+    scores = _score_blocks(mass, sizes[1], always_kept)
+    if spread == "even":
+        scores = _square_losses(scores)
+    elif spread == "equal":
+        scores = _rank_blocks(scores)
+    elif spread != "need":
+        raise ValueError(f'The spread is {spread!r}; it is one of "need", "even" and "equal".')
+    if quality is not None:
+        gains = mass * _weigh_rows(sizes[0], always_kept)[:, None]
+        target = quality * gains.sum((-2, -1), keepdim=True)
+        threshold = find_threshold(scores, gains, target, (-2, -1))
+    else:
+        if spread != "equal" and floor > 0:
+            heaviest = mass.topk(min(floor, mass.shape[-1])).indices
+            scores = scores.scatter(-1, heaviest, torch.inf)
+        areas = _share_areas(sizes)
+        target = density * mass.shape[1] * _ROUNDING
+        threshold = find_threshold(scores, areas, target, (-3, -2, -1), within=True)
+    return list_blocks(
+        scores >= threshold, mass, sizes=sizes, always_kept=always_kept, capacity=capacity
+    )
+
+
+def list_blocks(
+    kept: Tensor,
+    mass: Tensor,
+    *,
+    sizes: tuple[Tensor, Tensor],
+    always_kept: Tensor,
+    capacity: int | None = None,
+) -> Plan:
+    """The plan that keeps some blocks, bool [B, H, nq, nk], of the given mass; see allot_blocks."""
+    kept = kept | always_kept
+    if capacity is not None and capacity < mass.shape[-1]:
+        scores = _score_blocks(mass, sizes[1], always_kept)
+        kept = kept & (scores >= find_threshold(scores, kept.float(), capacity, (-1,), within=True))
+    counts, indices = list_kept(kept, capacity)
+    weights = _weigh_rows(sizes[0], always_kept)[:, None]
+    total = (mass * weights).sum((-2, -1))
+    share = (torch.where(kept, mass, 0.0) * weights).sum((-2, -1)) / total
+    density = torch.where(kept, _share_areas(sizes), 0.0).sum((-2, -1))
+    # A head without any key, or without any row that is not dense, loses nothing.
+    return Plan(counts, indices, torch.where(total > 0, share, 1.0), density)
+
+
+def _check_target(quality: float | None, density: float | None) -> None:
+    if (quality is None) == (density is None):
+        raise ValueError(
+            f"quality is {quality} and density is {density}; give one of them, and not the other."
+        )
+    name, target = ("density", density) if quality is None else ("quality", quality)
+    if not 0 < target <= 1:
+        raise ValueError(f"The target {name} is {target}; it must lie in (0, 1].")
+
+
+def _weigh_rows(query_sizes: Tensor, always_kept: Tensor) -> Tensor:
+    """What each query block counts in the mean over rows, [nq]: nothing if it is dense by rule."""
+    return torch.where(always_kept.all(-1), 0.0, query_sizes) / query_sizes.sum()
+
+
+def _share_areas(sizes: tuple[Tensor, Tensor]) -> Tensor:
+    """The share of each block in the score matrix, [nq, nk]."""
+    rows, columns = (size / size.sum() for size in sizes)
+    return rows[:, None] * columns
+
+
+def _score_blocks(mass: Tensor, key_sizes: Tensor, always_kept: Tensor) -> Tensor:
+    """Mass per key token, all different and within the range of thresholds; infinite if forced."""
+    per_token = mass * (key_sizes.amax() / key_sizes)
+    return _break_ties(per_token).masked_fill(always_kept, torch.inf)
+
+
+def _break_ties(scores: Tensor) -> Tensor:
+    """Scores within the range of thresholds, equal ones a little apart in an even pattern."""
+    rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+    tie = (rows[:, None] * _ROW_STEP + columns * _COLUMN_STEP) % 1
+    return scores.clamp(LIGHTEST, 1.0) * (1 + _TIE_WIDTH * tie)
+
+
+def _square_losses(scores: Tensor) -> Tensor:
+    """By how much each block lowers the square of what its row drops, heavier ones being kept."""
+    forced = scores == torch.inf
+    ordered, places = scores.masked_fill(forced, 0.0).sort(-1, descending=True)
+    dropped = ordered.flip(-1).cumsum(-1).flip(-1)
+    # D^2 - (D - m)^2 falls along a row, so a threshold keeps the heaviest blocks of each.
+    losses = ordered * (2 * dropped - ordered)
+    losses = torch.empty_like(losses).scatter_(-1, places, losses)
+    return _break_ties(losses).masked_fill(forced, torch.inf)
+
+
+def _rank_blocks(scores: Tensor) -> Tensor:
+    """Scores by the place in the row alone, so that a threshold keeps as many in each row."""
+    places = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    heads, rows, columns = scores.shape[-3:]
+    number = torch.arange(heads * rows, device=scores.device).view(heads, rows, 1)
+    # Rows of one place pass the threshold one after the other, evenly over rows and heads.
+    ranks = 1 - (places + number * _ROW_STEP % 1) / (columns + 1)
+    return torch.where(scores == torch.inf, torch.inf, ranks)

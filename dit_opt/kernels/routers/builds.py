@@ -1,0 +1,97 @@
+"""Every configuration of the block mass kernel that ships, ready for compilation ahead of time.
+
+Mirrors what `block_mass_triton.launch` would compile on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from dit_opt.kernels.aot import Build
+from dit_opt.kernels.block_sparse_attention.tilings import choose_precision, choose_tiling, pad_dim
+from dit_opt.kernels.routers import block_mass_triton as _launcher
+from dit_opt.kernels.routers.block_mass import STALE_LIMIT
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def make_build(
+    target: str,
+    dim: int,
+    dtype: torch.dtype,
+    block_q: int = 128,
+    block_k: int = 64,
+    *,
+    ragged: bool = True,
+    bias: bool = False,
+    cached: bool = False,
+) -> Build:
+    """One configuration; `cached` is the one pass of a search with an earlier log-sum-exp."""
+    kernel = _launcher.block_mass_kernel
+    padded_dim = pad_dim(dim)
+    tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k)
+    constexprs = {
+        "DIM": dim,
+        "PADDED_DIM": padded_dim,
+        "BLOCK_Q": block_q,
+        "TILE_Q": tiling.tile_q,
+        "TILE_K": tiling.tile_k,
+        "HAS_BIAS": bias,
+        "HAS_LSE": cached,
+        "RAGGED": ragged,
+        "STALE_LIMIT": STALE_LIMIT,
+        "PRECISION": choose_precision(target, padded_dim, dtype.itemsize),
+        # The launcher turns an integer argument of 1 into a constant.
+        "stride_qd": 1,
+        "stride_kd": 1,
+    }
+    signature = {
+        argument: _type_of(argument, _NAMES[dtype], constexprs) for argument in kernel.arg_names
+    }
+    attrs = {
+        (position,): [["tt.divisibility", 16]]
+        for position, argument in enumerate(kernel.arg_names)
+        if signature[argument].startswith("*")
+        or (argument.startswith("stride_") and argument not in constexprs)
+    }
+    return Build(
+        config=(
+            f"block mass D={dim} {_NAMES[dtype]} block {block_q}x{block_k} "
+            f"tile {tiling.tile_q}x{tiling.tile_k} warps {tiling.num_warps} "
+            f"stages {tiling.num_stages}"
+            + (" ragged" if ragged else "")
+            + (" bias" if bias else "")
+            + (" cached" if cached else "")
+        ),
+        target=target,
+        kernel=f"{_launcher.__name__}:{kernel.__name__}",
+        signature=signature,
+        constexprs=constexprs,
+        attrs=attrs,
+        options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages},
+    )
+
+
+def list_builds(target: str) -> Iterator[Build]:
+    """The shipped configurations for one target: every tiling, and every branch of the kernel."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dim in (32, 64, 128, 256):
+        yield make_build(target, dim, bf16)
+        yield make_build(target, dim, fp32)
+    yield make_build(target, 128, bf16, bias=True)
+    yield make_build(target, 128, bf16, cached=True)
+    yield make_build(target, 128, bf16, cached=True, ragged=False)
+    yield make_build(target, 128, bf16, block_k=128, cached=True, bias=True)
+    yield make_build(target, 80, torch.float16)
+
+
+def _type_of(argument: str, name: str, constexprs: dict[str, object]) -> str:
+    if argument in constexprs:
+        return "constexpr"
+    if argument in ("p_q", "p_k"):
+        return f"*{name}"
+    if argument.startswith("p_"):
+        return "*fp32"
+    return "fp32" if argument == "scale_log2" else "i32"

@@ -1,0 +1,133 @@
+"""Efficient-vDiT's tiles: each frame attends to itself and to a few reference frames.
+
+The lists follow from shapes alone and grow linearly with the number of frames. Source:
+Efficient-vDiT, arXiv 2502.06155, whose layer-wise choice among such masks is left to the density.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.routers.patterns import Boxes, HeadKind, Pattern, box_blocks
+from dit_opt.kernels.routers.plan import Plan, lay_blocks, list_kept
+
+_DIAGONAL = Pattern(HeadKind.SPATIAL, reach=(0, None, None))
+
+_library = torch.library.Library("ditopt", "FRAGMENT")
+_library.define(
+    "frame_tile_plan_v1(Tensor like_q, float density, SymInt T, SymInt H, SymInt W, "
+    "SymInt video_start, int block_q, int block_k) "
+    "-> (Tensor counts, Tensor indices, Tensor recall, Tensor density)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FrameTiles:
+    """The mask of one grid: `counts` int32 [nq] and `indices` int32 [nq, nk], on a device.
+
+    `references` is the number of reference frames, `density` the kept share in real tokens.
+    """
+
+    references: int
+    density: float
+    counts: Tensor
+    indices: Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def build_tiles(
+    layout: VideoLayout, density: float, block_q: int, block_k: int, device: torch.device
+) -> FrameTiles:
+    """The tiles with the most reference frames that keep no more than `density`; cached.
+
+    In the model's own token order, text where it stands: all queries keep blocks with text, and
+    blocks of queries with text keep all. Where frames and text alone keep more than `density`,
+    there is no reference frame. Raises ValueError for a density outside (0, 1] or an empty block.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"The target density is {density}; it must lie in (0, 1].")
+    cpu, start, video = torch.device("cpu"), layout.video_start, layout.video_tokens
+    blocks = lay_blocks(layout.tokens, start, video, block_q, block_k, cpu)
+    order = torch.arange(layout.tokens)
+    queries, keys = (box_blocks(layout, order, block) for block in (block_q, block_k))
+    areas = torch.outer(*(sizes.double() for sizes in blocks.sizes))
+    own_tiles = _DIAGONAL.lift(queries, keys)
+    for references in range(layout.frames, -1, -1):
+        kept = own_tiles | _touch_references(keys, layout.frames, references)
+        realised = float((areas * kept).sum() / areas.sum())
+        if realised <= density:
+            break
+    counts, indices = (x.to(device) for x in list_kept(kept))
+    return FrameTiles(references, realised, counts, indices)
+
+
+def plan(
+    layout: VideoLayout,
+    heads: int,
+    density: float,
+    block_q: int,
+    block_k: int,
+    device: torch.device,
+) -> Plan:
+    """The same lists for every head and item: counts [1, heads, nq]; the recall is not known (NaN).
+
+    Raises as `build_tiles` does.
+    """
+    tiles = build_tiles(layout, density, block_q, block_k, device)
+    # Copies, because whoever gets a plan may write over it.
+    return Plan(
+        counts=tiles.counts.repeat(1, heads, 1),
+        indices=tiles.indices.repeat(1, heads, 1, 1),
+        recall=torch.full((1, heads), torch.nan, device=device),
+        density=torch.full((1, heads), tiles.density, device=device),
+    )
+
+
+def _touch_references(keys: Boxes, frames: int, references: int) -> Tensor:
+    """Which blocks hold keys of the reference frames, spread evenly over the video: bool [nk]."""
+    chosen = torch.tensor([(2 * i + 1) * frames // (2 * references) for i in range(references)])
+    low, high = keys.low[:, :1], keys.high[:, :1]
+    return ((chosen >= low) & (chosen <= high)).any(-1)
+
+
+@torch.library.impl(_library, "frame_tile_plan_v1", "CompositeExplicitAutograd")
+def _plan(
+    like_q: Tensor,
+    density: float,
+    T: int,
+    H: int,
+    W: int,
+    video_start: int,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = VideoLayout(T, H, W, video_start, like_q.shape[2])
+    return plan(layout, like_q.shape[1], density, block_q, block_k, like_q.device).tensors
+
+
+@torch.library.register_fake("ditopt::frame_tile_plan_v1", lib=_library)
+def _describe(
+    like_q: Tensor,
+    density: float,
+    T: int,
+    H: int,
+    W: int,
+    video_start: int,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads, tokens = like_q.shape[1:3]
+    rows = (1, heads, ceil_div(tokens, block_q))
+    return (
+        like_q.new_empty(rows, dtype=torch.int32),
+        like_q.new_empty((*rows, ceil_div(tokens, block_k)), dtype=torch.int32),
+        like_q.new_empty((1, heads), dtype=torch.float32),
+        like_q.new_empty((1, heads), dtype=torch.float32),
+    )

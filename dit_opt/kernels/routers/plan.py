@@ -1,0 +1,148 @@
+"""What routers share: the plan that they return and the blocks that they choose from."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The key blocks that each query block keeps, for the B items and H heads of one layer.
+
+    `counts` int32 [B, H, nq]; `indices` int32 [B, H, nq, capacity], ascending in the first `counts`
+    entries and zero after them. `recall` float32 [B, H]: the share of softmax mass that the lists
+    keep, over the query blocks that are not dense by rule; NaN where a router does not know it.
+    `density` float32 [B, H]: the kept share of the score matrix in real tokens, all rows.
+
+    A plan for all items alike has B = 1. The lists take 4 * B * H * nq * capacity bytes.
+    """
+
+    counts: Tensor
+    indices: Tensor
+    recall: Tensor
+    density: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields in the order in which operators return them."""
+        return self.counts, self.indices, self.recall, self.density
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """The blocks of one self-attention over `tokens` tokens, on a device.
+
+    `query_sizes` float32 [nq], `key_sizes` float32 [nk]: real tokens in each block.
+    `always_kept` bool [nq, nk]: what every plan keeps, whatever its mass: blocks with text keys,
+    every block of queries with text, and the blocks of the queries' own tokens.
+    `longest` is the most of them in any row, and so the least capacity that holds a plan.
+    """
+
+    tokens: int
+    block_q: int
+    block_k: int
+    query_sizes: Tensor
+    key_sizes: Tensor
+    always_kept: Tensor
+    longest: int
+
+    @property
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """Real tokens in each query and in each key block."""
+        return self.query_sizes, self.key_sizes
+
+
+@functools.lru_cache(maxsize=8)
+def lay_blocks(
+    tokens: int,
+    video_start: int,
+    video_tokens: int,
+    block_q: int,
+    block_k: int,
+    device: torch.device,
+) -> BlockLayout:
+    """The blocks of a sequence whose video stands at [video_start, video_start + video_tokens).
+
+    Positions are those of the queries and keys as they are handed to the router, so after a token
+    order the video starts at 0. All other tokens are text. Cached. Raises ValueError when the video
+    does not fit into the sequence or a block is empty.
+    """
+    if min(block_q, block_k) < 1:
+        raise ValueError(f"Blocks of {block_q} x {block_k} tokens are empty; use 1 or more.")
+    end = video_start + video_tokens
+    if not 0 <= video_start <= end <= tokens:
+        raise ValueError(
+            f"A video of {video_tokens} tokens from token {video_start} on does not fit into a "
+            f"sequence of {tokens}; give its place in the order of the queries and keys."
+        )
+    text = torch.ones(tokens, dtype=torch.bool)
+    text[video_start:end] = False
+    first_q, first_k = (torch.arange(0, tokens, block) for block in (block_q, block_k))
+    last_q, last_k = (first_q + block_q).clamp(max=tokens), (first_k + block_k).clamp(max=tokens)
+    own = (first_k < last_q[:, None]) & (first_q[:, None] < last_k)
+    text_before = torch.cat([torch.zeros(1, dtype=torch.int64), text.cumsum(0)])
+    text_q = text_before[last_q] > text_before[first_q]
+    text_k = text_before[last_k] > text_before[first_k]
+    kept = own | text_q[:, None] | text_k
+    return BlockLayout(
+        tokens=tokens,
+        block_q=block_q,
+        block_k=block_k,
+        query_sizes=(last_q - first_q).float().to(device),
+        key_sizes=(last_k - first_k).float().to(device),
+        always_kept=kept.to(device),
+        longest=int(kept.sum(-1).max()),
+    )
+
+
+def check_request(q: Tensor, k: Tensor, blocks: BlockLayout, capacity: int | None) -> None:
+    """Raise ValueError when queries [B, H, N, D], keys or a capacity do not fit the blocks."""
+    if q.shape[2] != blocks.tokens or k.shape[2] != blocks.tokens:
+        raise ValueError(
+            f"The router plans self-attention over {blocks.tokens} tokens, but got {q.shape[2]} "
+            f"queries and {k.shape[2]} keys; leave cross-attention dense."
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly.")
+    if capacity is not None and capacity < blocks.longest:
+        raise ValueError(
+            f"A capacity of {capacity} blocks does not hold the {blocks.longest} that are always "
+            f"kept (text and own blocks); give at least {blocks.longest}, or None for all."
+        )
+
+
+def list_kept(mask: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
+    """A block mask bool [..., nq, nk] as counts int32 [..., nq] and indices int32 [..., capacity].
+
+    Indices are ascending in the first `counts` entries and zero after them; what does not fit into
+    the capacity (all nk blocks if None) is left out from the end.
+    """
+    capacity = mask.shape[-1] if capacity is None else capacity
+    slots = torch.arange(capacity, dtype=torch.int32, device=mask.device)
+    place = mask.cumsum(-1, dtype=torch.int32)
+    # The block in slot c is the first one up to which c + 1 are kept.
+    wanted = (slots + 1).expand(*mask.shape[:-1], capacity).contiguous()
+    indices = torch.searchsorted(place, wanted, out_int32=True)
+    counts = place[..., -1].clamp(max=capacity).contiguous()
+    return counts, torch.where(slots < counts.unsqueeze(-1), indices, 0)
+
+
+def describe_plan(
+    q: Tensor, k: Tensor, block_q: int, block_k: int, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised tensors with the shapes of a plan, for the fakes of operators."""
+    batch, heads, queries, _ = q.shape
+    rows = (batch, heads, ceil_div(queries, block_q))
+    width = ceil_div(k.shape[2], block_k) if capacity is None else capacity
+    return (
+        q.new_empty(rows, dtype=torch.int32),
+        q.new_empty((*rows, width), dtype=torch.int32),
+        q.new_empty((batch, heads), dtype=torch.float32),
+        q.new_empty((batch, heads), dtype=torch.float32),
+    )

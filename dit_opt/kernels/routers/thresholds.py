@@ -1,0 +1,55 @@
+"""Thresholds on scores that keep a wanted sum, by bisection on the bits of a float.
+
+Sorting every block of a layer would hold several copies of it in 64-bit indices. Halving the range
+of float32 down to its last bit reads the scores 28 times, whatever they are, and holds one copy;
+the blocks that are kept are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Scores at or under this count as one and the same: a row of 2^17 such shares holds 10^-4.
+LIGHTEST = 2.0**-30
+
+# Above every finite score.
+HEAVIEST = 2.0
+
+
+def find_threshold(
+    scores: Tensor,
+    gains: Tensor,
+    target: float | Tensor,
+    dims: tuple[int, ...],
+    *,
+    within: bool = False,
+) -> Tensor:
+    """The score from which on entries are kept, float32, of size 1 along `dims`.
+
+    The highest one under which the kept gains sum to at least `target` over `dims`; with `within`,
+    the lowest one under which they sum to no more. Where no threshold serves, everything is kept,
+    or with `within` only what scores infinity.
+
+    Args:
+        scores: float32, in [LIGHTEST, HEAVIEST), or infinite for what is always kept.
+        gains: nonnegative float32 that broadcasts to the scores.
+    """
+    lowest, highest = _read_bits(LIGHTEST), _read_bits(HEAVIEST)
+    steps = (highest - lowest + 1).bit_length()
+    # The lowest threshold serves by definition; searching within, the one below it exceeds.
+    shape = [1 if axis - scores.dim() in dims else n for axis, n in enumerate(scores.shape)]
+    low = scores.new_full(shape, lowest - within, dtype=torch.int32)
+    high = torch.full_like(low, highest)
+    for _ in range(steps):
+        middle = low + (high - low + 1) // 2
+        kept = torch.where(scores >= middle.view(torch.float32), gains, 0.0)
+        total = kept.sum(dims, keepdim=True)
+        rises = total > target if within else total >= target
+        low = torch.where(rises, middle, low)
+        high = torch.where(rises, high, middle - 1)
+    return (low + within).view(torch.float32)
+
+
+def _read_bits(value: float) -> int:
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))

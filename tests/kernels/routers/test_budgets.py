@@ -1,0 +1,184 @@
+"""Budgets are as small as their target allows, go where the mass is, and end on whole blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_opt.kernels.block_sparse_attention.reference import expand_lists
+from dit_opt.kernels.routers.budgets import allot_blocks, list_blocks
+
+from .scenes import SCENES, Scene, check_plan
+
+
+def draw_mass(scene: Scene, seed: int = 0) -> torch.Tensor:
+    """Random rows that sum to 1; every head more peaked than the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = scene.blocks.always_kept.shape
+    mass = torch.rand(scene.batch, scene.heads, rows, columns, generator=generator)
+    mass = mass.pow(torch.arange(1, scene.heads + 1)[:, None, None] * 3.0)
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def allot(mass, blocks, **targets):
+    plan = allot_blocks(mass, sizes=blocks.sizes, always_kept=blocks.always_kept, **targets)
+    return plan, check_plan(plan, blocks)
+
+
+def keep_mass(mass, mask, blocks):
+    """Kept mass of each head in float64 over the rows that are not dense by rule, [B, H]."""
+    free = ~blocks.always_kept.all(-1)
+    weights = (blocks.query_sizes * free / (blocks.query_sizes * free).sum()).double()
+    return ((mass.double() * mask).sum(-1) * weights).sum(-1), weights
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    quality=st.floats(0.2, 0.99),
+    scene=st.sampled_from(list(SCENES.values())),
+)
+def test_quality_is_reached_and_no_kept_block_could_go(seed, quality, scene):
+    mass, blocks = draw_mass(scene, seed), scene.blocks
+    plan, mask = allot(mass, blocks, quality=quality)
+    kept, weights = keep_mass(mass, mask, blocks)
+    assert (kept >= quality - 1e-6).all()
+    torch.testing.assert_close(plan.recall.double(), kept, rtol=1e-5, atol=1e-6)
+    # Weights are compared by what they cost: a ragged block is cheaper than a full one.
+    share = mass.double() * weights[:, None]
+    removable = mask & ~blocks.always_kept
+    full = blocks.key_sizes == blocks.block_k
+    least = share.masked_fill(~(removable & full), torch.inf).amin((-2, -1))
+    # Scores of equal mass are spread by up to a thousandth, so the least may not be the last.
+    assert (kept - least * 1.001 < quality).all()
+    dropped = share.masked_fill(mask | ~full, 0.0).amax((-2, -1)) / weights.max()
+    assert (dropped <= least / weights[weights > 0].min() * 1.001).all()
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("spread", ["need", "even", "equal"])
+@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES.keys())
+def test_density_is_met_within_one_block_per_row(scene, spread, density):
+    blocks = scene.blocks
+    plan, mask = allot(draw_mass(scene), blocks, density=density, spread=spread)
+    forced = blocks.always_kept.float().mean()
+    if forced < density - 0.1:
+        realised = plan.density.mean(-1)
+        assert (realised <= density + 1e-5).all()
+        assert (realised > density - 1 / mask.shape[-1]).all()
+
+
+def test_need_keeps_more_mass_than_equal_budgets_and_floors_every_row():
+    scene = Scene(tokens=256, video_tokens=256, heads=3)
+    mass, blocks = draw_mass(scene), scene.blocks
+    # One row whose mass is spread so thin that no block passes the threshold.
+    thin = torch.linspace(0.9, 1.1, mass.shape[-1]) / mass.shape[-1]
+    mass[0, 0, 4] = thin
+    by_need, mask = allot(mass, blocks, density=0.4, floor=3)
+    equal, equal_mask = allot(mass, blocks, density=0.4, spread="equal")
+    assert by_need.recall.mean() > equal.recall.mean()
+    assert (mask.gather(-1, mass.topk(3).indices)).all()
+    assert by_need.counts.float().std() > 1
+    assert equal.counts.max() - equal.counts.min() <= 1
+    order = (mass + blocks.always_kept).argsort(-1, descending=True)
+    in_order = equal_mask.gather(-1, order).long()
+    assert (in_order.diff(dim=-1) <= 0).all(), "equal budgets skip a heavier block"
+
+
+@pytest.mark.parametrize("spread", ["need", "even", "equal"])
+def test_ties_are_spread_over_rows_and_columns(spread):
+    scene = Scene(tokens=1024, video_tokens=1024, heads=2)
+    blocks = scene.blocks
+    mass = torch.full((1, 2, 32, 64), 1 / 64)
+    plan, mask = allot(mass, blocks, density=0.25, spread=spread, floor=0)
+    torch.testing.assert_close(plan.density, torch.full((1, 2), 0.25), rtol=0, atol=1 / 64)
+    assert plan.counts.min() >= 12 and plan.counts.max() <= 20
+    if spread != "equal":
+        columns = mask.sum(-2)
+        assert columns.min() >= 4 and columns.max() <= 12
+
+
+def test_even_budgets_drop_the_least_in_squares():
+    scene = Scene(tokens=256, video_tokens=256, heads=3)
+    mass, blocks = draw_mass(scene), scene.blocks
+    lost = {}
+    for spread in ("need", "even", "equal"):
+        _, mask = allot(mass, blocks, density=0.4, spread=spread, floor=0)
+        dropped = (mass * ~mask).sum(-1)
+        lost[spread] = (dropped.mean().item(), dropped.square().mean().item())
+        if spread == "even":
+            # Swapping the last block of one row for the next of another gains nothing.
+            free = (mass * (2 * dropped[..., None] + mass)).masked_fill(
+                ~mask | blocks.always_kept, torch.inf
+            )
+            next_ones = (mass * (2 * dropped[..., None] - mass)).masked_fill(mask, 0.0)
+            assert next_ones.max() <= free.min() * 1.003
+    assert lost["even"][1] < min(lost["need"][1], lost["equal"][1])
+    assert lost["need"][0] <= lost["even"][0] < lost["equal"][0]
+
+
+def test_items_of_a_batch_do_not_see_each_other():
+    scene = SCENES["grouped heads, batch"]
+    mass, blocks = draw_mass(scene), scene.blocks
+    together, _ = allot(mass, blocks, density=0.5)
+    for item in range(scene.batch):
+        alone, _ = allot(mass[item : item + 1], blocks, density=0.5)
+        assert torch.equal(alone.indices, together.indices[item : item + 1])
+
+
+@pytest.mark.parametrize("target", ["quality", "density"])
+def test_a_target_of_one_keeps_all(target):
+    scene = Scene()
+    plan, mask = allot(draw_mass(scene).clamp(min=1e-3), scene.blocks, **{target: 1.0})
+    assert mask.all() and (plan.density > 1 - 1e-5).all()
+
+
+def test_rows_without_any_key_lose_nothing():
+    scene = Scene()
+    plan, mask = allot(torch.zeros(1, 3, 5, 10), scene.blocks, quality=0.9)
+    assert (plan.recall == 1).all()
+    assert torch.equal(mask[0, 0], scene.blocks.always_kept)
+
+
+def test_a_capacity_keeps_the_heaviest_blocks_of_a_row():
+    scene = Scene()
+    mass, blocks = draw_mass(scene), scene.blocks
+    plan, mask = allot(mass, blocks, quality=0.99, capacity=6)
+    assert plan.indices.shape[-1] == 6 and plan.counts.max() == 6
+    free, _ = allot(mass, blocks, quality=0.99)
+    assert (plan.counts == free.counts.clamp(max=6)).all()
+    wanted = expand_lists(free.counts, free.indices, 10)
+    cost = (mass / blocks.key_sizes).masked_fill(~wanted, 0.0) + blocks.always_kept
+    heaviest = torch.zeros_like(mask).scatter(-1, cost.topk(6).indices, True) & wanted
+    assert torch.equal(mask, heaviest)
+
+
+def test_given_blocks_are_listed_with_what_is_always_kept():
+    scene = SCENES["text after"]
+    blocks, mass = scene.blocks, draw_mass(scene)
+    wanted = mass > 0.1
+    plan = list_blocks(wanted, mass, sizes=blocks.sizes, always_kept=blocks.always_kept)
+    mask = check_plan(plan, blocks)
+    assert torch.equal(mask, wanted | blocks.always_kept)
+    kept, _ = keep_mass(mass, mask, blocks)
+    torch.testing.assert_close(plan.recall.double(), kept, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "targets, named",
+    [
+        ({}, "quality is None and density is None"),
+        ({"quality": 0.9, "density": 0.5}, "give one of them"),
+        ({"quality": 0.0}, "target quality is 0.0"),
+        ({"density": 1.5}, "target density is 1.5"),
+        ({"density": 0.5, "spread": "fair"}, "spread is 'fair'"),
+    ],
+)
+def test_a_target_that_makes_no_sense_is_refused(targets, named):
+    scene = dataclasses.replace(Scene(), heads=1)
+    with pytest.raises(ValueError, match=named):
+        allot(draw_mass(scene), scene.blocks, **targets)
