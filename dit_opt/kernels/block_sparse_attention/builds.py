@@ -60,7 +60,7 @@ def make_build(
     padded_dim = pad_dim(dim)
     tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k, aligned)
     use_descriptors = aligned and takes_descriptors(target, dtype.itemsize)
-    tile_tail = choose_tail_tile(tiling, use_descriptors)
+    tile_tail = choose_tail_tile(tiling, padded_dim, use_descriptors)
     constexprs = {
         "DIM": dim,
         "PADDED_DIM": padded_dim,
@@ -144,13 +144,14 @@ def list_builds(target: str) -> Iterator[Build]:
         yield make_build(target, dim, bf16, bias=True)
         yield make_build(target, dim, bf16, tail=True)
         yield make_build(target, dim, fp32, tail=True)
-        yield make_build(target, dim, bf16, bias=True, tail=True)
     yield make_build(target, 128, bf16, block_k=128)
     yield make_build(target, 128, bf16, block_k=128, ragged=False)
     yield make_build(target, 128, bf16, block_q=64)
     yield make_build(target, 128, bf16, aligned=False)
     yield make_build(target, 128, fp16)
     yield make_build(target, 80, bf16)
+    yield make_build(target, 128, bf16, bias=True, tail=True)
+    yield make_build(target, 256, bf16, bias=True, tail=True)
     yield make_build(target, 128, bf16, block_k=128, tail=True)
     yield make_build(target, 128, bf16, aligned=False, tail=True)
     yield make_pack_build(target)

@@ -27,7 +27,7 @@ _NVIDIA: dict[tuple[int, int], Tiling] = {
     (32, 2): Tiling(128, 64, 8, 3),
     (64, 2): Tiling(128, 64, 8, 3),
     (128, 2): Tiling(128, 64, 8, 3),
-    (256, 2): Tiling(64, 32, 8, 2),
+    (256, 2): Tiling(64, 32, 4, 2),
     (32, 4): Tiling(64, 32, 4, 2),
     (64, 4): Tiling(64, 32, 4, 2),
     (128, 4): Tiling(32, 16, 8, 2),
@@ -68,13 +68,14 @@ def choose_tiling(
     return Tiling(tile_q, min(tile_k, block_k), warps, largest.num_stages)
 
 
-def choose_tail_tile(tiling: Tiling, use_descriptors: bool) -> int:
+def choose_tail_tile(tiling: Tiling, padded_dim: int, use_descriptors: bool) -> int:
     """Centroids per step of the tail.
 
-    Loads through masked pointers take registers that descriptors do not, and whole tiles would
-    spill; the tail is a small part of the work.
+    Loads through masked pointers take registers that descriptors do not, and so do the widest
+    heads; whole tiles would spill there. The tail is a small part of the work.
     """
-    return tiling.tile_k if use_descriptors else max(16, tiling.tile_k // 2)
+    whole = use_descriptors and padded_dim < 256
+    return tiling.tile_k if whole else max(16, tiling.tile_k // 2)
 
 
 def pad_dim(dim: int) -> int:

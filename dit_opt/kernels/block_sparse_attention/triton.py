@@ -160,7 +160,7 @@ def launch(
     aligned = all(is_aligned(x) for x in sources)
     tiling = choose_tiling(architecture, padded_dim, itemsize, block_q, block_k, aligned)
     use_descriptors = aligned and takes_descriptors(architecture, itemsize)
-    tile_tail = choose_tail_tile(tiling, use_descriptors)
+    tile_tail = choose_tail_tile(tiling, padded_dim, use_descriptors)
     if key_bias is not None:
         key_bias = key_bias.contiguous()
     if use_descriptors:

@@ -21,10 +21,12 @@ def test_tiles_divide_blocks(architecture, itemsize, dim, block):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
-def test_the_tail_takes_smaller_tiles_through_pointers(itemsize, dim):
+def test_the_tail_takes_smaller_tiles_through_pointers_and_for_wide_heads(itemsize, dim):
     tiling = tilings.choose_tiling("sm_90", dim, itemsize, 128, 64)
-    assert tilings.choose_tail_tile(tiling, True) == tiling.tile_k
-    tile = tilings.choose_tail_tile(tiling, False)
+    assert (tilings.choose_tail_tile(tiling, dim, True) == tiling.tile_k) == (
+        dim < 256 or tiling.tile_k == 16
+    )
+    tile = tilings.choose_tail_tile(tiling, dim, False)
     # tl.dot multiplies no fewer than 16 columns.
     assert 16 <= tile <= max(16, tiling.tile_k // 2)
 
