@@ -1,6 +1,6 @@
 """How much softmax mass the best key blocks of a model's self-attention hold.
 
-    python -m benchmarks.attention_mass --checkpoint FILE [--prompts 2] [--steps 12] [--json F]
+    python -m benchmarks.attention_mass --checkpoint FILE [--prompts 2] [--steps 20] [--json F]
 
 Exact: every score is computed, in cubes of 64 tokens, and each query block takes its best quarter
 of key blocks. It says how sparse a model's attention is before any router is asked.

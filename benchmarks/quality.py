@@ -1,6 +1,6 @@
 """What ditopt does to the clips of the demo model, over many prompts.
 
-    python -m benchmarks.quality --prompts N [--steps 12] [--json F] [--checkpoint F] [--resume]
+    python -m benchmarks.quality --prompts N [--steps 20] [--json F] [--checkpoint F] [--resume]
         [--option quality=0.95] [--option dense_steps=0.2] [--plot F]
 
 Each prompt is sampled with Inductor (`dense`) and with ditopt (`default`) from the same noise, two

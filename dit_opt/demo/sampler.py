@@ -13,7 +13,7 @@ from dit_opt.demo import clips
 
 GUIDANCE = 3.0
 SHIFT = 2.0
-STEPS = 12
+STEPS = 20
 
 
 @dataclass(frozen=True)
