@@ -19,16 +19,11 @@ from torch.overrides import TorchFunctionMode
 from dit_opt.demo import clips
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.demo.sampler import STEPS, denoise
+from dit_opt.kernels.routers.block_mass import measure_block_mass
+from dit_opt.kernels.routers.orders import VideoLayout, order_cubes
 
-CUBE = (4, 4, 4)
-
-
-def list_cubes(grid: tuple[int, int, int]) -> torch.Tensor:
-    """Token numbers `[cubes, 64]` of a row-major grid that cubes divide."""
-    index = torch.arange(grid[0] * grid[1] * grid[2]).view(
-        grid[0] // CUBE[0], CUBE[0], grid[1] // CUBE[1], CUBE[1], grid[2] // CUBE[2], CUBE[2]
-    )
-    return index.permute(0, 2, 4, 1, 3, 5).reshape(-1, CUBE[0] * CUBE[1] * CUBE[2])
+# tokens of a cube of 4 x 4 x 4
+BLOCK = 64
 
 
 def best_share_mass(q: torch.Tensor, k: torch.Tensor, share: float = 0.25) -> torch.Tensor:
@@ -37,15 +32,11 @@ def best_share_mass(q: torch.Tensor, k: torch.Tensor, share: float = 0.25) -> to
     Args:
         q, k: `[H, N, D]` over the demo grid.
     """
-    cubes = list_cubes(GRID)
-    order = cubes.flatten()
-    kept = max(1, round(share * len(cubes)))
-    out = []
-    for qh, kh in zip(q.float(), k.float()):
-        scores = torch.softmax(qh[order] @ kh[order].T * q.shape[-1] ** -0.5, dim=-1)
-        blocks = scores.view(len(cubes), -1, len(cubes), cubes.shape[1]).sum(3).mean(1)
-        out.append(blocks.topk(kept, dim=-1).values.sum(-1).mean())
-    return torch.stack(out)
+    order = order_cubes(VideoLayout(*GRID, 0, q.shape[1]))
+    q, k = (x[None, :, order].float() for x in (q, k))
+    mass, _ = measure_block_mass(q, k, q.shape[-1] ** -0.5, BLOCK, BLOCK)
+    kept = max(1, round(share * mass.shape[-1]))
+    return mass[0].topk(kept, dim=-1).values.sum(-1).mean(-1)
 
 
 class RecordMass(TorchFunctionMode):

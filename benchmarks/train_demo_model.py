@@ -43,21 +43,20 @@ class Phase:
 
     Attributes:
         size: frames, height and width of a clip in pixels.
-        batch: clips in one forward pass; parts: passes of one step.
+        batch: clips in one step.
         share: of the whole time. rate: learning rate at its start.
     """
 
     size: tuple[int, int, int]
     batch: int
-    parts: int
     share: float
     rate: float
 
 
 PHASES = (
-    Phase((8, 32, 64), 4, 1, 0.33, 1.4e-3),
-    Phase((16, 48, 48), 2, 1, 0.20, 1.1e-3),
-    Phase((16, 64, 64), 1, 1, 0.47, 8e-4),
+    Phase((8, 32, 64), 4, 0.33, 1.4e-3),
+    Phase((16, 48, 48), 2, 0.20, 1.1e-3),
+    Phase((16, 64, 64), 1, 0.47, 8e-4),
 )
 # the effective number of keys of a query, as a share of all, above which entropy is charged
 SPREAD = 0.04
@@ -151,28 +150,24 @@ class EntropyCharge(TorchFunctionMode):
 
 def run_step(model, phase: Phase, rng: torch.Generator) -> float:
     """Add up the gradients of one step; returns its loss."""
-    total = 0.0
-    sigmas = sample_noise_level(phase.batch * phase.parts, rng)
-    for part in sigmas[torch.randperm(len(sigmas), generator=rng)].view(phase.parts, -1):
-        clip, prompts = clips.draw_batch(phase.batch, rng, phase.size)
-        keep = torch.rand(phase.batch, generator=rng) > 0.1
-        text = clips.embed([p if k else None for p, k in zip(prompts, keep, strict=True)])
-        noise = torch.randn(clip.shape, generator=rng)
-        s = part.view(-1, 1, 1, 1, 1)
-        tokens = clip[0, 0].numel() // math.prod(CONFIG["patch_size"])
-        rows = torch.randint(tokens, (ENTROPY_ROWS,), generator=rng)
-        with torch.autocast("cpu", dtype=torch.bfloat16), EntropyCharge(rows) as entropy:
-            velocity = model(
-                hidden_states=(1 - s) * clip + s * noise,
-                timestep=part * 1000,
-                encoder_hidden_states=text,
-                return_dict=False,
-            )[0]
-        loss = (velocity.float() - (noise - clip)).square().mean() / phase.parts
-        charge = torch.stack(entropy.charges).mean() * (ENTROPY_WEIGHT / phase.parts)
-        (loss + charge).backward()
-        total += loss.item()
-    return total
+    sigma = sample_noise_level(phase.batch, rng)
+    clip, prompts = clips.draw_batch(phase.batch, rng, phase.size)
+    keep = torch.rand(phase.batch, generator=rng) > 0.1
+    text = clips.embed([p if k else None for p, k in zip(prompts, keep, strict=True)])
+    noise = torch.randn(clip.shape, generator=rng)
+    s = sigma.view(-1, 1, 1, 1, 1)
+    tokens = clip[0, 0].numel() // math.prod(CONFIG["patch_size"])
+    rows = torch.randint(tokens, (ENTROPY_ROWS,), generator=rng)
+    with torch.autocast("cpu", dtype=torch.bfloat16), EntropyCharge(rows) as entropy:
+        velocity = model(
+            hidden_states=(1 - s) * clip + s * noise,
+            timestep=sigma * 1000,
+            encoder_hidden_states=text,
+            return_dict=False,
+        )[0]
+    loss = (velocity.float() - (noise - clip)).square().mean()
+    (loss + ENTROPY_WEIGHT * torch.stack(entropy.charges).mean()).backward()
+    return loss.item()
 
 
 def choose_rate(progress: float, steps: int) -> tuple[int, float]:

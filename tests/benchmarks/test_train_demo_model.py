@@ -50,7 +50,7 @@ def test_noise_levels_are_stratified_in_the_open_interval():
 
 
 def test_two_steps_leave_a_checkpoint_that_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "PHASES", (trainer.Phase((8, 16, 16), 2, 1, 1.0, 1e-3),))
+    monkeypatch.setattr(trainer, "PHASES", (trainer.Phase((8, 16, 16), 2, 1.0, 1e-3),))
     arguments = argparse.Namespace(
         out=tmp_path,
         minutes=5,

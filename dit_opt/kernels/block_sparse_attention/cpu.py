@@ -18,23 +18,15 @@ from dit_opt.kernels.block_sparse_attention.cpu_tail import add_tail
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.block_sparse_attention.runs import Bucket, find_buckets
 from dit_opt.kernels.block_sparse_attention.tail import Tail
+from dit_opt.kernels.scores import LOG2_E, SCORE_BOUND, SCORE_TILE, bound_scores
 
 # Per thread. Larger gathers fall out of the second-level cache and fault in fresh pages (up to 10x
 # slower); smaller ones leave threads without work.
 GATHER_BYTES = 1 << 20
 
-# Below this bound on |score| no softmax weight under- or overflows, and bfloat16 scores, off by up
-# to 2^-9 of their size, are good enough.
-SCORE_BOUND = 32.0
-
-LOG2_E = math.log2(math.e)
-
 # With fewer queries than this, torch's flash attention takes 32 at a time and uses a second core
 # badly (1.4x instead of 2x); two matrix products take over.
 FLASH_QUERIES = 192
-
-# Score tile of the product form, in elements.
-SCORE_TILE = 1 << 20
 
 
 @dataclass
@@ -113,7 +105,7 @@ def attend(
         key_blocks=ceil_div(keys, block_k),
         group=heads // k.shape[1],
         scale=scale,
-        bounded=_bound_scores(q, k, scale) <= SCORE_BOUND,
+        bounded=bound_scores(q, k, scale) <= SCORE_BOUND,
         scratch=_Scratch(),
     )
     if not counts.all():
@@ -149,12 +141,6 @@ def _as_blocks(x: Tensor, block: int) -> Tensor:
     missing = -x.shape[2] % block
     padded = pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
     return padded.view(-1, block, x.shape[3])
-
-
-def _bound_scores(q: Tensor, k: Tensor, scale: float) -> float:
-    """Upper bound on |score|: the longest query times the longest key."""
-    longest = [torch.linalg.vector_norm(x, dim=-1).max() for x in (q, k)]
-    return abs(scale) * float(longest[0]) * float(longest[1])
 
 
 def _attend_slices(call: _Call, bucket: Bucket) -> None:

@@ -7,15 +7,13 @@ nk columns per row are added, and the path of the kept blocks stays as it is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.tail import Tail
-
-LOG2_E = math.log2(math.e)
+from dit_opt.kernels.scores import LOG2_E
 
 # Elements of the scores, or of the products with the values, that are held at a time.
 TILE = 1 << 19

@@ -6,8 +6,6 @@ may change from call to call without a recompile or a new CUDA graph.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -26,8 +24,7 @@ from dit_opt.kernels.block_sparse_attention.tilings import (
 )
 from dit_opt.kernels.block_sparse_attention.triton_tail import attend_centroids, pack_lists
 from dit_opt.kernels.block_sparse_attention.triton_tiles import attend_tile, load_tile
-
-LOG2_E = math.log2(math.e)
+from dit_opt.kernels.scores import LOG2_E
 
 
 @triton.jit

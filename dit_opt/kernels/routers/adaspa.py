@@ -71,8 +71,7 @@ def plan(
         mass = mass / torch.where(total > 0, total, 1.0)
     chosen = allot_blocks(
         mass,
-        sizes=blocks.sizes,
-        always_kept=blocks.always_kept,
+        blocks=blocks,
         quality=quality,
         density=density,
         spread=spread,

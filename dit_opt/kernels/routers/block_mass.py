@@ -6,24 +6,15 @@ log-sum-exp: AdaSpa, arXiv 2502.21079.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
-
-# Scores held at once, in elements: they should stay in the cache from the product to the sums.
-SCORE_TILE = 1 << 20
-
-# Under this bound on |score| no weight under- or overflows, so no maximum is needed.
-SCORE_BOUND = 32.0
+from dit_opt.kernels.scores import LOG2_E, SCORE_BOUND, SCORE_TILE, bound_scores
 
 # A cached log-sum-exp may be this far too low, in units of log2, before a weight is cut off. It
 # keeps one stale row from ending in infinities, and the next search begins from a better one.
 STALE_LIMIT = 64.0
-
-LOG2_E = math.log2(math.e)
 
 torch.library.define(
     "ditopt::block_mass_v1",
@@ -101,7 +92,7 @@ def _measure_on_cpu(
     batch, heads, queries, dim = q.shape
     group, keys, key_blocks = heads // k.shape[1], k.shape[2], mass.shape[3]
     bias = None if key_bias is None else (key_bias * LOG2_E).expand(batch, heads, keys)
-    bounded = bias is None and lse is None and _bound_scores(q, k, scale) <= SCORE_BOUND
+    bounded = bias is None and lse is None and bound_scores(q, k, scale) <= SCORE_BOUND
     step = max(1, SCORE_TILE // (key_blocks * block_k))
     # Zero rows fill the last block up; their weights are taken out again.
     padded = q.new_zeros((key_blocks * block_k, dim), dtype=torch.float32)
@@ -140,11 +131,6 @@ def _shift(scores: Tensor, origin: Tensor) -> Tensor:
     origin = origin.masked_fill(origin == -torch.inf, 0.0)
     scores -= origin
     return origin
-
-
-def _bound_scores(q: Tensor, k: Tensor, scale: float) -> float:
-    longest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max() for x in (q, k)]
-    return scale * float(longest[0]) * float(longest[1])
 
 
 @torch.library.impl("ditopt::block_mass_v1", "CUDA")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 from dit_opt.kernels.block_sparse_attention.tilings import choose_precision, choose_tiling, pad_dim
-from dit_opt.kernels.block_sparse_attention.triton import LOG2_E, read_architecture
+from dit_opt.kernels.block_sparse_attention.triton import read_architecture
 from dit_opt.kernels.routers.block_mass import STALE_LIMIT
+from dit_opt.kernels.scores import LOG2_E
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.routers.plan import Plan, list_kept
+from dit_opt.kernels.routers.plan import BlockLayout, Plan, list_kept
 from dit_opt.kernels.routers.thresholds import LIGHTEST, find_threshold
 
 # Equal masses are told apart by up to this much, or a threshold would take all of them or none.
@@ -31,8 +31,7 @@ Spread = Literal["need", "even", "equal"]
 def allot_blocks(
     mass: Tensor,
     *,
-    sizes: tuple[Tensor, Tensor],
-    always_kept: Tensor,
+    blocks: BlockLayout,
     quality: float | None = None,
     density: float | None = None,
     spread: Spread = "need",
@@ -53,14 +52,13 @@ def allot_blocks(
 
     Args:
         mass: float32 [B, H, nq, nk], the share of each row's softmax mass in each key block.
-        sizes: real tokens in each query block, float32 [nq], and in each key block, float32 [nk].
-        always_kept: bool [nq, nk].
+        blocks: their sizes in real tokens, and which of them are always kept.
         capacity: entries per list; rows that need more keep their heaviest blocks. nk if None.
 
     Raises ValueError for an unknown spread and unless one of quality and density is in (0, 1].
     """
     _check_target(quality, density)
-    scores = _score_blocks(mass, sizes[1], always_kept)
+    scores = _score_blocks(mass, blocks)
     if spread == "even":
         scores = _square_losses(scores)
     elif spread == "equal":
@@ -68,39 +66,36 @@ def allot_blocks(
     elif spread != "need":
         raise ValueError(f'The spread is {spread!r}; it is one of "need", "even" and "equal".')
     if quality is not None:
-        gains = mass * _weigh_rows(sizes[0], always_kept)[:, None]
+        gains = mass * _weigh_rows(blocks)[:, None]
         target = quality * gains.sum((-2, -1), keepdim=True)
         threshold = find_threshold(scores, gains, target, (-2, -1))
     else:
         if spread != "equal" and floor > 0:
             heaviest = mass.topk(min(floor, mass.shape[-1])).indices
             scores = scores.scatter(-1, heaviest, torch.inf)
-        areas = _share_areas(sizes)
+        areas = _share_areas(blocks)
         target = density * mass.shape[1] * _ROUNDING
         threshold = find_threshold(scores, areas, target, (-3, -2, -1), within=True)
-    return list_blocks(
-        scores >= threshold, mass, sizes=sizes, always_kept=always_kept, capacity=capacity
-    )
+    return list_blocks(scores >= threshold, mass, blocks=blocks, capacity=capacity)
 
 
 def list_blocks(
     kept: Tensor,
     mass: Tensor,
     *,
-    sizes: tuple[Tensor, Tensor],
-    always_kept: Tensor,
+    blocks: BlockLayout,
     capacity: int | None = None,
 ) -> Plan:
     """The plan that keeps some blocks, bool [B, H, nq, nk], of the given mass; see allot_blocks."""
-    kept = kept | always_kept
+    kept = kept | blocks.always_kept
     if capacity is not None and capacity < mass.shape[-1]:
-        scores = _score_blocks(mass, sizes[1], always_kept)
+        scores = _score_blocks(mass, blocks)
         kept = kept & (scores >= find_threshold(scores, kept.float(), capacity, (-1,), within=True))
     counts, indices = list_kept(kept, capacity)
-    weights = _weigh_rows(sizes[0], always_kept)[:, None]
+    weights = _weigh_rows(blocks)[:, None]
     total = (mass * weights).sum((-2, -1))
     share = (torch.where(kept, mass, 0.0) * weights).sum((-2, -1)) / total
-    density = torch.where(kept, _share_areas(sizes), 0.0).sum((-2, -1))
+    density = torch.where(kept, _share_areas(blocks), 0.0).sum((-2, -1))
     # A head without any key, or without any row that is not dense, loses nothing.
     return Plan(counts, indices, torch.where(total > 0, share, 1.0), density)
 
@@ -115,21 +110,22 @@ def _check_target(quality: float | None, density: float | None) -> None:
         raise ValueError(f"The target {name} is {target}; it must lie in (0, 1].")
 
 
-def _weigh_rows(query_sizes: Tensor, always_kept: Tensor) -> Tensor:
+def _weigh_rows(blocks: BlockLayout) -> Tensor:
     """What each query block counts in the mean over rows, [nq]: nothing if it is dense by rule."""
-    return torch.where(always_kept.all(-1), 0.0, query_sizes) / query_sizes.sum()
+    sizes = blocks.query_sizes
+    return torch.where(blocks.always_kept.all(-1), 0.0, sizes) / sizes.sum()
 
 
-def _share_areas(sizes: tuple[Tensor, Tensor]) -> Tensor:
+def _share_areas(blocks: BlockLayout) -> Tensor:
     """The share of each block in the score matrix, [nq, nk]."""
-    rows, columns = (size / size.sum() for size in sizes)
+    rows, columns = (size / size.sum() for size in (blocks.query_sizes, blocks.key_sizes))
     return rows[:, None] * columns
 
 
-def _score_blocks(mass: Tensor, key_sizes: Tensor, always_kept: Tensor) -> Tensor:
+def _score_blocks(mass: Tensor, blocks: BlockLayout) -> Tensor:
     """Mass per key token, all different and within the range of thresholds; infinite if forced."""
-    per_token = mass * (key_sizes.amax() / key_sizes)
-    return _break_ties(per_token).masked_fill(always_kept, torch.inf)
+    per_token = mass * (blocks.key_sizes.amax() / blocks.key_sizes)
+    return _break_ties(per_token).masked_fill(blocks.always_kept, torch.inf)
 
 
 def _break_ties(scores: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def build_tiles(
     blocks = lay_blocks(layout.tokens, start, video, block_q, block_k, cpu)
     order = torch.arange(layout.tokens)
     queries, keys = (box_blocks(layout, order, block) for block in (block_q, block_k))
-    areas = torch.outer(*(sizes.double() for sizes in blocks.sizes))
+    areas = torch.outer(blocks.query_sizes.double(), blocks.key_sizes.double())
     own_tiles = _DIAGONAL.lift(queries, keys)
     for references in range(layout.frames, -1, -1):
         kept = own_tiles | _touch_references(keys, layout.frames, references)

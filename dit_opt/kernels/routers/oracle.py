@@ -32,8 +32,7 @@ def plan(
     mass, _ = measure_block_mass(q, k, scale, blocks.block_q, blocks.block_k, key_bias)
     return allot_blocks(
         mass,
-        sizes=blocks.sizes,
-        always_kept=blocks.always_kept,
+        blocks=blocks,
         quality=quality,
         density=density,
         spread=spread,

@@ -52,11 +52,6 @@ class BlockLayout:
     always_kept: Tensor
     longest: int
 
-    @property
-    def sizes(self) -> tuple[Tensor, Tensor]:
-        """Real tokens in each query and in each key block."""
-        return self.query_sizes, self.key_sizes
-
 
 @functools.lru_cache(maxsize=8)
 def lay_blocks(

@@ -61,13 +61,10 @@ def plan(
     mass = share_mass(scores)
     if tau is not None:
         kept = _stand_out(scores, tau)
-        return list_blocks(
-            kept, mass, sizes=blocks.sizes, always_kept=blocks.always_kept, capacity=capacity
-        )
+        return list_blocks(kept, mass, blocks=blocks, capacity=capacity)
     return allot_blocks(
         mass,
-        sizes=blocks.sizes,
-        always_kept=blocks.always_kept,
+        blocks=blocks,
         quality=quality,
         density=density,
         spread=spread,

@@ -53,8 +53,7 @@ def plan(
     scores = score_blocks(q, k, scale, blocks.block_q, blocks.block_k, cell, cell, key_bias)
     return allot_blocks(
         share_mass(scores),
-        sizes=blocks.sizes,
-        always_kept=blocks.always_kept,
+        blocks=blocks,
         quality=quality,
         density=density,
         spread=spread,

@@ -25,7 +25,7 @@ def draw_mass(scene: Scene, seed: int = 0) -> torch.Tensor:
 
 
 def allot(mass, blocks, **targets):
-    plan = allot_blocks(mass, sizes=blocks.sizes, always_kept=blocks.always_kept, **targets)
+    plan = allot_blocks(mass, blocks=blocks, **targets)
     return plan, check_plan(plan, blocks)
 
 
@@ -161,7 +161,7 @@ def test_given_blocks_are_listed_with_what_is_always_kept():
     scene = SCENES["text after"]
     blocks, mass = scene.blocks, draw_mass(scene)
     wanted = mass > 0.1
-    plan = list_blocks(wanted, mass, sizes=blocks.sizes, always_kept=blocks.always_kept)
+    plan = list_blocks(wanted, mass, blocks=blocks)
     mask = check_plan(plan, blocks)
     assert torch.equal(mask, wanted | blocks.always_kept)
     kept, _ = keep_mass(mass, mask, blocks)
