@@ -58,7 +58,7 @@ def make_build(
     """One configuration; `aligned` false is what tensors that fit no descriptor get."""
     kernel = _launcher.block_sparse_attention_fwd_kernel
     padded_dim = pad_dim(dim)
-    tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k, aligned)
+    tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k, aligned, tail)
     use_descriptors = aligned and takes_descriptors(target, dtype.itemsize)
     tile_tail = choose_tail_tile(tiling, padded_dim, use_descriptors)
     constexprs = {

@@ -29,7 +29,7 @@ _NVIDIA: dict[tuple[int, int], Tiling] = {
     (128, 2): Tiling(128, 64, 8, 3),
     (256, 2): Tiling(64, 32, 4, 2),
     (32, 4): Tiling(64, 32, 4, 2),
-    (64, 4): Tiling(64, 32, 4, 2),
+    (64, 4): Tiling(64, 32, 8, 2),
     (128, 4): Tiling(32, 16, 8, 2),
     (256, 4): Tiling(32, 16, 8, 1),
 }
@@ -54,18 +54,23 @@ def choose_tiling(
     block_q: int,
     block_k: int,
     aligned: bool = True,
+    tail: bool = False,
 ) -> Tiling:
     """The tiling for an architecture ("sm_90", "gfx942"), a head dimension and a dtype's size.
 
     `padded_dim` comes from `pad_dim`; tiles never exceed the blocks that a plan lists. Tensors
     that are not aligned to 16 bytes are loaded through more registers, so their tiles are smaller.
+    With a tail, what is loaded through pointers is prefetched one stage less, or it would spill.
     """
     table = _AMD if is_amd(architecture) else _NVIDIA
     largest = table[padded_dim, itemsize]
     tile_q = min(largest.tile_q, block_q)
     warps = max(1, largest.num_warps * tile_q // largest.tile_q)
     tile_k = largest.tile_k if aligned or padded_dim < 128 else max(16, largest.tile_k // 2)
-    return Tiling(tile_q, min(tile_k, block_k), warps, largest.num_stages)
+    stages = largest.num_stages
+    if tail and not (aligned and takes_descriptors(architecture, itemsize)):
+        stages = min(stages, 2)
+    return Tiling(tile_q, min(tile_k, block_k), warps, stages)
 
 
 def choose_tail_tile(tiling: Tiling, padded_dim: int, use_descriptors: bool) -> int:

@@ -155,7 +155,9 @@ def launch(
         sources += [tail.centroids, tail.values]
         words = pack_lists(counts, indices, ceil_div(keys, block_k))
     aligned = all(is_aligned(x) for x in sources)
-    tiling = choose_tiling(architecture, padded_dim, itemsize, block_q, block_k, aligned)
+    tiling = choose_tiling(
+        architecture, padded_dim, itemsize, block_q, block_k, aligned, tail=tail is not None
+    )
     use_descriptors = aligned and takes_descriptors(architecture, itemsize)
     tile_tail = choose_tail_tile(tiling, padded_dim, use_descriptors)
     if key_bias is not None:

@@ -131,7 +131,10 @@ def launch(
     keys = k.shape[2]
     architecture = read_architecture(q.device)
     padded_dim = pad_dim(dim)
-    tiling = choose_tiling(architecture, padded_dim, q.element_size(), block_q, block_k)
+    # A bias takes the registers that unaligned loads take in attention: the same smaller tiles.
+    tiling = choose_tiling(
+        architecture, padded_dim, q.element_size(), block_q, block_k, aligned=key_bias is None
+    )
     tiles_q, tiles_k = block_q // tiling.tile_q, block_k // tiling.tile_k
     grid = (ceil_div(queries, block_q) * tiles_q, batch * heads)
     key_tiles = ceil_div(keys, block_k) * tiles_k

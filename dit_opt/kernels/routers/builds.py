@@ -31,7 +31,7 @@ def make_build(
     """One configuration; `cached` is the one pass of a search with an earlier log-sum-exp."""
     kernel = _launcher.block_mass_kernel
     padded_dim = pad_dim(dim)
-    tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k)
+    tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k, aligned=not bias)
     constexprs = {
         "DIM": dim,
         "PADDED_DIM": padded_dim,

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_opt.kernels import scores
 from dit_opt.kernels.block_sparse_attention import cpu, cpu_tail
 
 from .plans import Case, assert_matches_reference, make_inputs, make_plan
@@ -65,7 +66,7 @@ def test_small_tiles_give_the_same_result(monkeypatch, case):
 def test_large_scores_do_not_overflow(dtype):
     q, k, v, *rest = make_inputs(Case(queries=100, keys=201), dtype)
     q, k = q * 16, k * 4
-    assert cpu._bound_scores(q, k, rest[3]) > cpu.SCORE_BOUND
+    assert scores.bound_scores(q, k, rest[3]) > scores.SCORE_BOUND
     tail = cpu_tail.Tail(*make_inputs(Case(queries=100, keys=201, tail=True), dtype)[9])
     tail = tail._replace(centroids=tail.centroids * 4)
     arguments = (q, k, v, *rest, tail)

@@ -31,6 +31,15 @@ def test_the_tail_takes_smaller_tiles_through_pointers_and_for_wide_heads(itemsi
     assert 16 <= tile <= max(16, tiling.tile_k // 2)
 
 
+def test_a_tail_through_pointers_prefetches_less():
+    def count_stages(architecture, **kind):
+        return tilings.choose_tiling(architecture, 128, 2, 128, 64, **kind).num_stages
+
+    assert count_stages("sm_80") == count_stages("sm_90", tail=True) == 3
+    assert count_stages("sm_80", tail=True) == 2
+    assert count_stages("sm_90", tail=True, aligned=False) == 2
+
+
 def test_pad_dim():
     assert [tilings.pad_dim(d) for d in (1, 32, 33, 72, 96, 120, 128, 129, 256)] == [
         32, 32, 64, 128, 128, 128, 128, 256, 256,
