@@ -2,13 +2,14 @@
 
     python -m benchmarks.train_demo_model --out DIR [--minutes 170] [--threads 2]
 
-Small grids first, where a step is cheap, then the demo grid. Attention starts local: each head's
-query and key biases are set so that rotary embedding alone makes scores fall off with distance
-along the axes of that head (time, space or both), the structure that large video models are
-reported to learn. Everything is trained from there. A small model in little time would let some
-heads go flat, which those of large models are not: attention that is spread over more than
-`SPREAD` of the tokens is charged for its entropy. The log says how much softmax mass the best
-quarter of key blocks holds.
+Crops first, where a step is cheap, then whole clips: a model that is told where each pixel is
+learns from crops where things are. For a while they are mostly noise, since less noise shows it.
+Attention starts local: each head's query and key biases are set so that rotary embedding alone
+makes scores fall off with distance along the axes of that head (time, space or both), the structure
+that large video models are reported to learn. Everything is trained from there. A small model in
+little time would let some heads go flat, which those of large models are not: attention that is
+spread over more than `SPREAD` of the tokens is charged for its entropy. The log says how much
+softmax mass the best quarter of key blocks holds.
 """
 
 from __future__ import annotations
@@ -42,27 +43,28 @@ class Phase:
     """One stretch of training.
 
     Attributes:
-        size: frames, height and width of a clip in pixels.
-        batch: clips in one step.
+        size: frames, height and width of a crop in pixels.
+        batch: crops in one step.
         share: of the whole time. rate: learning rate at its start.
+        shift: how much of it is high noise, as the shift of a flow-matching scheduler.
     """
 
     size: tuple[int, int, int]
     batch: int
     share: float
     rate: float
+    shift: float
 
 
 PHASES = (
-    Phase((8, 32, 64), 4, 0.33, 1.4e-3),
-    Phase((16, 48, 48), 2, 0.20, 1.1e-3),
-    Phase((16, 64, 64), 1, 0.47, 8e-4),
+    Phase((16, 32, 32), 6, 0.30, 1.4e-3, 3.0),
+    Phase((16, 32, 32), 6, 0.35, 1.2e-3, 20.0),
+    Phase((16, 64, 64), 1, 0.35, 8e-4, 4.0),
 )
 # the effective number of keys of a query, as a share of all, above which entropy is charged
 SPREAD = 0.04
 ENTROPY_WEIGHT = 0.03
 ENTROPY_ROWS = 16
-NOISE_SHIFT = 5.0
 MASS_LEVELS = (0.9, 0.6, 0.3)
 SAVE_EVERY, MASS_EVERY = 100, 500
 
@@ -120,10 +122,10 @@ def split_parameters(model) -> tuple[list, list]:
     return matrices, rest
 
 
-def sample_noise_level(count: int, rng: torch.Generator) -> torch.Tensor:
+def sample_noise_level(count: int, shift: float, rng: torch.Generator) -> torch.Tensor:
     """Stratified sigma in (0, 1), more of it at high noise: where things are is decided there."""
     u = (torch.rand(count, generator=rng) + torch.arange(count)) / count
-    return NOISE_SHIFT * u / (1 + (NOISE_SHIFT - 1) * u)
+    return shift * u / (1 + (shift - 1) * u)
 
 
 class EntropyCharge(TorchFunctionMode):
@@ -131,7 +133,8 @@ class EntropyCharge(TorchFunctionMode):
 
     def __init__(self, rows: torch.Tensor) -> None:
         super().__init__()
-        self.charges: list[torch.Tensor] = []
+        # One sum, because the length of a list would make every layer a graph of its own.
+        self.total = torch.zeros(())
         self._rows = rows
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -144,14 +147,31 @@ class EntropyCharge(TorchFunctionMode):
                     q[:, :, self._rows].float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
                 )
                 entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
-                self.charges.append((entropy - math.log(SPREAD * tokens)).relu().mean())
+                self.total = self.total + (entropy - math.log(SPREAD * tokens)).relu().mean()
         return func(*args, **kwargs)
+
+
+def draw_crops(
+    clip: torch.Tensor, size: tuple[int, int, int], rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A crop of each clip at a random place, and where its pixels are."""
+    both = torch.cat([clip, clips.locate().expand(len(clip), -1, -1, -1, -1)], 1)
+    crops = []
+    for whole in both:
+        for axis, (n, patch) in enumerate(zip(size, CONFIG["patch_size"], strict=True), 1):
+            last = (whole.shape[axis] - n) // patch
+            start = patch * int(torch.randint(last + 1, (), generator=rng))
+            whole = whole.narrow(axis, start, n)
+        crops.append(whole)
+    crop, places = torch.stack(crops).split([clip.shape[1], clips.PLACE_CHANNELS], 1)
+    return crop, places
 
 
 def run_step(model, phase: Phase, rng: torch.Generator) -> float:
     """Add up the gradients of one step; returns its loss."""
-    sigma = sample_noise_level(phase.batch, rng)
-    clip, prompts = clips.draw_batch(phase.batch, rng, phase.size)
+    sigma = sample_noise_level(phase.batch, phase.shift, rng)
+    clip, prompts = clips.draw_batch(phase.batch, rng)
+    clip, places = draw_crops(clip, phase.size, rng)
     keep = torch.rand(phase.batch, generator=rng) > 0.1
     text = clips.embed([p if k else None for p, k in zip(prompts, keep, strict=True)])
     noise = torch.randn(clip.shape, generator=rng)
@@ -160,13 +180,13 @@ def run_step(model, phase: Phase, rng: torch.Generator) -> float:
     rows = torch.randint(tokens, (ENTROPY_ROWS,), generator=rng)
     with torch.autocast("cpu", dtype=torch.bfloat16), EntropyCharge(rows) as entropy:
         velocity = model(
-            hidden_states=(1 - s) * clip + s * noise,
+            hidden_states=torch.cat([(1 - s) * clip + s * noise, places], 1),
             timestep=sigma * 1000,
             encoder_hidden_states=text,
             return_dict=False,
         )[0]
     loss = (velocity.float() - (noise - clip)).square().mean()
-    (loss + ENTROPY_WEIGHT * torch.stack(entropy.charges).mean()).backward()
+    (loss + ENTROPY_WEIGHT * entropy.total / len(model.blocks)).backward()
     return loss.item()
 
 
@@ -193,10 +213,11 @@ def measure_model_mass(state: dict[str, torch.Tensor]) -> float:
     rng = torch.Generator().manual_seed(7)
     clip, prompts = clips.draw_batch(1, rng)
     noise = torch.randn(clip.shape, generator=rng)
+    places = clips.locate()[None]
     with RecordMass() as record:
         for sigma in MASS_LEVELS:
             model(
-                hidden_states=(1 - sigma) * clip + sigma * noise,
+                hidden_states=torch.cat([(1 - sigma) * clip + sigma * noise, places], 1),
                 timestep=torch.tensor([sigma * 1000]),
                 encoder_hidden_states=clips.embed(prompts),
             )
@@ -250,7 +271,7 @@ def train(args: argparse.Namespace) -> None:
         step += 1
         with torch.no_grad():
             for key, value in model.state_dict().items():
-                average[key].lerp_(value, 1 - min(0.998, 1 - 1 / (step + 1)))
+                average[key].lerp_(value, 1 - min(0.995, 1 - 1 / (step + 1)))
         recent.append((loss, time.monotonic() - began - spent))
         spent = time.monotonic() - began
         if step % args.log_every == 0:

@@ -29,6 +29,12 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "up": (-1, 0),
     "down": (1, 0),
 }
+# pixels from the middle of the frame to a subject's place halfway through its motion: the one named
+# first passes up and to the left of the middle, the second down and to the right of it
+OFFSET, JITTER = 9.0, 4.0
+# pixels per frame
+SPEEDS = (1.8, 2.8)
+PLACE_CHANNELS = 35
 WORDS = (*PALETTE, *SHAPES, *DIRECTIONS)
 SLOTS = 2
 TOKENS_PER_OBJECT = 3
@@ -172,17 +178,13 @@ def render(
     clip = tint + 0.13 * torch.tanh(1.5 * _drifting_texture(rng, frames, height, width))
 
     middle = (frames - 1) / 2
-    placed: list[tuple[float, float]] = []
     # the first subject is in front, so it is painted last
-    for subject in reversed(prompt):
+    for slot, subject in reversed(list(enumerate(prompt))):
         dy, dx = DIRECTIONS[subject.direction]
-        radius, speed = uniform(7.5, 11.5), uniform(1.8, 3.0)
-        for _ in range(8):
-            cy = float(uniform(0.28, 0.72)) * height
-            cx = float(uniform(0.22, 0.78)) * width
-            if all(math.hypot(cy - py, cx - px) > 16 for py, px in placed):
-                break
-        placed.append((cy, cx))
+        radius, speed = uniform(7.5, 11.5), uniform(*SPEEDS)
+        away = (2 * slot - 1) * OFFSET if len(prompt) > 1 else 0
+        cy = (height - 1) / 2 + away + uniform(-JITTER, JITTER)
+        cx = (width - 1) / 2 + away + uniform(-JITTER, JITTER)
         v, u = _rotate(
             y - (cy + dy * speed * (t - middle)),
             x - (cx + dx * speed * (t - middle)),
@@ -196,9 +198,26 @@ def render(
     return clip.clamp(0, 1) * 2 - 1
 
 
-def draw_batch(
-    count: int, rng: torch.Generator, size: tuple[int, int, int] = (FRAMES, HEIGHT, WIDTH)
-) -> tuple[torch.Tensor, list[Prompt]]:
+def locate(size: tuple[int, int, int] = (FRAMES, HEIGHT, WIDTH)) -> torch.Tensor:
+    """Where every pixel is, `[PLACE_CHANNELS, T, H, W]`: t, y and x from the middle of the clip,
+    about in [-1, 1]; y and x as something sees them that moves up, down, left or right at the mean
+    speed; and the sines and cosines of all of these.
+
+    The model takes them as further input channels (Liu et al. 2018, CoordConv): rotary embedding
+    tells it distances only, from which nothing follows about where in the frame a token is.
+    """
+    axes = [
+        (torch.arange(n) - (n - 1) / 2) / (whole / 2)
+        for n, whole in zip(size, (FRAMES, HEIGHT, WIDTH))
+    ]
+    t, y, x = torch.meshgrid(*axes, indexing="ij")
+    rise, run = (sum(SPEEDS) / 2 * FRAMES / whole * t for whole in (HEIGHT, WIDTH))
+    places = torch.stack([t, y, x, y - rise, y + rise, x - run, x + run])
+    waves = [f(math.pi * k * places) for k in (1, 2) for f in (torch.sin, torch.cos)]
+    return torch.cat([places, *waves])
+
+
+def draw_batch(count: int, rng: torch.Generator) -> tuple[torch.Tensor, list[Prompt]]:
     """Clips `[B, 3, T, H, W]` and their prompts."""
     prompts = [draw_prompt(rng) for _ in range(count)]
-    return torch.stack([render(p, rng, size) for p in prompts]), prompts
+    return torch.stack([render(p, rng) for p in prompts]), prompts

@@ -19,7 +19,8 @@ CONFIG: dict[str, Any] = {
     "patch_size": (1, 4, 4),
     "num_attention_heads": 4,
     "attention_head_dim": 64,
-    "in_channels": 3,
+    # colours, then places
+    "in_channels": 3 + clips.PLACE_CHANNELS,
     "out_channels": 3,
     "text_dim": clips.TEXT_DIM,
     "freq_dim": 256,

@@ -42,13 +42,14 @@ def denoise(
     scheduler.set_timesteps(steps, device=device)
     noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))
     latents = noise.to(device)
+    places = clips.locate(size)[None].to(device)
     texts = [clips.embed([p]).to(device) for p in (prompt, None)]
     for index, timestep in enumerate(scheduler.timesteps):
         began = time.perf_counter()
         with torch.no_grad():
             conditional, unconditional = (
                 model(
-                    hidden_states=latents,
+                    hidden_states=torch.cat([latents, places], 1),
                     timestep=timestep.expand(1),
                     encoder_hidden_states=text,
                     return_dict=False,

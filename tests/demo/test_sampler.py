@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from dit_opt.demo import clips
 from dit_opt.demo.sampler import denoise, to_frames
 from tests.demo.stubs import SIZE, StubDenoiser, make_task
 
@@ -17,7 +18,7 @@ def test_denoise_calls_both_guidance_branches_each_step():
 def test_guidance_extrapolates_from_the_unconditional_branch():
     def model(hidden_states, timestep, encoder_hidden_states, return_dict):
         value = 1.0 if encoder_hidden_states.any() else 0.25
-        return (torch.full_like(hidden_states, value),)
+        return (torch.full_like(hidden_states[:, :3], value),)
 
     prompt = make_task().prompt
     plain, guided = (
@@ -26,6 +27,18 @@ def test_guidance_extrapolates_from_the_unconditional_branch():
     )
     # sigma falls from 1 to 0: velocities 1.0 and 0.25 + 3 * 0.75 = 2.5
     torch.testing.assert_close(plain - guided, torch.full_like(plain, 1.5))
+
+
+def test_the_model_is_told_where_pixels_are():
+    seen = []
+
+    def model(hidden_states, timestep, encoder_hidden_states, return_dict):
+        seen.append(hidden_states)
+        return (hidden_states[:, :3],)
+
+    list(denoise(model, make_task().prompt, 0, steps=2, size=SIZE))
+    assert len(seen) == 4
+    assert all(torch.equal(x[0, 3:], clips.locate(SIZE)) for x in seen)
 
 
 def test_to_frames_rounds_and_clamps():
