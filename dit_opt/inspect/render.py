@@ -128,7 +128,7 @@ def _render_layers(layers: Sequence[LayerReport]) -> str:
             layer.layer,
             str(layer.branch),
             f"{layer.density:.3f}",
-            f"{layer.recall:.3f}",
+            "" if layer.recall is None else f"{layer.recall:.3f}",
             ", ".join(f"{kind} {count}" for kind, count in sorted(layer.heads.items())),
             ", ".join(f"{kind} {d:.3f}" for kind, d in sorted(layer.density_by_type.items())),
             str(layer.calls),

@@ -16,8 +16,8 @@ from dit_opt.runtime.state import Announcement, LayerStates, announcement_for
 
 log = logging.getLogger(__name__)
 
-# choice, recall and density of every searching site follow the graph's own outputs
-STATE_OUTPUTS = 3
+# recall and density, which follow the tensors of a plan
+STATISTICS = 2
 
 
 class GradientError(RuntimeError):
@@ -45,6 +45,8 @@ class Wiring:
         timesteps: positions of the arguments that may be the timestep.
         model: position of a parameter that identifies the model, if it has one.
         layers: for each searching site, position of a parameter that identifies its layer.
+        plan_tensors: how many outputs of each searching site are its plan; recall and density
+            follow them, and the graph's own outputs stand before.
         layouts: (T, H, W, start, N) of each searching site, from the arguments of a call.
         lengths: tokens of each replaced site, from the arguments of a call.
         min_tokens: a call in which every site is shorter stays dense.
@@ -54,6 +56,7 @@ class Wiring:
     timesteps: tuple[int, ...]
     model: int | None
     layers: tuple[int | None, ...]
+    plan_tensors: int
     layouts: Callable[[tuple[Any, ...]], list[tuple[int, ...]]]
     lengths: Callable[[tuple[Any, ...]], list[int]]
     min_tokens: int
@@ -202,7 +205,7 @@ class Bound:
             state = self.states.get(args[i], (site, key)) if i is not None else None
             assert state is not None
             # the state follows a model that was moved between calls
-            plans.append(state.plan.to(args[i].device))
+            plans += [part.to(args[i].device) for part in state.plan]
             self.states.record_reuse(args[i], (site, key))
         return plans
 
@@ -210,5 +213,6 @@ class Bound:
         layouts = self._wiring.layouts(args)
         for site, (i, layout) in enumerate(zip(self._wiring.layers, layouts)):
             owner = self._nobody if i is None else args[i]
-            found = extra[site * STATE_OUTPUTS : (site + 1) * STATE_OUTPUTS]
-            self.states.record_search(owner, (site, key), layout, *found)
+            count = self._wiring.plan_tensors + STATISTICS
+            *plan, recall, density = extra[site * count : (site + 1) * count]
+            self.states.record_search(owner, (site, key), layout, tuple(plan), recall, density)

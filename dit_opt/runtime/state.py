@@ -23,7 +23,8 @@ class LayerState:
 
     Attributes:
         layout: (T, H, W, start, N) of the site, which gives the choices their meaning.
-        plan: int32 `[B, H]`, each head's choice at the last search.
+        plan: what the last search found: each head's choice, int32 `[B, H]`, or the lists, int32
+            `[B, H, nq]` and `[B, H, nq, capacity]`; none where it follows from shapes.
         density: fp32 `[B, H]`, summed over sparse calls.
         recall: fp32 `[B, H]`, summed over searches.
         last_density: fp32 `[B, H]` of the plan in use.
@@ -31,12 +32,17 @@ class LayerState:
     """
 
     layout: tuple[int, ...]
-    plan: torch.Tensor
+    plan: tuple[torch.Tensor, ...]
     last_density: torch.Tensor
     density: torch.Tensor
     recall: torch.Tensor
     calls: int = 1
     searches: int = 1
+
+    @property
+    def plan_bytes(self) -> int:
+        """Memory that the plan takes."""
+        return sum(part.numel() * part.element_size() for part in self.plan)
 
 
 class LayerStates:
@@ -53,19 +59,19 @@ class LayerStates:
         owner: torch.Tensor,
         key: Hashable,
         layout: tuple[int, ...],
-        plan: torch.Tensor,
+        plan: tuple[torch.Tensor, ...],
         recall: torch.Tensor,
         density: torch.Tensor,
     ) -> None:
         """Keep what a search returned. Copies: a CUDA graph reuses its output memory."""
         states = self._by_parameter.setdefault(owner, {})
         state = states.get(key)
-        if state is None or state.plan.shape != plan.shape:
-            states[key] = LayerState(
-                layout, plan.clone(), density.clone(), density.clone(), recall.clone()
-            )
+        if state is None or [p.shape for p in state.plan] != [p.shape for p in plan]:
+            kept = tuple(part.clone() for part in plan)
+            states[key] = LayerState(layout, kept, density.clone(), density.clone(), recall.clone())
             return
-        state.plan.copy_(plan)
+        for part, new in zip(state.plan, plan):
+            part.copy_(new)
         state.last_density.copy_(density)
         state.density += density
         state.recall += recall

@@ -45,6 +45,7 @@ def bind(graph, timesteps=(1,), phases=frozenset(Phase), dense_steps=1, refresh_
         timesteps=timesteps,
         model=0,
         layers=kwargs.pop("layers", (0,)),
+        plan_tensors=1,
         layouts=lambda args: [LAYOUT],
         lengths=kwargs.pop("lengths", lambda args: [8]),
         min_tokens=4,
