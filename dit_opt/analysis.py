@@ -44,10 +44,12 @@ class Analysis:
 
     def describe(self, passes: Sequence[PassRecord]) -> GraphRecord:
         """What reports show of it."""
-        order = "" if self.order is None else str(self.order)
+        order = ""
         if isinstance(self.order, OrderRegion):
             count = len(self.order.entries) + len(self.order.tables) + len(self.order.exits)
             order = f"Tokens are ordered once for the whole graph, by {count} gathers."
+        elif self.order is not None:
+            order = f"Tokens are gathered at each attention call. {self.order}"
         return GraphRecord(
             decisions=tuple(c.decision for c in self.choices),
             timestep=self.timestep_name,

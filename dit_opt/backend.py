@@ -32,11 +32,11 @@ from dit_opt.inspect.render import render_decisions, summarise
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.passes.graph_edit import copy_graph
-from dit_opt.passes.plan_nodes import SparseSite, count_plan_tensors
+from dit_opt.passes.plan_nodes import SparseForm, SparseSite, count_plan_tensors
 from dit_opt.passes.sparse_attention import sparse_attention
 from dit_opt.passes.token_order import order_by_cubes
 from dit_opt.runtime.bound import Bound, Wiring, refuse_gradients
-from dit_opt.runtime.schedule import Phase
+from dit_opt.runtime.schedule import Phase, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,11 @@ def _bind(
         if searching and options.refresh_every > 1:
             _require_layers(searching, layers, options)
             phases.add(Phase.REUSE)
+            if options.verify_every:
+                phases.add(Phase.VERIFY)
+    forms = {phase: _choose_form(phase, options) for phase in phases - {Phase.OBSERVE}}
+    plan_tensors = count_plan_tensors(options.effective_router)
+    heads = _read_sizes([e for s in searching for e in _count_heads(s)], placeholders)
     lengths = [_count_tokens(s) for s in sparse]
     layouts = [(*(s.grid or (0, 0, 0)), s.start, _count_tokens(s)) for s in searching]
     flat = _read_sizes([e for layout in layouts for e in layout], placeholders)
@@ -126,7 +131,8 @@ def _bind(
         timesteps=analysis.timesteps if sparse else (),
         model=position[model] if model is not None else None,
         layers=layers,
-        plan_tensors=count_plan_tensors(options.effective_router),
+        state={phase: form.name_outputs(plan_tensors) for phase, form in forms.items()},
+        heads=lambda args: list(zip(*[iter(heads(args))] * 2)),
         layouts=lambda args: list(zip(*[iter(flat(args))] * 5)),
         lengths=_read_sizes(lengths, placeholders),
         min_tokens=_min_tokens(sparse, options),
@@ -142,7 +148,7 @@ def _bind(
             copy = copy_graph(source)
             extra = []
             if phase is not Phase.OBSERVE:
-                extra = _rewrite(copy, analysis, phase, dumper)
+                extra = _rewrite(copy, analysis, phase, forms[phase], dumper)
             hits, _ = cache_counts()
             compiled = compile_with_inductor(copy, inputs + extra, patches)
             return compiled, cache_counts()[0] > hits
@@ -151,8 +157,7 @@ def _bind(
         compile_variant,
         frozenset(phases),
         wiring,
-        options.effective_dense_steps,
-        options.refresh_every,
+        Schedule(options.effective_dense_steps, options.refresh_every, options.verify_every or 0),
         record,
     )
     # While Dynamo traces, the symbols of a graph may still gain guards; later they may not. A
@@ -176,11 +181,21 @@ def _require_layers(
 
 
 def _first_phase(bound: Bound) -> Phase:
-    sparse_first = Phase.SEARCH in bound.phases and not bound.dense_steps
+    sparse_first = Phase.SEARCH in bound.phases and not bound.schedule.dense_steps
     return Phase.SEARCH if sparse_first else Phase.OBSERVE
 
 
-def _rewrite(copy: GraphModule, analysis: Analysis, phase: Phase, dumper: Dumper) -> list[Any]:
+def _choose_form(phase: Phase, options: Options) -> SparseForm:
+    return SparseForm(
+        reuse=phase in (Phase.REUSE, Phase.VERIFY),
+        guard=options.verify_every is not None and phase is not Phase.REUSE,
+        compare=options.verify,
+    )
+
+
+def _rewrite(
+    copy: GraphModule, analysis: Analysis, phase: Phase, form: SparseForm, dumper: Dumper
+) -> list[Any]:
     """Run the passes on a copy; returns example values of the placeholders they added."""
     at = {n.name: n for n in copy.graph.nodes}
     before = len(copy.graph.find_nodes(op="placeholder"))
@@ -200,7 +215,7 @@ def _rewrite(copy: GraphModule, analysis: Analysis, phase: Phase, dumper: Dumper
         sparse_attention(
             copy,
             [_replace_site(chosen[s.index], s, at) for s in sites if s.index in chosen],
-            reuse_plans=phase is Phase.REUSE,
+            form,
         )
     added = copy.graph.find_nodes(op="placeholder")[before:]
     return [n.meta["example_value"] for n in added]
@@ -220,6 +235,14 @@ def _min_tokens(sparse: Sequence[SparseSite], options: Options) -> int:
 def _example(sparse: SparseSite) -> torch.Tensor:
     assert sparse.site.query is not None
     return sparse.site.query.meta["example_value"]
+
+
+def _count_heads(sparse: SparseSite) -> tuple[sympy.Expr, sympy.Expr]:
+    """Batch and heads; the pass sees `[B * H, N, D]` as B * H items of one head."""
+    shape = _example(sparse).shape
+    if len(shape) == 3:
+        return size_expression(shape[0]), sympy.Integer(1)
+    return size_expression(shape[0]), size_expression(shape[1])
 
 
 def _count_tokens(sparse: SparseSite) -> sympy.Expr:

@@ -42,8 +42,6 @@ RESERVED_OPTIONS = (
     "memory_budget",
     "quantize",
     "release_weights",
-    "verify",
-    "verify_every",
 )
 
 
@@ -69,6 +67,11 @@ class Options:
         dense_steps: steps at the start of a trajectory that stay dense: an int counts steps, a
             float in [0, 1] is a share of the trajectory.
         refresh_every: steps between two searches for a plan.
+        verify_every: steps between two checks of plans on a few rows, in between searches and at
+            each of them; a head whose plan keeps too little runs dense at once, and is searched
+            anew with a larger budget in the next step. None checks nothing.
+        verify: run dense attention beside every sparse one and report the difference of each layer
+            and step, for finding out what to keep dense. Slow.
         min_tokens: sites with fewer keys stay dense; None asks the cost model.
         grid: (T, H, W) in tokens, for graphs that cannot tell.
         on_no_match: what to do where no site could be replaced.
@@ -87,6 +90,8 @@ class Options:
     tail: str = "drop"
     dense_steps: int | float | None = None
     refresh_every: int = 1
+    verify_every: int | None = None
+    verify: bool = False
     min_tokens: int | None = None
     grid: tuple[int, int, int] | None = None
     on_no_match: str = "warn"
@@ -237,6 +242,12 @@ def _check_int(least: int, optional: bool) -> Callable:
     return check
 
 
+def _check_bool(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise _refuse(name, value, "True or False")
+
+
 def _check_grid(name: str, value: Any) -> tuple[int, int, int] | None:
     if value is None:
         return None
@@ -291,6 +302,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tail": _check_choice(TAILS),
     "dense_steps": _check_dense_steps,
     "refresh_every": _check_int(1, optional=False),
+    "verify_every": _check_int(1, optional=True),
+    "verify": _check_bool,
     "min_tokens": _check_int(0, optional=True),
     "grid": _check_grid,
     "on_no_match": _check_choice(ON_NO_MATCH),

@@ -16,6 +16,23 @@ from dit_opt.runtime.schedule import Phase
 
 
 @dataclass(frozen=True)
+class GuardReport:
+    """What the guard found in one layer.
+
+    Attributes:
+        checks: how often it looked. kept, error: mass kept and relative L2 error of the plan on
+            its rows, means over heads and checks. caught: heads that were caught, over all checks.
+        dense_heads: heads that it keeps dense now.
+    """
+
+    checks: int
+    kept: float
+    error: float
+    caught: int
+    dense_heads: int
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One searching site of one layer, over all sparse calls of one guidance branch.
 
@@ -30,6 +47,9 @@ class LayerReport:
         density_by_type: mean density of the heads of each type at the last search.
         calls, searches: sparse calls, and those that searched.
         plan_bytes: memory of the plan that is kept between calls.
+        guard: what the guard found; None where it does not run.
+        differences: relative L2 difference of the output to dense attention by step, the mean over
+            heads; empty without `verify`.
     """
 
     module: str
@@ -42,6 +62,8 @@ class LayerReport:
     calls: int
     searches: int
     plan_bytes: int
+    guard: GuardReport | None
+    differences: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -156,4 +178,19 @@ def _describe(record: GraphRecord, name: str, key: Any, state: Any) -> LayerRepo
         calls=state.calls,
         searches=state.searches,
         plan_bytes=state.plan_bytes,
+        guard=_describe_guard(state),
+        differences={step: float(d.mean()) for step, d in sorted(state.differences.items())},
+    )
+
+
+def _describe_guard(state: Any) -> GuardReport | None:
+    guard = state.guard
+    if guard is None:
+        return None
+    return GuardReport(
+        checks=guard.checks,
+        kept=float(guard.kept.mean()) / guard.checks,
+        error=float(guard.error.mean()) / guard.checks,
+        caught=int(guard.caught.sum()),
+        dense_heads=int(state.boost.isinf().sum()),
     )

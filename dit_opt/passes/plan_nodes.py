@@ -30,6 +30,35 @@ CELL = 16
 SPREAD = "even"
 
 
+# What the guard lets a plan keep less than it did when it was made, or than was asked for.
+SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class SparseForm:
+    """Which sparse variant of a graph to write.
+
+    Attributes:
+        reuse: plans are inputs, instead of being searched.
+        guard: a few rows of each plan are checked before it is used. A search then takes how much
+            more each head is to keep, float32 `[B, H]`; a reused plan comes with what it kept.
+        compare: dense attention runs beside, for its difference.
+    """
+
+    reuse: bool = False
+    guard: bool = False
+    compare: bool = False
+
+    def name_outputs(self, plan_tensors: int) -> tuple[str, ...]:
+        """What each searching site adds to the graph's outputs, in order."""
+        names: tuple[str, ...] = ()
+        if not self.reuse:
+            names += ("plan",) * plan_tensors + ("recall", "density")
+        if self.guard:
+            names += ("kept", "error", "caught")
+        return names + (("difference",) if self.compare else ())
+
+
 @dataclass(frozen=True)
 class SparseSite:
     """One site to replace.
@@ -71,6 +100,7 @@ class Routed:
         counts, indices: the lists.
         plan: what a later call needs to do without a search.
         statistics: recall and density, each `[B or 1, H]`; none without a search.
+        expected: the mass that the guard wants kept, `[B, H]`; None catches no head.
         inverse: the permutation that moves the output back, or None. per_head: it has one for
             each head, and not one for all.
     """
@@ -83,6 +113,7 @@ class Routed:
     indices: Node
     plan: tuple[Node, ...]
     statistics: tuple[Node, ...]
+    expected: Node | None
     inverse: Node | None
     per_head: bool = False
 
@@ -113,37 +144,39 @@ def write_plan(
     qkv: Sequence[Node],
     bias: Node | None,
     sizes: SizeWriter,
-    reuse: bool,
+    form: SparseForm,
 ) -> Routed:
-    """Write the router's nodes at the graph's insertion point; `reuse` makes the plan an input."""
+    """Write the router's nodes at the graph's insertion point."""
     write = {
         "full": _write_full,
         "rainfusion": _write_rainfusion,
         "frame_tile": _write_frame_tile,
     }.get(sparse.router, _write_search)
-    return write(gm, sparse, index, qkv, bias, sizes, reuse)
+    return write(gm, sparse, index, qkv, bias, sizes, form)
 
 
-def _write_full(gm, sparse, index, qkv, bias, sizes, reuse) -> Routed:
+def _write_full(gm, sparse, index, qkv, bias, sizes, form) -> Routed:
     graph, (q, k, v) = gm.graph, qkv
     length = _length(graph, k)
     plan = graph.call_function(
         torch.ops.ditopt.dense_plan_v1.default, (q, length, BLOCK_Q, BLOCK_K)
     )
-    return Routed(q, k, v, bias, *unpack(graph, plan, 2), (), (), None)
+    return Routed(q, k, v, bias, *unpack(graph, plan, 2), (), (), None, None)
 
 
-def _write_rainfusion(gm, sparse, index, qkv, bias, sizes, reuse) -> Routed:
+def _write_rainfusion(gm, sparse, index, qkv, bias, sizes, form) -> Routed:
     graph, ops, (q, k, v) = gm.graph, torch.ops.ditopt, qkv
     call = graph.call_function
     where = [sizes.write(s) for s in (*sparse.grid, sparse.start)]
     statistics: tuple[Node, ...] = ()
-    if reuse:
-        choice = _add_input(gm, f"ditopt_choice_{index}", sparse.site, ())
+    if form.reuse:
+        choice = _add_input(gm, f"ditopt_choice_{index}", sparse.site)
     else:
         goal = (sparse.scale, sparse.target, sparse.by_density)
+        boost = _write_boost(gm, sparse, index, form)
         found = call(
-            ops.rainfusion_recognize_v1.default, (q, k, bias, *goal, *where, BLOCK_Q, BLOCK_K)
+            ops.rainfusion_recognize_v1.default,
+            (q, k, bias, *goal, *where, BLOCK_Q, BLOCK_K, boost),
         )
         choice, *rest = unpack(graph, found, 3)
         statistics = tuple(rest)
@@ -154,20 +187,28 @@ def _write_rainfusion(gm, sparse, index, qkv, bias, sizes, reuse) -> Routed:
     q, k, v = (call(ops.gather_tokens_v1.default, (x, rows)) for x in (q, k, v))
     if bias is not None:
         bias = call(ops.gather_bias_v1.default, (bias, rows))
-    return Routed(q, k, v, bias, counts, indices, (choice,), statistics, inverse, True)
+    expected = _write_expected(gm, sparse, index, form, statistics)
+    return Routed(
+        q, k, v, bias, counts, indices, (choice,), statistics, expected, inverse, per_head=True
+    )
 
 
-def _write_frame_tile(gm, sparse, index, qkv, bias, sizes, reuse) -> Routed:
+def _write_frame_tile(gm, sparse, index, qkv, bias, sizes, form) -> Routed:
     graph, (q, k, v) = gm.graph, qkv
     where = [sizes.write(s) for s in (*sparse.grid, sparse.start)]
     plan = graph.call_function(
         torch.ops.ditopt.frame_tile_plan_v1.default, (q, sparse.target, *where, BLOCK_Q, BLOCK_K)
     )
     counts, indices, recall, density = unpack(graph, plan, 4)
-    return Routed(q, k, v, bias, counts, indices, (), () if reuse else (recall, density), None)
+    statistics = () if form.reuse else (recall, density)
+    if not form.reuse:
+        # these tiles are no larger for a head that needs more; every search takes a boost
+        _write_boost(gm, sparse, index, form)
+    expected = _write_expected(gm, sparse, index, form, statistics)
+    return Routed(q, k, v, bias, counts, indices, (), statistics, expected, None)
 
 
-def _write_search(gm, sparse, index, qkv, bias, sizes, reuse) -> Routed:
+def _write_search(gm, sparse, index, qkv, bias, sizes, form) -> Routed:
     """The routers that weigh blocks, in the cube order where there is a grid.
 
     Tokens that are in the order already stay where they are.
@@ -183,14 +224,19 @@ def _write_search(gm, sparse, index, qkv, bias, sizes, reuse) -> Routed:
         q, k, v = (_select(graph, x, rows) for x in (q, k, v))
         if bias is not None:
             bias = graph.call_function(torch.index_select, (bias, 2, rows))
-    if reuse:
+    if form.reuse:
         counts = _add_input(gm, f"ditopt_counts_{index}", sparse.site, [BLOCK_Q])
         indices = _add_input(gm, f"ditopt_indices_{index}", sparse.site, [BLOCK_Q, BLOCK_K])
-        return Routed(q, k, v, bias, counts, indices, (counts, indices), (), inverse)
+        expected = _write_expected(gm, sparse, index, form, ())
+        return Routed(q, k, v, bias, counts, indices, (counts, indices), (), expected, inverse)
     place = (start, sizes.write(sparse.video), BLOCK_Q, BLOCK_K)
-    found = graph.call_function(*_name_search(sparse, q, k, bias, place))
+    boost = _write_boost(gm, sparse, index, form)
+    search, arguments = _name_search(sparse, q, k, bias, place)
+    found = graph.call_function(search, arguments, {} if boost is None else {"boost": boost})
     counts, indices, recall, density = unpack(graph, found, 4)
-    return Routed(q, k, v, bias, counts, indices, (counts, indices), (recall, density), inverse)
+    statistics = (recall, density)
+    expected = _write_expected(gm, sparse, index, form, statistics)
+    return Routed(q, k, v, bias, counts, indices, (counts, indices), statistics, expected, inverse)
 
 
 def _name_search(sparse: SparseSite, q, k, bias, place) -> tuple:
@@ -222,9 +268,34 @@ def _select(graph: Graph, x: Node, rows: Node) -> Node:
     return graph.call_method("transpose", (moved, 1, 2))
 
 
-def _add_input(gm: GraphModule, name: str, site: Site, blocks: Sequence[int]) -> Node:
-    """A placeholder for a part of a plan: int32 `[B, H, N / block, ...]`, sized as the query."""
+def _write_boost(gm: GraphModule, sparse: SparseSite, index: int, form: SparseForm) -> Node | None:
+    if not form.guard:
+        return None
+    return _add_input(gm, f"ditopt_boost_{index}", sparse.site, dtype=torch.float32)
+
+
+def _write_expected(
+    gm: GraphModule, sparse: SparseSite, index: int, form: SparseForm, statistics: tuple[Node, ...]
+) -> Node | None:
+    """What a plan should keep: what it kept when it was made, or the quality that was asked for."""
+    if not form.guard:
+        return None
+    if form.reuse:
+        return _add_input(gm, f"ditopt_kept_{index}", sparse.site, dtype=torch.float32)
+    if sparse.by_density:
+        return None
+    return gm.graph.call_function(torch.full_like, (statistics[0], sparse.target))
+
+
+def _add_input(
+    gm: GraphModule,
+    name: str,
+    site: Site,
+    blocks: Sequence[int] = (),
+    dtype: torch.dtype = torch.int32,
+) -> Node:
+    """A placeholder for state: `[B, H, N / block, ...]`, sized as the query."""
     example = site.query.meta["example_value"]
     batch, heads = (example.shape[0], 1) if example.dim() == 3 else example.shape[:2]
     axes = [(example.shape[-2] + block - 1) // block for block in blocks]
-    return append_placeholder(gm, name, example.new_empty((batch, heads, *axes), dtype=torch.int32))
+    return append_placeholder(gm, name, example.new_empty((batch, heads, *axes), dtype=dtype))

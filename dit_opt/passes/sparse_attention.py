@@ -13,12 +13,22 @@ from torch.fx import Graph, GraphModule, Node
 
 from dit_opt.kernels.routers.rainfusion import candidate_names
 from dit_opt.passes.graph_edit import append_outputs
-from dit_opt.passes.plan_nodes import BLOCK_K, BLOCK_Q, SparseSite, unpack, write_plan
+from dit_opt.passes.plan_nodes import (
+    BLOCK_K,
+    BLOCK_Q,
+    SLACK,
+    SparseForm,
+    SparseSite,
+    unpack,
+    write_plan,
+)
 from dit_opt.passes.symbolic_sizes import SizeWriter
+
+_SEARCH = SparseForm()
 
 
 def sparse_attention(
-    gm: GraphModule, sites: Sequence[SparseSite], reuse_plans: bool = False
+    gm: GraphModule, sites: Sequence[SparseSite], form: SparseForm = _SEARCH
 ) -> int:
     """Rewrite the sites in `gm`; returns how many there were.
 
@@ -26,7 +36,7 @@ def sparse_attention(
 
         %out = scaled_dot_product_attention(%q, %k, %v)
 
-    becomes, with `reuse_plans=False`, under the router `rainfusion`::
+    becomes, when it searches, under the router `rainfusion`::
 
         %choice, %recall, %density = rainfusion_recognize_v1(%q, %k, ..., T, H, W, start)
         %counts, %indices, %rows, %inverse = rainfusion_plan_v1(%choice, N, T, H, W, start, ...)
@@ -44,8 +54,16 @@ def sparse_attention(
         %out = index_select(%out1, tokens, %inverse)
 
     What a later call needs of the plan (the choice, or counts and indices), the recall and the
-    density are also outputs of the graph. With `reuse_plans=True` the plan is an input instead. A
-    site without a grid stays in the model's own order.
+    density are also outputs of the graph. Under `form.reuse` the plan is an input instead. A site
+    without a grid stays in the model's own order. Under `form.guard` the lists pass a check first::
+
+        %counts1, %indices1, %kept, %error, %caught = guard_plan_v1(%q1, %k1, %v1, %counts, ...)
+
+    and under `form.compare` the dense call stays, for its difference::
+
+        %difference = compare_heads_v1(%out, %dense)
+
+    What these find are outputs too; `SparseForm.name_outputs` tells all of them.
 
     Refuses nothing: sites that cannot be replaced must not be passed in.
     """
@@ -53,7 +71,7 @@ def sparse_attention(
     state: list[Node] = []
     for index, sparse in enumerate(sites):
         with gm.graph.inserting_before(sparse.site.node):
-            state += _replace(gm, sparse, index, sizes, reuse_plans)
+            state += _replace(gm, sparse, index, sizes, form)
     if state:
         append_outputs(gm, state)
     gm.graph.lint()
@@ -67,7 +85,7 @@ def name_choices(layout: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _replace(
-    gm: GraphModule, sparse: SparseSite, index: int, sizes: SizeWriter, reuse_plans: bool
+    gm: GraphModule, sparse: SparseSite, index: int, sizes: SizeWriter, form: SparseForm
 ) -> list[Node]:
     """Write the ops of one site before it and drop it; returns the nodes to hand out as state."""
     graph, ops, site = gm.graph, torch.ops.ditopt, sparse.site
@@ -77,10 +95,18 @@ def _replace(
     if flat:
         qkv = [graph.call_method("unsqueeze", (x, 1)) for x in qkv]
     bias = _write_key_bias(graph, sparse.key_mask)
-    routed = write_plan(gm, sparse, index, qkv, bias, sizes, reuse_plans)
-    inputs = (routed.q, routed.k, routed.v, routed.counts, routed.indices, routed.bias)
+    routed = write_plan(gm, sparse, index, qkv, bias, sizes, form)
+    searching = sparse.router != "full"
+    state = [] if form.reuse or not searching else [*routed.plan, *routed.statistics]
+    qkv, lists = (routed.q, routed.k, routed.v), (routed.counts, routed.indices)
+    if form.guard and searching:
+        rule = (routed.bias, sparse.scale, routed.expected, SLACK, BLOCK_Q, BLOCK_K)
+        checked = unpack(graph, call(ops.guard_plan_v1.default, (*qkv, *lists, *rule)), 5)
+        lists, findings = tuple(checked[:2]), checked[2:]
+        state += findings
+    inputs = (*qkv, *lists, routed.bias)
     tail = ()
-    if sparse.tail == "centroid" and sparse.router != "full":
+    if sparse.tail == "centroid" and searching:
         summary = call(ops.summarize_blocks_v1.default, (routed.k, routed.v, routed.bias, BLOCK_K))
         tail = unpack(graph, summary, 3)
     pair = call(
@@ -95,8 +121,13 @@ def _replace(
         out = graph.call_method("squeeze", (out, 1))
     out.meta = {**site.node.meta}
     site.node.replace_all_uses_with(out)
-    graph.erase_node(site.node)
-    return [] if reuse_plans else [*routed.plan, *routed.statistics]
+    if form.compare and searching:
+        # after the dense call, which stands behind what was written
+        with graph.inserting_after(site.node):
+            state.append(call(ops.compare_heads_v1.default, (out, site.node)))
+    else:
+        graph.erase_node(site.node)
+    return state
 
 
 def _write_key_bias(graph: Graph, mask: Node | None) -> Node | None:
