@@ -1,11 +1,14 @@
-"""What ditopt does to the clips of the demo model, over many prompts.
+"""What ditopt does to the videos of a model, over many prompts.
 
-    python -m benchmarks.quality --prompts N [--steps 20] [--json F] [--checkpoint F] [--resume]
-        [--option quality=0.95] [--option dense_steps=0.2] [--plot F]
+    python -m benchmarks.quality --prompts N [--steps 20] [--json F] [--resume] [--plot F]
+        [--option quality=0.95] [--routers adaspa sol --densities 0.25 0.4 --tails drop centroid]
+        [--pipeline NAME --prompt-file F]
 
-Each prompt is sampled with Inductor (`dense`) and with ditopt (`default`) from the same noise, two
-guidance branches a step, the two taking turns. The JSON file is rewritten after every prompt, so a
-long run can be stopped and taken up again with `--resume`.
+Each prompt is sampled with Inductor (`dense`), with ditopt (`default`, its options from --option)
+and with every combination of the other lists, from the same noise. On the demo model the samplings
+take turns step by step; those of a diffusers pipeline (--pipeline, from the hub or a folder) run
+one after the other. The JSON file is rewritten after every prompt, so a long run can be stopped and
+taken up again with `--resume`.
 """
 
 from __future__ import annotations
@@ -13,41 +16,30 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import json
-import statistics
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
-import dit_opt
-from benchmarks.attention_mass import measure_mass
-from dit_opt.demo import clips, detector
+from benchmarks.quality_result import (
+    ResumeError,
+    plot_pareto,
+    render_result,
+    save_result,
+    start_result,
+)
+from benchmarks.quality_subjects import Configuration, DemoSubject, PipelineSubject, Subject
 from dit_opt.demo.images import compare_clips
-from dit_opt.demo.machine import describe_machine, list_versions, read_date
+from dit_opt.demo.machine import list_versions, read_date
 from dit_opt.demo.model import CHECKPOINT, CheckpointError
 from dit_opt.demo.sampler import STEPS
-from dit_opt.demo.side_by_side import (
-    Contestants,
-    Notify,
-    Task,
-    load_contestants,
-    run_interleaved,
-    run_steps,
-)
-from dit_opt.options import OptionError
+from dit_opt.demo.side_by_side import Notify, Run
+from dit_opt.options import ROUTERS, TAILS, OptionError, Options
 
-MASS_PROMPTS = 2
 NOISE_PROMPTS = 2
-# what must be equal for a run to be taken up again
-SETTINGS = ("checkpoint_sha256", "steps", "options", "seed", "versions")
-
-
-class ResumeError(RuntimeError):
-    """A result file cannot be continued with these arguments."""
 
 
 def read_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -67,171 +59,82 @@ def read_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def measure_prompt(contestants: Contestants, task: Task, notify: Notify) -> dict[str, Any]:
-    """Sample one prompt both ways; the row of figures."""
-    dit_opt.reset()
-    models = {"dense": contestants.inductor, "default": contestants.ditopt}
-    runs = run_interleaved(models, task, notify)
-    likeness = compare_clips(runs["default"].latents, runs["dense"].latents)
-    row: dict[str, Any] = {"prompt": clips.describe(task.prompt), "seed": task.seed}
-    for name, run in runs.items():
-        row[f"{name}_prompt_score"] = detector.score(run.latents[0].float().cpu(), task.prompt)
-        row[f"{name}_seconds_per_step"] = run.total / len(run.seconds)
-    row["psnr_db"], row["ssim"] = likeness.psnr_db, likeness.ssim
-    row["density"] = dit_opt.report(contestants.ditopt).density
-    return row
+def list_configurations(
+    base: dict[str, Any],
+    routers: Sequence[str] = (),
+    densities: Sequence[float] = (),
+    tails: Sequence[str] = (),
+    dense_steps: Sequence[float] = (),
+) -> list[Configuration]:
+    """`default`, which is `base`, and every combination of what the lists name on top of it.
 
-
-def measure_noise_floor(contestants: Contestants, task: Task, notify: Notify) -> dict[str, Any]:
-    """How far two dense ways to compute the same clip, eager and Inductor, are apart."""
-    eager, inductor = (
-        run_steps(f"noise floor, {name}", model, task, task.steps, notify).latents
-        for name, model in (("eager", contestants.eager), ("inductor", contestants.inductor))
-    )
-    likeness = compare_clips(eager, inductor)
-    return {
-        "prompt": clips.describe(task.prompt),
-        "seed": task.seed,
-        "psnr_db": likeness.psnr_db,
-        "ssim": likeness.ssim,
-    }
-
-
-def aggregate(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Means over prompts, and the low end of the PSNR."""
-    if not rows:
-        return {"dense": {}, "default": {}}
-
-    def mean(key: str) -> float | None:
-        values = [row[key] for row in rows if row[key] is not None]
-        return statistics.fmean(values) if values else None
-
-    psnr = torch.tensor([row["psnr_db"] for row in rows], dtype=torch.float64)
-    out: dict[str, dict[str, float | None]] = {
-        name: {
-            "prompt_score": mean(f"{name}_prompt_score"),
-            "seconds_per_step": mean(f"{name}_seconds_per_step"),
-        }
-        for name in ("dense", "default")
-    }
-    out["default"] |= {
-        "psnr_db": mean("psnr_db"),
-        "psnr_db_min": psnr.min().item(),
-        "psnr_db_5th_percentile": psnr.quantile(0.05).item(),
-        "ssim": mean("ssim"),
-        "density": mean("density"),
-        "speedup": sum(row["dense_seconds_per_step"] for row in rows)
-        / sum(row["default_seconds_per_step"] for row in rows),
-    }
-    return out
-
-
-def hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def start_result(
-    settings: dict[str, Any], path: Path | None, resume: bool, device: str
-) -> dict[str, Any]:
-    """An empty result, or what `path` holds of an earlier run with the same settings.
-
-    Raises ResumeError where the file is missing, damaged or of other settings.
+    Raises OptionError where one of them is not valid.
     """
-    if not resume:
-        return {
-            **settings,
-            "rows": [],
-            "noise_floor": {"rows": []},
-            "model": {},
-            "machine": describe_machine(device),
-        }
-    if path is None or not path.exists():
-        raise ResumeError("--resume needs --json with the file of the run to take up.")
-    try:
-        result = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ResumeError(f"{path} is no result file ({error}); leave --resume out.") from error
-    for key in SETTINGS:
-        if result.get(key) != settings[key]:
-            raise ResumeError(
-                f"{path} was measured with {key}={result.get(key)}, not {settings[key]}; give "
-                "the same arguments, or leave --resume out."
-            )
-    return result
+    lists = {"router": routers, "density": densities, "tail": tails, "dense_steps": dense_steps}
+    lists = {name: values for name, values in lists.items() if values}
+    found = [Configuration("default", base)]
+    for values in itertools.product(*lists.values()) if lists else ():
+        options = {**base, **dict(zip(lists, values))}
+        if "density" in lists:
+            options.pop("quality", None)
+        Options.parse(options)
+        name = " ".join(f"{k}={v}" if k != "router" else v for k, v in zip(lists, values))
+        found.append(Configuration(name, options))
+    return found
 
 
-def save_result(result: dict[str, Any], path: Path | None) -> None:
-    """Bring the means up to date and rewrite the file, whole or not at all."""
-    result.update(aggregate(result["rows"]), date=read_date(), prompts=len(result["rows"]))
-    floor = result["noise_floor"]
-    if floor["rows"]:
-        floor["psnr_db"] = statistics.fmean(row["psnr_db"] for row in floor["rows"])
-        floor["ssim"] = statistics.fmean(row["ssim"] for row in floor["rows"])
-    if path is not None:
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(path)
+def measure_prompt(subject: Subject, prompt: str, seed: int, notify: Notify) -> dict[str, Any]:
+    """Sample one prompt in every way; its figures."""
+    runs = subject.sample(prompt, seed, notify)
+    dense = runs.pop("dense")
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "dense": _describe(subject, prompt, dense),
+        "configurations": {
+            name: _describe(subject, prompt, run)
+            | _compare(run, dense)
+            | {"density": subject.read_density(name)}
+            for name, run in runs.items()
+        },
+    }
+
+
+def _describe(subject: Subject, prompt: str, run: Run) -> dict[str, Any]:
+    return {
+        "prompt_score": subject.score(prompt, run.latents),
+        "seconds_per_step": run.total / len(run.seconds),
+    }
+
+
+def _compare(run: Run, reference: Run) -> dict[str, float]:
+    likeness = compare_clips(run.latents, reference.latents)
+    return {"psnr_db": likeness.psnr_db, "ssim": likeness.ssim}
 
 
 def run_benchmark(
-    contestants: Contestants,
+    subject: Subject,
     result: dict[str, Any],
-    tasks: Sequence[Task],
+    prompts: Sequence[str],
+    seed: int,
     path: Path | None,
     notify: Notify,
 ) -> None:
     """Measure what `result` lacks, saving after every prompt."""
-    if len(result["rows"]) < len(tasks):
+    samples, floor = result["samples"], result["noise_floor"]["samples"]
+    if len(samples) < len(prompts):
         # no row may hold the seconds of compilation
-        cold = contestants.dense_steps(tasks[0].steps) + 2
-        for name, model in (("dense", contestants.inductor), ("default", contestants.ditopt)):
-            run_steps(f"{name}, cold", model, tasks[0], min(cold, tasks[0].steps), notify)
-    if "mass_best_quarter" not in result["model"]:
-        prompts = clips.list_prompts(MASS_PROMPTS)
-        mass = measure_mass(contestants.eager, prompts, tasks[0].steps)
-        result["model"]["mass_best_quarter"] = mass.mean().item()
+        subject.warm_up(prompts[0], seed, notify)
+    if not result["model"]:
+        result["model"] = subject.describe_model()
         save_result(result, path)
-    for task in tasks[len(result["noise_floor"]["rows"]) : NOISE_PROMPTS]:
-        result["noise_floor"]["rows"].append(measure_noise_floor(contestants, task, notify))
+    for index in range(len(floor), min(NOISE_PROMPTS, len(prompts))):
+        eager, inductor = subject.sample_dense_twice(prompts[index], seed + index, notify)
+        floor.append({"prompt": prompts[index], **_compare(eager, inductor)})
         save_result(result, path)
-    for task in tasks[len(result["rows"]) :]:
-        result["rows"].append(measure_prompt(contestants, task, notify))
+    for index in range(len(samples), len(prompts)):
+        samples.append(measure_prompt(subject, prompts[index], seed + index, notify))
         save_result(result, path)
-
-
-def render_result(result: dict[str, Any]) -> str:
-    """The means as a table."""
-    default = result["default"]
-    both = [
-        [key, result["dense"].get(key), default.get(key)]
-        for key in ("prompt_score", "seconds_per_step")
-    ]
-    alone = [[k, None, v] for k, v in default.items() if k not in result["dense"]]
-    rest = [
-        [
-            "noise floor (eager against Inductor), psnr_db",
-            result["noise_floor"].get("psnr_db"),
-            None,
-        ],
-        ["mass_best_quarter", result["model"].get("mass_best_quarter"), None],
-    ]
-    title = f"{result['prompts']} prompts, {result['steps']} steps, options {result['options']}"
-    rows = both + alone + rest
-    return f"{title}\n{tabulate(rows, ['', 'dense', 'ditopt'], floatfmt='.4f')}"
-
-
-def plot_psnr(result: dict[str, Any], path: Path) -> None:
-    """PSNR of every prompt, sorted, with the noise floor."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(sorted(row["psnr_db"] for row in result["rows"]), "o", label="ditopt")
-    if "psnr_db" in result["noise_floor"]:
-        axes.axhline(result["noise_floor"]["psnr_db"], ls="--", label="eager (noise floor)")
-    axes.set(xlabel="prompt, sorted", ylabel="PSNR against Inductor (dB)")
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -240,16 +143,45 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--routers", nargs="+", default=[], choices=ROUTERS)
+    parser.add_argument("--densities", nargs="+", default=[], type=float)
+    parser.add_argument("--tails", nargs="+", default=[], choices=TAILS)
+    parser.add_argument("--dense-steps", nargs="+", default=[], type=float)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--pipeline", help="a diffusers pipeline instead of the demo model")
+    parser.add_argument("--prompt-file", type=Path, help="for --pipeline: a prompt in each line")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="write the Pareto plot to this PNG")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args(argv)
     if args.prompts < 1 or args.steps < 3:
         parser.error("--prompts must be at least 1 and --steps at least 3")
+    if (args.pipeline is None) != (args.prompt_file is None):
+        parser.error("--pipeline and --prompt-file belong together")
     return args
+
+
+def load_subject(args: argparse.Namespace) -> tuple[Subject, list[str], dict[str, Any]]:
+    """The model, its prompts and the settings that a resumed run must share."""
+    configurations = list_configurations(
+        read_options(args.option), args.routers, args.densities, args.tails, args.dense_steps
+    )
+    settings: dict[str, Any] = {
+        "steps": args.steps,
+        "configurations": {c.name: dict(c.options) for c in configurations},
+        "seed": args.seed,
+        "versions": list_versions(),
+    }
+    if args.pipeline is not None:
+        prompts = args.prompt_file.read_text().splitlines()
+        prompts = [p for p in prompts if p.strip()][: args.prompts]
+        subject = PipelineSubject.load(args.pipeline, configurations, args.steps, args.device)
+        return subject, prompts, settings | {"pipeline": args.pipeline}
+    subject = DemoSubject.load(args.checkpoint, configurations, args.steps, args.device)
+    sha = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
+    return subject, subject.list_prompts(args.prompts), settings | {"checkpoint_sha256": sha}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -257,26 +189,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        options = read_options(args.option)
-        contestants = load_contestants(args.checkpoint, args.steps, args.device, options)
-        settings = {
-            "checkpoint_sha256": hash_file(args.checkpoint),
-            "steps": args.steps,
-            "options": options,
-            "seed": args.seed,
-            "versions": list_versions(),
-        }
+        subject, prompts, settings = load_subject(args)
         result = start_result(settings, args.json, args.resume, args.device)
-    except (CheckpointError, OptionError, ResumeError) as error:
+    # an OptionError, or a name that is no pipeline, is a ValueError
+    except (CheckpointError, ResumeError, ValueError, OSError) as error:
         sys.exit(f"benchmarks.quality: {error}")
-    tasks = [
-        Task(prompt, args.seed + i, args.steps, device=args.device)
-        for i, prompt in enumerate(clips.list_prompts(args.prompts))
-    ]
-    run_benchmark(contestants, result, tasks, args.json, _print_progress)
+    run_benchmark(subject, result, prompts, args.seed, args.json, _print_progress)
     print(render_result(result))
     if args.plot:
-        plot_psnr(result, args.plot)
+        plot_pareto(result, args.plot)
 
 
 def _print_progress(name: str, done: int, steps: int) -> None:

@@ -85,6 +85,16 @@ def compile_with_inductor(
     return compile_fx(gm, inputs, config_patches=dict(patches))
 
 
+def allow_recompiles(count: int) -> None:
+    """Let Dynamo compile one function for at least `count` different sets of guards.
+
+    It counts every instance of a module as one.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, count)
+
+
 def expand_mode(mode: str) -> dict[str, Any]:
     """The Inductor settings that a `torch.compile` mode stands for.
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -24,45 +22,27 @@ import dit_opt.kernels.routers
 import dit_opt.kernels.token_order  # noqa: F401
 from dit_opt import cost
 from dit_opt._compat import cache_counts, compile_with_inductor, size_expression
-from dit_opt.decisions import GraphRecord, PassRecord
-from dit_opt.facts.provenance import find_timestep, layer_anchor, model_anchor
+from dit_opt.analysis import Analysis, analyse
+from dit_opt.decisions import GraphRecord
+from dit_opt.facts.order import OrderRegion
+from dit_opt.facts.provenance import layer_anchor, model_anchor
 from dit_opt.facts.sites import Form, Site, find_sites
-from dit_opt.facts.tokens import Tokens, find_tokens
 from dit_opt.inspect.dump import Dumper
 from dit_opt.inspect.render import render_decisions, summarise
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
-from dit_opt.passes.choose_sites import Choice, choose_sites
 from dit_opt.passes.graph_edit import copy_graph
-from dit_opt.passes.sparse_attention import SparseSite, sparse_attention
+from dit_opt.passes.plan_nodes import SparseForm, SparseSite, count_plan_tensors
+from dit_opt.passes.sparse_attention import sparse_attention
+from dit_opt.passes.token_order import order_by_cubes
 from dit_opt.runtime.bound import Bound, Wiring, refuse_gradients
-from dit_opt.runtime.schedule import Phase
+from dit_opt.runtime.schedule import Phase, Schedule
 
 log = logging.getLogger(__name__)
 
 
 class NothingReplaced(RuntimeError):
     """`on_no_match="error"` and no attention site of a graph could be replaced."""
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """The facts of one graph and what follows from them.
-
-    Attributes:
-        sites, tokens: the facts. choices: one for each site.
-        timesteps: placeholder positions that may be the timestep.
-    """
-
-    sites: tuple[Site, ...]
-    tokens: Tokens
-    choices: tuple[Choice, ...]
-    timesteps: tuple[int, ...]
-    timestep_name: str | None
-
-    @property
-    def sparse(self) -> tuple[SparseSite, ...]:
-        return tuple(c.sparse for c in self.choices if c.sparse)
 
 
 _bounds: weakref.WeakSet[Bound] = weakref.WeakSet()
@@ -92,43 +72,11 @@ def ditopt(
     analysis, passes = analyse(gm, parsed)
     dumper = Dumper(parsed.dump)
     dumper.graph("capture", gm)
-    record = GraphRecord(
-        decisions=tuple(c.decision for c in analysis.choices),
-        timestep=analysis.timestep_name,
-        passes=tuple(passes),
-    )
+    record = analysis.describe(passes)
     _announce(record, parsed)
     bound = _bind(gm, list(example_inputs), analysis, parsed, record, dumper)
     _bounds.add(bound)
     return bound
-
-
-def analyse(gm: GraphModule, options: Options) -> tuple[Analysis, list[PassRecord]]:
-    """Facts and decisions of a graph; nothing is rewritten or compiled."""
-    passes: list[PassRecord] = []
-
-    def timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
-        began = time.perf_counter()
-        out = function(*args)
-        passes.append(PassRecord(name, 0, time.perf_counter() - began))
-        return out
-
-    sites = timed("find_sites", find_sites, gm.graph)
-    tokens = timed("find_tokens", find_tokens, gm.graph, sites)
-    timestep = timed("find_timestep", find_timestep, gm.graph)
-    choices = timed("choose_sites", choose_sites, gm, sites, tokens, options)
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    candidates = () if timestep is None else timestep.candidates
-    return (
-        Analysis(
-            sites=sites,
-            tokens=tokens,
-            choices=tuple(choices),
-            timesteps=tuple(placeholders.index(n) for n in candidates),
-            timestep_name=None if timestep is None else timestep.candidates[0].name,
-        ),
-        passes,
-    )
 
 
 def _announce(record: GraphRecord, options: Options) -> None:
@@ -157,7 +105,7 @@ def _bind(
     dumper: Dumper,
 ) -> Bound:
     sparse = analysis.sparse
-    searching = [s for s in sparse if s.grid is not None]
+    searching = [s for s in sparse if s.router != "full"]
     placeholders = gm.graph.find_nodes(op="placeholder")
     position = {n: i for i, n in enumerate(placeholders)}
     anchors = [layer_anchor(s.site, gm.graph) for s in searching]
@@ -170,14 +118,21 @@ def _bind(
         if searching and options.refresh_every > 1:
             _require_layers(searching, layers, options)
             phases.add(Phase.REUSE)
+            if options.verify_every:
+                phases.add(Phase.VERIFY)
+    forms = {phase: _choose_form(phase, options) for phase in phases - {Phase.OBSERVE}}
+    plan_tensors = count_plan_tensors(options.effective_router)
+    heads = _read_sizes([e for s in searching for e in _count_heads(s)], placeholders)
     lengths = [_count_tokens(s) for s in sparse]
-    layouts = [(*s.grid, s.start, _count_tokens(s)) for s in searching if s.grid]
+    layouts = [(*(s.grid or (0, 0, 0)), s.start, _count_tokens(s)) for s in searching]
     flat = _read_sizes([e for layout in layouts for e in layout], placeholders)
     wiring = Wiring(
         outputs=_count_outputs(gm),
         timesteps=analysis.timesteps if sparse else (),
         model=position[model] if model is not None else None,
         layers=layers,
+        state={phase: form.name_outputs(plan_tensors) for phase, form in forms.items()},
+        heads=lambda args: list(zip(*[iter(heads(args))] * 2)),
         layouts=lambda args: list(zip(*[iter(flat(args))] * 5)),
         lengths=_read_sizes(lengths, placeholders),
         min_tokens=_min_tokens(sparse, options),
@@ -193,7 +148,7 @@ def _bind(
             copy = copy_graph(source)
             extra = []
             if phase is not Phase.OBSERVE:
-                extra = _rewrite(copy, analysis, phase, dumper)
+                extra = _rewrite(copy, analysis, phase, forms[phase], dumper)
             hits, _ = cache_counts()
             compiled = compile_with_inductor(copy, inputs + extra, patches)
             return compiled, cache_counts()[0] > hits
@@ -202,8 +157,7 @@ def _bind(
         compile_variant,
         frozenset(phases),
         wiring,
-        options.effective_dense_steps,
-        options.refresh_every,
+        Schedule(options.effective_dense_steps, options.refresh_every, options.verify_every or 0),
         record,
     )
     # While Dynamo traces, the symbols of a graph may still gain guards; later they may not. A
@@ -227,35 +181,44 @@ def _require_layers(
 
 
 def _first_phase(bound: Bound) -> Phase:
-    sparse_first = Phase.SEARCH in bound.phases and not bound.dense_steps
+    sparse_first = Phase.SEARCH in bound.phases and not bound.schedule.dense_steps
     return Phase.SEARCH if sparse_first else Phase.OBSERVE
 
 
-def _rewrite(copy: GraphModule, analysis: Analysis, phase: Phase, dumper: Dumper) -> list[Any]:
+def _choose_form(phase: Phase, options: Options) -> SparseForm:
+    return SparseForm(
+        reuse=phase in (Phase.REUSE, Phase.VERIFY),
+        guard=options.verify_every is not None and phase is not Phase.REUSE,
+        compare=options.verify,
+    )
+
+
+def _rewrite(
+    copy: GraphModule, analysis: Analysis, phase: Phase, form: SparseForm, dumper: Dumper
+) -> list[Any]:
     """Run the passes on a copy; returns example values of the placeholders they added."""
     at = {n.name: n for n in copy.graph.nodes}
     before = len(copy.graph.find_nodes(op="placeholder"))
     chosen = {s.site.index: s for s in analysis.sparse}
-    decomposed = [_moved(s.site, at) for s in analysis.sparse if s.site.form is Form.DECOMPOSED]
+    if isinstance(analysis.order, OrderRegion):
+        with dumper.around("order_tokens", copy, phase.value):
+            at |= order_by_cubes(
+                copy, analysis.order.moved(at), _example(analysis.sparse[0]).device
+            )
+    sites = find_sites(copy.graph)
+    decomposed = [s for s in sites if s.index in chosen and s.form is Form.DECOMPOSED]
     if decomposed:
         with dumper.around("canonicalize_attention", copy, phase.value):
             canonicalize_attention(copy, decomposed)
-    sites = find_sites(copy.graph)
+        sites = find_sites(copy.graph)
     with dumper.around("sparse_attention", copy, phase.value):
         sparse_attention(
             copy,
             [_replace_site(chosen[s.index], s, at) for s in sites if s.index in chosen],
-            reuse_plans=phase is Phase.REUSE,
+            form,
         )
     added = copy.graph.find_nodes(op="placeholder")[before:]
     return [n.meta["example_value"] for n in added]
-
-
-def _moved(site: Site, at: dict[str, Any]) -> Site:
-    """The same site in a copy of its graph, where nodes keep their names."""
-    fields = ("node", "query", "key", "value", "mask")
-    moved = {f: at[n.name] for f in fields if (n := getattr(site, f)) is not None}
-    return dataclasses.replace(site, **moved)
 
 
 def _replace_site(sparse: SparseSite, site: Site, at: dict[str, Any]) -> SparseSite:
@@ -272,6 +235,14 @@ def _min_tokens(sparse: Sequence[SparseSite], options: Options) -> int:
 def _example(sparse: SparseSite) -> torch.Tensor:
     assert sparse.site.query is not None
     return sparse.site.query.meta["example_value"]
+
+
+def _count_heads(sparse: SparseSite) -> tuple[sympy.Expr, sympy.Expr]:
+    """Batch and heads; the pass sees `[B * H, N, D]` as B * H items of one head."""
+    shape = _example(sparse).shape
+    if len(shape) == 3:
+        return size_expression(shape[0]), sympy.Integer(1)
+    return size_expression(shape[0]), size_expression(shape[1])
 
 
 def _count_tokens(sparse: SparseSite) -> sympy.Expr:

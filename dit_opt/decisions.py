@@ -186,11 +186,14 @@ class GraphRecord:
     Attributes:
         decisions: one for each site, in graph order.
         timestep: name of the input that tells the step, or None.
+        order: whether tokens are put into the routers' order once for the whole graph, or what
+            stopped the proof that they may; "" where no router asks for it.
         passes: in the order in which they ran.
     """
 
     decisions: tuple[Decision, ...]
     timestep: str | None = None
+    order: str = ""
     passes: tuple[PassRecord, ...] = field(default=())
 
     @property
@@ -202,6 +205,7 @@ class GraphRecord:
         """Everything, in types that `json.dumps` takes."""
         return {
             "timestep": self.timestep,
+            "order": self.order,
             "decisions": [d.to_json() for d in self.decisions],
             "passes": [
                 {"name": p.name, "changed": p.changed, "seconds": p.seconds} for p in self.passes

@@ -17,21 +17,31 @@ from dit_opt._compat import expand_mode, inductor_settings
 DEFAULT_QUALITY = 0.9
 DEFAULT_DENSE_STEPS = 0.2
 
-ROUTERS = ("auto", "dense", "rainfusion")
-TAILS = ("drop",)
+ROUTERS = (
+    "auto",
+    "dense",
+    "rainfusion",
+    "adaspa",
+    "subblock",
+    "sol",
+    "frame_tile",
+    "oracle",
+)
+# What `auto` stands for: the best in benchmarks/results.
+AUTO_ROUTER = "rainfusion"
+# Routers that know no recall, and so keep a density.
+DENSITY_ROUTERS = ("frame_tile",)
+DEFAULT_DENSITY = 0.25
+TAILS = ("drop", "centroid")
 ON_NO_MATCH = ("warn", "error", "ignore")
 
 # Promised by the design, not written yet: asking for one must not look like a typo.
-RESERVED_ROUTERS = ("adaspa", "subblock", "sol", "frame_tile")
-RESERVED_TAILS = ("centroid",)
 RESERVED_OPTIONS = (
     "fuse",
     "hoist",
     "memory_budget",
     "quantize",
     "release_weights",
-    "verify",
-    "verify_every",
 )
 
 
@@ -44,15 +54,24 @@ class Options:
     """The options of one compilation. Hashable and comparable.
 
     Attributes:
-        router: how blocks are chosen: `auto` (the measured best), `dense` (replace nothing) or
-            `rainfusion`.
+        router: how blocks are chosen: `auto` (the measured best), `dense` (replace nothing),
+            `rainfusion` (a pattern for each head), `adaspa` (search by exact softmax mass of every
+            fourth row), `subblock` and `sol` (search by pooled tokens, fine and coarse),
+            `frame_tile` (own and reference frames) or `oracle` (exact search, as slow as dense
+            attention: for measuring).
         density: mean kept share of the score matrix over sparse steps, in (0, 1]; 1 keeps
             everything through the sparse kernel. Excludes `quality`.
         quality: kept softmax mass to aim at, per head, in (0, 1).
-        tail: what stands in for dropped blocks; only `drop`, which is nothing.
+        tail: what stands in for dropped blocks: `drop`, which is nothing, or `centroid`, their
+            mean key and value.
         dense_steps: steps at the start of a trajectory that stay dense: an int counts steps, a
             float in [0, 1] is a share of the trajectory.
         refresh_every: steps between two searches for a plan.
+        verify_every: steps between two checks of plans on a few rows, in between searches and at
+            each of them; a head whose plan keeps too little runs dense at once, and is searched
+            anew with a larger budget in the next step. None checks nothing.
+        verify: run dense attention beside every sparse one and report the difference of each layer
+            and step, for finding out what to keep dense. Slow.
         min_tokens: sites with fewer keys stay dense; None asks the cost model.
         grid: (T, H, W) in tokens, for graphs that cannot tell.
         on_no_match: what to do where no site could be replaced.
@@ -71,6 +90,8 @@ class Options:
     tail: str = "drop"
     dense_steps: int | float | None = None
     refresh_every: int = 1
+    verify_every: int | None = None
+    verify: bool = False
     min_tokens: int | None = None
     grid: tuple[int, int, int] | None = None
     on_no_match: str = "warn"
@@ -105,9 +126,21 @@ class Options:
         return cls(**values)
 
     @property
+    def effective_router(self) -> str:
+        """The router by name, where `auto` is one of the others."""
+        return AUTO_ROUTER if self.router == "auto" else self.router
+
+    @property
+    def effective_density(self) -> float | None:
+        """The density to keep; None where `quality` decides instead."""
+        if self.density is None and self.effective_router in DENSITY_ROUTERS:
+            return DEFAULT_DENSITY
+        return self.density
+
+    @property
     def effective_quality(self) -> float | None:
         """The softmax mass to aim at; None where `density` decides instead."""
-        if self.density is not None:
+        if self.effective_density is not None:
             return None
         return DEFAULT_QUALITY if self.quality is None else self.quality
 
@@ -125,6 +158,11 @@ class Options:
             raise OptionError(
                 f"Options 'density' ({self.density}) and 'quality' ({self.quality}) both say how "
                 "much to keep. Give one of them."
+            )
+        if self.router in DENSITY_ROUTERS and self.quality is not None:
+            raise OptionError(
+                f"Option 'quality' is {self.quality}, but router={self.router!r} knows no softmax "
+                "mass. Give 'density' instead, or choose another router."
             )
         for name in ("density", "quality"):
             value = getattr(self, name)
@@ -158,16 +196,11 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_choice(choices: tuple[str, ...], reserved: tuple[str, ...] = ()) -> Callable:
+def _check_choice(choices: tuple[str, ...]) -> Callable:
     def check(name: str, value: Any) -> str:
         expected = f"one of {', '.join(map(repr, choices))}"
         if isinstance(value, str) and value in choices:
             return value
-        if isinstance(value, str) and value in reserved:
-            raise OptionError(
-                f"Option {name!r} is {value!r}, which is not in this version of ditopt; it must "
-                f"be {expected}."
-            )
         near = difflib.get_close_matches(str(value), choices, n=1)
         raise _refuse(name, value, expected + (f" (did you mean {near[0]!r}?)" if near else ""))
 
@@ -207,6 +240,12 @@ def _check_int(least: int, optional: bool) -> Callable:
         raise _refuse(name, value, f"an int >= {least}" + (", or None" if optional else ""))
 
     return check
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise _refuse(name, value, "True or False")
 
 
 def _check_grid(name: str, value: Any) -> tuple[int, int, int] | None:
@@ -257,12 +296,14 @@ def _check_inductor(name: str, value: Any) -> dict[str, Any] | None:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "router": _check_choice(ROUTERS, RESERVED_ROUTERS),
+    "router": _check_choice(ROUTERS),
     "density": _check_share(one_allowed=True),
     "quality": _check_share(one_allowed=False),
-    "tail": _check_choice(TAILS, RESERVED_TAILS),
+    "tail": _check_choice(TAILS),
     "dense_steps": _check_dense_steps,
     "refresh_every": _check_int(1, optional=False),
+    "verify_every": _check_int(1, optional=True),
+    "verify": _check_bool,
     "min_tokens": _check_int(0, optional=True),
     "grid": _check_grid,
     "on_no_match": _check_choice(ON_NO_MATCH),

@@ -80,7 +80,7 @@ def apply_order(gm: GraphModule, region: OrderRegion) -> tuple[GraphModule, int]
         for name in ("order", "inverse")
     )
     moved = region.moved({n.name: n for n in copy.graph.nodes})
-    return copy, order_tokens(copy, moved, order, inverse)
+    return copy, len(order_tokens(copy, moved, order, inverse))
 
 
 def random_order(count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,6 +77,16 @@ def test_modes():
         _compat.expand_mode("fastest")
 
 
+def test_recompiles_are_allowed_and_never_forbidden():
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=8):
+        _compat.allow_recompiles(20)
+        assert config.recompile_limit == 20
+        _compat.allow_recompiles(4)
+        assert config.recompile_limit == 20
+
+
 def test_inductor_settings():
     assert {"max_autotune", "triton.cudagraphs"} <= _compat.inductor_settings()
 

@@ -22,6 +22,7 @@ ALLOWED = {
     "facts": set(),
     "passes": {"facts", "cost", "kernels"},
     "runtime": {"kernels"},
+    "analysis": {"facts", "passes"},
     "cost": set(),
     "_compat": set(),
     "decisions": set(),

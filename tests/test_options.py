@@ -8,6 +8,7 @@ from dit_opt.options import (
     DEFAULT_DENSE_STEPS,
     DEFAULT_QUALITY,
     RESERVED_OPTIONS,
+    ROUTERS,
     OptionError,
     Options,
 )
@@ -47,13 +48,18 @@ def test_reserved_options_are_no_typos(key):
         Options.parse({key: True})
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("router", "adaspa"), ("router", "frame_tile"), ("tail", "centroid")],
-)
-def test_reserved_values_are_no_typos(key, value):
-    with pytest.raises(OptionError, match=f"'{key}' is '{value}', which is not in this version"):
-        Options.parse({key: value})
+def test_a_router_without_a_recall_keeps_a_density():
+    assert Options(router="frame_tile").effective_density == 0.25
+    assert Options(router="frame_tile").effective_quality is None
+    assert Options(router="frame_tile", density=0.4).effective_density == 0.4
+    assert Options(router="subblock").effective_density is None
+    with pytest.raises(OptionError, match="'quality' is 0\\.9, but router='frame_tile'"):
+        Options(router="frame_tile", quality=0.9)
+
+
+def test_auto_stands_for_a_router():
+    assert Options().effective_router in ROUTERS and Options().effective_router != "auto"
+    assert Options(router="sol").effective_router == "sol"
 
 
 @pytest.mark.parametrize(

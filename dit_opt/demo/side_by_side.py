@@ -109,11 +109,18 @@ def load_contestants(
     """
     parsed = Options.parse(options)
     eager = load_model(checkpoint).to(device)
+    pipeline = compile_pipeline(checkpoint, steps, device, options)
+    return Contestants(eager, torch.compile(eager), pipeline, parsed)
+
+
+def compile_pipeline(
+    checkpoint: Path, steps: int, device: str = "cpu", options: Mapping[str, Any] | None = None
+) -> Pipeline:
+    """The demo model as a pipeline, set up for ditopt. Raises as `load_contestants` does."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(steps, device=device)
     pipeline = Pipeline(load_model(checkpoint).to(device), scheduler)
-    dit_opt.optimize(pipeline, **(options or {}))
-    return Contestants(eager, torch.compile(eager), pipeline, parsed)
+    return dit_opt.optimize(pipeline, **(options or {}))
 
 
 def run_steps(name: str, model: Model, task: Task, steps: int, notify: Notify) -> Run:

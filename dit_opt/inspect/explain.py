@@ -57,13 +57,7 @@ def explain(
             # raised below: out of a backend, Dynamo would wrap it
             errors.append(error)
             return gm.forward
-        records.append(
-            GraphRecord(
-                tuple(c.decision for c in analysis.choices),
-                analysis.timestep_name,
-                tuple(passes),
-            )
-        )
+        records.append(analysis.describe(passes))
         return gm.forward
 
     traced = torch.compile(model.forward, backend=record)

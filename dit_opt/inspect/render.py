@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import mean
 from typing import TYPE_CHECKING
 
 import sympy
@@ -15,7 +16,10 @@ from tabulate import tabulate
 from dit_opt.decisions import Decision, GraphRecord, LayoutSummary, Reason, Size
 
 if TYPE_CHECKING:
-    from dit_opt.inspect.report import GraphReport, LayerReport
+    from dit_opt.inspect.report import GraphReport, GuardReport, LayerReport
+
+# of a layer's output, in L2 relative to dense attention
+LARGE_DIFFERENCE = 0.1
 
 _HEADERS = (
     "site",
@@ -79,6 +83,8 @@ def render_report(graphs: Sequence[GraphReport], density: float | None) -> str:
         parts.append(render_decisions(graph.record.decisions, title))
         if graph.layers:
             parts.append(_render_layers(graph.layers))
+        if any(layer.differences for layer in graph.layers):
+            parts.append(_render_differences(graph.layers))
     if density is not None:
         parts.append(f"Mean density over sparse steps: {density:.3f}")
     return "\n\n".join(parts)
@@ -101,7 +107,8 @@ def summarise(record: GraphRecord) -> str:
 def _title(number: int, count: int, record: GraphRecord) -> str:
     name = f"graph {number} of {count}: " if count > 1 else ""
     timestep = record.timestep or "none found"
-    return f"{name}{summarise(record)}; timestep: {timestep}"
+    order = f"; {record.order}" if record.order else ""
+    return f"{name}{summarise(record)}; timestep: {timestep}{order}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -118,6 +125,7 @@ _LAYER_HEADERS = (
     "density by type",
     "sparse calls",
     "searches",
+    "guard",
 )
 
 
@@ -128,15 +136,63 @@ def _render_layers(layers: Sequence[LayerReport]) -> str:
             layer.layer,
             str(layer.branch),
             f"{layer.density:.3f}",
-            f"{layer.recall:.3f}",
+            "" if layer.recall is None else f"{layer.recall:.3f}",
             ", ".join(f"{kind} {count}" for kind, count in sorted(layer.heads.items())),
             ", ".join(f"{kind} {d:.3f}" for kind, d in sorted(layer.density_by_type.items())),
             str(layer.calls),
             str(layer.searches),
+            _describe_guard(layer.guard),
         )
         for layer in layers
     ]
     return tabulate(rows, headers=_LAYER_HEADERS, disable_numparse=True)
+
+
+def _describe_guard(guard: GuardReport | None) -> str:
+    if guard is None:
+        return "off"
+    text = f"kept {guard.kept:.3f}, error {guard.error:.3f}, caught {guard.caught}"
+    return text + (f", dense {guard.dense_heads}" if guard.dense_heads else "")
+
+
+def _render_differences(layers: Sequence[LayerReport]) -> str:
+    """Relative differences to dense attention, layer by step, and what to keep dense."""
+    steps = sorted({step for layer in layers for step in layer.differences})
+    rows = [
+        [layer.module, str(layer.branch)]
+        + [f"{layer.differences[s]:.3f}" if s in layer.differences else "" for s in steps]
+        for layer in layers
+    ]
+    headers = ["difference to dense", "branch", *(f"step {s}" for s in steps)]
+    table = tabulate(rows, headers=headers, disable_numparse=True)
+    return f"{table}\n{suggest_dense(layers)}"
+
+
+def suggest_dense(layers: Sequence[LayerReport]) -> str:
+    """Which steps and layers differ from dense attention by more than `LARGE_DIFFERENCE`.
+
+    Steps first: a layer is named for those only that remain sparse.
+    """
+    steps = sorted({step for layer in layers for step in layer.differences})
+    large = [
+        step
+        for step in steps
+        if mean([d for layer in layers if (d := layer.differences.get(step)) is not None])
+        > LARGE_DIFFERENCE
+    ]
+    first = large[-1] + 1 if large else 0
+    names = {
+        layer.module
+        for layer in layers
+        if (rest := [d for step, d in layer.differences.items() if step >= first])
+        and mean(rest) > LARGE_DIFFERENCE
+    }
+    advice = [f"dense_steps={first}"] if large else []
+    advice += [f"a larger quality or density for {name}" for name in sorted(names)]
+    bound = f"{LARGE_DIFFERENCE:.0%}"
+    if not advice:
+        return f"No step and no layer differs from dense attention by more than {bound} on average."
+    return f"More than {bound} from dense attention on average; consider {', '.join(advice)}."
 
 
 def _group_layers(decisions: Sequence[Decision]) -> list[tuple[str, list[Decision]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,23 @@ from dit_opt.runtime.schedule import Phase
 
 
 @dataclass(frozen=True)
+class GuardReport:
+    """What the guard found in one layer.
+
+    Attributes:
+        checks: how often it looked. kept, error: mass kept and relative L2 error of the plan on
+            its rows, means over heads and checks. caught: heads that were caught, over all checks.
+        dense_heads: heads that it keeps dense now.
+    """
+
+    checks: int
+    kept: float
+    error: float
+    caught: int
+    dense_heads: int
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One searching site of one layer, over all sparse calls of one guidance branch.
 
@@ -22,21 +40,30 @@ class LayerReport:
         module: as "blocks.0.attn1". layer: name of the parameter that identifies the layer.
         branch: 0 conditional, 1 unconditional (in the order of calls).
         density: realised mean kept share, over heads and sparse calls, in real tokens.
-        recall: mean softmax mass inside the plans, as sampled at the searches.
-        heads: how many heads had each type at the last search, over the batch.
+        recall: mean softmax mass inside the plans, as sampled at the searches; None where the
+            router does not know it.
+        heads: how many heads had each type at the last search, over the batch; routers other than
+            `rainfusion` give them all their own name.
         density_by_type: mean density of the heads of each type at the last search.
         calls, searches: sparse calls, and those that searched.
+        plan_bytes: memory of the plan that is kept between calls.
+        guard: what the guard found; None where it does not run.
+        differences: relative L2 difference of the output to dense attention by step, the mean over
+            heads; empty without `verify`.
     """
 
     module: str
     layer: str
     branch: int
     density: float
-    recall: float
+    recall: float | None
     heads: dict[str, int]
     density_by_type: dict[str, float]
     calls: int
     searches: int
+    plan_bytes: int
+    guard: GuardReport | None
+    differences: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -130,20 +157,40 @@ def _describe(record: GraphRecord, name: str, key: Any, state: Any) -> LayerRepo
 
     index, (_, _, branch) = key
     searching = [d for d in record.decisions if d.replaced and d.router != "full"]
-    names = name_choices(state.layout)
-    types = [names[c].split()[0] for c in state.plan.flatten().tolist()]
+    decision = searching[index]
+    types = [decision.router] * state.last_density.numel()
+    if decision.router == "rainfusion":
+        names = name_choices(state.layout)
+        types = [names[c].split()[0] for c in state.plan[0].flatten().tolist()]
     densities = state.last_density.flatten().tolist()
+    recall = float(state.recall.mean()) / state.searches
     by_type: dict[str, list[float]] = {}
     for kind, density in zip(types, densities):
         by_type.setdefault(kind, []).append(density)
     return LayerReport(
-        module=searching[index].module,
+        module=decision.module,
         layer=name,
         branch=branch,
         density=float(state.density.mean()) / state.calls,
-        recall=float(state.recall.mean()) / state.searches,
+        recall=None if math.isnan(recall) else recall,
         heads=dict(Counter(types)),
         density_by_type={k: sum(v) / len(v) for k, v in by_type.items()},
         calls=state.calls,
         searches=state.searches,
+        plan_bytes=state.plan_bytes,
+        guard=_describe_guard(state),
+        differences={step: float(d.mean()) for step, d in sorted(state.differences.items())},
+    )
+
+
+def _describe_guard(state: Any) -> GuardReport | None:
+    guard = state.guard
+    if guard is None:
+        return None
+    return GuardReport(
+        checks=guard.checks,
+        kept=float(guard.kept.mean()) / guard.checks,
+        error=float(guard.error.mean()) / guard.checks,
+        caught=int(guard.caught.sum()),
+        dense_heads=int(state.boost.isinf().sum()),
     )

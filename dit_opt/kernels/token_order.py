@@ -1,4 +1,4 @@
-"""Move tokens into and out of the order that each head wants.
+"""Make token orders, and move tokens into and out of the one that each head wants.
 
 Rows of one head are short and contiguous in the layouts that models use, so one `index_select`
 over all of them costs about a copy; elementwise gathers cost several.
@@ -6,12 +6,20 @@ over all of them costs about a copy; elementwise gathers cost several.
 
 from __future__ import annotations
 
+import functools
+
 import torch
+
+from dit_opt.kernels.routers.orders import VideoLayout, invert_order, order_cubes
 
 _lib = torch.library.Library("ditopt", "FRAGMENT")
 _lib.define("gather_tokens_v1(Tensor x, Tensor rows) -> Tensor")
 _lib.define("scatter_tokens_v1(Tensor x, Tensor inverse) -> Tensor")
 _lib.define("gather_bias_v1(Tensor bias, Tensor rows) -> Tensor")
+_lib.define(
+    "cube_order_v1(Tensor like, SymInt T, SymInt H, SymInt W, SymInt video_start, SymInt N) "
+    "-> (Tensor rows, Tensor inverse)"
+)
 
 
 def _offsets(x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +67,34 @@ def gather_bias(bias: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return bias.expand(rows.shape[0], rows.shape[1], -1).gather(2, rows)
 
 
+@functools.lru_cache(maxsize=8)
+def _build_cube_order(
+    layout: VideoLayout, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    video = order_cubes(layout)[: layout.video_tokens]
+    rows = torch.arange(layout.tokens)
+    rows[layout.video_start : layout.video_start + layout.video_tokens] = video
+    return rows.to(device), invert_order(rows).to(device)
+
+
+def make_cube_order(
+    like: torch.Tensor, T: int, H: int, W: int, video_start: int, N: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cubes of a grid (`orders.order_cubes`) and the inverse, int64 `[N]`, on `like`'s device.
+
+    Text stays where it is, so that one order may serve a whole model.
+    """
+    order = _build_cube_order(VideoLayout(T, H, W, video_start, N), like.device)
+    # Copies, because whoever gets an order may write over it.
+    return order[0].clone(), order[1].clone()
+
+
+def _fake_order(
+    like: torch.Tensor, T: int, H: int, W: int, video_start: int, N: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return like.new_empty(N, dtype=torch.int64), like.new_empty(N, dtype=torch.int64)
+
+
 def _fake_gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*rows.shape, x.shape[-1]))
 
@@ -76,6 +112,7 @@ for _name, _real, _fake in (
     ("gather_tokens_v1", gather_tokens, _fake_gather),
     ("scatter_tokens_v1", scatter_tokens, _fake_scatter),
     ("gather_bias_v1", gather_bias, _fake_bias),
+    ("cube_order_v1", make_cube_order, _fake_order),
 ):
     _lib.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditopt::{_name}", _fake, lib=_lib)

@@ -26,18 +26,24 @@ from dit_opt.facts.tokens import (
     declare_grid,
 )
 from dit_opt.options import OptionError, Options
-from dit_opt.passes.sparse_attention import SparseSite
+from dit_opt.passes.plan_nodes import SparseSite
 
+# Routers whose patterns are made of frames, rows and columns.
+GRID_ROUTERS = ("rainfusion", "frame_tile")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The verdict on one site: the decision for reports, and how to replace it (or None)."""
+    """The verdict on one site: the decision for reports, and how to replace it (or None).
+
+    `layout` is that of its tokens, with the grid that was given if none is proved.
+    """
 
     decision: Decision
     sparse: SparseSite | None
+    layout: Layout | None
 
 
 def choose_sites(
@@ -80,7 +86,7 @@ def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
     kind, keys = classify_mask(site)
     grid = layout.grid if layout else None
     dense = cost.dense_flops(*_shape(site)) if site.query is not None else None
-    full = options.density == 1
+    router = "full" if options.density == 1 else options.effective_router
     sparse = None
     if reason is Reason.REPLACED:
         assert layout is not None
@@ -88,15 +94,19 @@ def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
         head_dim = int(site.query.meta["example_value"].shape[-1])
         sparse = SparseSite(
             site=site,
-            grid=None if full else grid.sizes,
+            router=router,
+            tail=options.tail,
+            grid=None if router == "full" or grid is None else grid.sizes,
             start=sympy.Integer(0) if latents is None else sympy.sympify(latents.start),
+            video=_length(site) if latents is None else sympy.sympify(latents.stop - latents.start),
+            ordered=False,
             key_mask=keys,
             mask_queries=kind is MaskKind.OUTER,
             scale=site.scale if site.scale is not None else head_dim**-0.5,
-            target=options.density if options.density else options.effective_quality,
-            by_density=options.density is not None,
+            target=options.effective_density or options.effective_quality,
+            by_density=options.effective_density is not None,
         )
-    kept = options.density or cost.EXPECTED_DENSITY
+    kept = options.effective_density or cost.EXPECTED_DENSITY
     return Choice(
         Decision(
             site=site.index,
@@ -106,12 +116,13 @@ def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
             detail=detail,
             shapes=_describe_shapes(site),
             layout=_summarise_layout(layout, grid),
-            router=("full" if full else "rainfusion") if sparse else "",
+            router=router if sparse else "",
             flops_dense=dense,
             flops_sparse=None if sparse is None or dense is None else dense * kept,
-            gain=cost.attention_gain(kept) if sparse and not full else None,
+            gain=cost.attention_gain(kept) if sparse and router != "full" else None,
         ),
         sparse,
+        layout,
     )
 
 
@@ -137,7 +148,7 @@ def _find_obstacle(site: Site, layout: Layout | None, options: Options) -> tuple
         return Reason.TOO_SHORT, f"{_length(site)} tokens"
     if options.density == 1:
         return Reason.REPLACED, ""
-    if layout.grid is None:
+    if layout.grid is None and options.effective_router in GRID_ROUTERS:
         return Reason.NO_GRID, layout.reason
     return Reason.REPLACED, ""
 

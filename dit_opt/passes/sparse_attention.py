@@ -7,49 +7,28 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from dit_opt.facts.sites import Site
 from dit_opt.kernels.routers.rainfusion import candidate_names
-from dit_opt.passes.graph_edit import append_outputs, append_placeholder
+from dit_opt.passes.graph_edit import append_outputs
+from dit_opt.passes.plan_nodes import (
+    BLOCK_K,
+    BLOCK_Q,
+    SLACK,
+    SparseForm,
+    SparseSite,
+    unpack,
+    write_plan,
+)
 from dit_opt.passes.symbolic_sizes import SizeWriter
 
-# queries need 128 rows a tile (L2 bandwidth on GPUs); keys may be finer
-BLOCK_Q = 128
-BLOCK_K = 64
-
-
-@dataclass(frozen=True)
-class SparseSite:
-    """One site to replace.
-
-    Attributes:
-        site: the attention call.
-        grid: (T, H, W) of the latent tokens; None keeps every block, in the graph's own order.
-        start: where the latent tokens start in the site's sequence.
-        key_mask: node of a key-padding mask whose last dimension is the keys, or None.
-        mask_queries: rows of masked tokens see no key either, and attend to nothing.
-        scale: factor of the scores.
-        target: softmax mass to keep per head, or the density to stay under.
-        by_density: which of the two `target` is.
-    """
-
-    site: Site
-    grid: tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None
-    start: sympy.Expr
-    key_mask: Node | None
-    mask_queries: bool
-    scale: float
-    target: float
-    by_density: bool
+_SEARCH = SparseForm()
 
 
 def sparse_attention(
-    gm: GraphModule, sites: Sequence[SparseSite], reuse_plans: bool = False
+    gm: GraphModule, sites: Sequence[SparseSite], form: SparseForm = _SEARCH
 ) -> int:
     """Rewrite the sites in `gm`; returns how many there were.
 
@@ -57,7 +36,7 @@ def sparse_attention(
 
         %out = scaled_dot_product_attention(%q, %k, %v)
 
-    becomes, with `reuse_plans=False` (the plan is also an output of the graph)::
+    becomes, when it searches, under the router `rainfusion`::
 
         %choice, %recall, %density = rainfusion_recognize_v1(%q, %k, ..., T, H, W, start)
         %counts, %indices, %rows, %inverse = rainfusion_plan_v1(%choice, N, T, H, W, start, ...)
@@ -65,8 +44,26 @@ def sparse_attention(
         %out1, _ = block_sparse_attention_v2(%q1, %k1, %v1, %counts, %indices, ...)
         %out = scatter_tokens_v1(%out1, %inverse)
 
-    With `reuse_plans=True`, `%choice` is a new placeholder instead. A site without a grid gets
-    `dense_plan_v1` and no gathers.
+    and under those that weigh blocks, in one order for all heads::
+
+        %rows, %inverse = cube_order_v1(%q, T, H, W, start, N)
+        %q1, %k1, %v1 = index_select(%q | %k | %v, tokens, %rows)
+        %counts, %indices, %recall, %density = subblock_plan_v1(%q1, %k1, ...)
+        %tail = summarize_blocks_v1(%k1, %v1, ...)
+        %out1, _ = block_sparse_attention_v2(%q1, %k1, %v1, %counts, %indices, ..., *%tail)
+        %out = index_select(%out1, tokens, %inverse)
+
+    What a later call needs of the plan (the choice, or counts and indices), the recall and the
+    density are also outputs of the graph. Under `form.reuse` the plan is an input instead. A site
+    without a grid stays in the model's own order. Under `form.guard` the lists pass a check first::
+
+        %counts1, %indices1, %kept, %error, %caught = guard_plan_v1(%q1, %k1, %v1, %counts, ...)
+
+    and under `form.compare` the dense call stays, for its difference::
+
+        %difference = compare_heads_v1(%out, %dense)
+
+    What these find are outputs too; `SparseForm.name_outputs` tells all of them.
 
     Refuses nothing: sites that cannot be replaced must not be passed in.
     """
@@ -74,7 +71,7 @@ def sparse_attention(
     state: list[Node] = []
     for index, sparse in enumerate(sites):
         with gm.graph.inserting_before(sparse.site.node):
-            state += _replace(gm, sparse, index, sizes, reuse_plans)
+            state += _replace(gm, sparse, index, sizes, form)
     if state:
         append_outputs(gm, state)
     gm.graph.lint()
@@ -88,7 +85,7 @@ def name_choices(layout: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _replace(
-    gm: GraphModule, sparse: SparseSite, index: int, sizes: SizeWriter, reuse_plans: bool
+    gm: GraphModule, sparse: SparseSite, index: int, sizes: SizeWriter, form: SparseForm
 ) -> list[Node]:
     """Write the ops of one site before it and drop it; returns the nodes to hand out as state."""
     graph, ops, site = gm.graph, torch.ops.ditopt, sparse.site
@@ -97,56 +94,40 @@ def _replace(
     flat = site.query.meta["example_value"].dim() == 3
     if flat:
         qkv = [graph.call_method("unsqueeze", (x, 1)) for x in qkv]
-    q, k, v = qkv
-    bias = bias_before_order = _write_key_bias(graph, sparse.key_mask)
-    state: list[Node] = []
-    blocks = (BLOCK_Q, BLOCK_K)
-    if sparse.grid is None:
-        length = call(torch.ops.aten.sym_size.int, (k, -2))
-        plan = call(ops.dense_plan_v1.default, (q, length, *blocks))
-        counts, indices = _unpack(graph, plan, 2)
-        pair = call(
-            ops.block_sparse_attention_v2.default,
-            (q, k, v, counts, indices, bias, sparse.scale, *blocks),
-        )
-        out = call(operator.getitem, (pair, 0))
-    else:
-        where = [sizes.write(s) for s in (*sparse.grid, sparse.start)]
-        if reuse_plans:
-            choice = _state_input(gm, f"ditopt_plan_{index}", q)
-        else:
-            found = call(
-                ops.rainfusion_recognize_v1.default,
-                (q, k, bias, sparse.scale, sparse.target, sparse.by_density, *where, *blocks),
-            )
-            state = _unpack(graph, found, 3)
-            choice = state[0]
-        length = call(torch.ops.aten.sym_size.int, (q, -2))
-        plan = call(ops.rainfusion_plan_v1.default, (choice, length, *where, *blocks))
-        counts, indices, rows, inverse = _unpack(graph, plan, 4)
-        q, k, v = (call(ops.gather_tokens_v1.default, (x, rows)) for x in (q, k, v))
-        if bias is not None:
-            bias = call(ops.gather_bias_v1.default, (bias, rows))
-        pair = call(
-            ops.block_sparse_attention_v2.default,
-            (q, k, v, counts, indices, bias, sparse.scale, *blocks),
-        )
-        out = call(operator.getitem, (pair, 0))
-        out = call(ops.scatter_tokens_v1.default, (out, inverse))
+    bias = _write_key_bias(graph, sparse.key_mask)
+    routed = write_plan(gm, sparse, index, qkv, bias, sizes, form)
+    searching = sparse.router != "full"
+    state = [] if form.reuse or not searching else [*routed.plan, *routed.statistics]
+    qkv, lists = (routed.q, routed.k, routed.v), (routed.counts, routed.indices)
+    if form.guard and searching:
+        rule = (routed.bias, sparse.scale, routed.expected, SLACK, BLOCK_Q, BLOCK_K)
+        checked = unpack(graph, call(ops.guard_plan_v1.default, (*qkv, *lists, *rule)), 5)
+        lists, findings = tuple(checked[:2]), checked[2:]
+        state += findings
+    inputs = (*qkv, *lists, routed.bias)
+    tail = ()
+    if sparse.tail == "centroid" and searching:
+        summary = call(ops.summarize_blocks_v1.default, (routed.k, routed.v, routed.bias, BLOCK_K))
+        tail = unpack(graph, summary, 3)
+    pair = call(
+        ops.block_sparse_attention_v2.default, (*inputs, sparse.scale, BLOCK_Q, BLOCK_K, *tail)
+    )
+    out = routed.restore(graph, call(operator.getitem, (pair, 0)))
     if sparse.mask_queries:
-        rows = graph.call_method("unsqueeze", (bias_before_order, -1))
+        rows = graph.call_method("unsqueeze", (bias, -1))
         zeros = call(torch.zeros_like, (out,))
         out = call(torch.where, (call(torch.isneginf, (rows,)), zeros, out))
     if flat:
         out = graph.call_method("squeeze", (out, 1))
     out.meta = {**site.node.meta}
     site.node.replace_all_uses_with(out)
-    graph.erase_node(site.node)
+    if form.compare and searching:
+        # after the dense call, which stands behind what was written
+        with graph.inserting_after(site.node):
+            state.append(call(ops.compare_heads_v1.default, (out, site.node)))
+    else:
+        graph.erase_node(site.node)
     return state
-
-
-def _unpack(graph: Graph, node: Node, count: int) -> list[Node]:
-    return [graph.call_function(operator.getitem, (node, i)) for i in range(count)]
 
 
 def _write_key_bias(graph: Graph, mask: Node | None) -> Node | None:
@@ -161,10 +142,3 @@ def _write_key_bias(graph: Graph, mask: Node | None) -> Node | None:
     zero = graph.call_method("to", (flat, torch.float32))
     zeros = graph.call_function(torch.zeros_like, (zero,))
     return graph.call_function(torch.where, (flat, zeros, float("-inf")))
-
-
-def _state_input(gm: GraphModule, name: str, q: Node) -> Node:
-    """A placeholder for a plan: int32 `[B, H]`, sized as the query."""
-    example = q.meta["example_value"]
-    batch, heads = (example.shape[0], 1) if example.dim() == 3 else example.shape[:2]
-    return append_placeholder(gm, name, example.new_empty((batch, heads), dtype=torch.int32))

@@ -48,6 +48,10 @@ class SizeWriter:
             self._written[expression] = self._compute(expression)
         return self._written[expression]
 
+    def next_node(self) -> Node:
+        """The node behind all that was written: what is made before it sees every input."""
+        return next(iter(self._graph.nodes)) if self._last is None else self._last.next
+
     def _compute(self, expression: sympy.Expr) -> Node:
         if expression.is_Symbol:
             for node, dim, size in self._shapes:

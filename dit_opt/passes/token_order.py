@@ -17,7 +17,7 @@ from dit_opt.facts.order import OrderRegion, TokenEdge
 from dit_opt.facts.sizes import are_equal
 from dit_opt.passes.symbolic_sizes import SizeWriter
 
-__all__ = ["order_tokens"]
+__all__ = ["order_by_cubes", "order_tokens"]
 
 # A dimension with more than the tokens, piece by piece: (start, stop) of what stays where it is,
 # (start, None) of the tokens.
@@ -25,8 +25,32 @@ Size: TypeAlias = "int | Node"
 Place: TypeAlias = "tuple[tuple[Size, Size | None], ...]"
 
 
-def order_tokens(gm: GraphModule, region: OrderRegion, order: Node, inverse: Node) -> int:
-    """Rewrite `gm` so that its region runs on permuted tokens; returns the number of gathers.
+def order_by_cubes(gm: GraphModule, region: OrderRegion, device: torch.device) -> dict[str, Node]:
+    """`order_tokens` in the cube order of the region's grid, made on `device`.
+
+    Returns what stands for each value in the order, by the name of the value.
+    """
+    sizes = SizeWriter(gm.graph)
+    where = [sizes.write(size) for size in region.grid]
+    length = sizes.write(region.length)
+    like = next(
+        n
+        for n in gm.graph.find_nodes(op="placeholder")
+        if isinstance(value := n.meta.get("example_value"), torch.Tensor) and value.device == device
+    )
+    with gm.graph.inserting_before(sizes.next_node()):
+        made = gm.graph.call_function(
+            torch.ops.ditopt.cube_order_v1.default, (like, *where, 0, length)
+        )
+        order, inverse = (gm.graph.call_function(operator.getitem, (made, i)) for i in range(2))
+    gathers = order_tokens(gm, region, order, inverse)
+    return {e.node.name: node for e, node in gathers.items() if e not in region.exits}
+
+
+def order_tokens(
+    gm: GraphModule, region: OrderRegion, order: Node, inverse: Node
+) -> dict[TokenEdge, Node]:
+    """Rewrite `gm` so that its region runs on permuted tokens; returns the gather at each edge.
 
     Triggers on a region that `find_order_region` proved. With `N` video tokens behind `S` of text::
 
@@ -63,6 +87,7 @@ def order_tokens(gm: GraphModule, region: OrderRegion, order: Node, inverse: Nod
     # Sizes stand right after the inputs; write them all before places are looked for.
     places = {edge: _write_place(sizes, edge, region) for edge in (*begins, *ends)}
     rows = _Rows(graph)
+    gathers: dict[TokenEdge, Node] = {}
     for edge in sorted(begins, key=lambda e: e.node):
         users = sorted(edge.users)
         before = _first_place(graph, edge, order, places[edge])
@@ -72,7 +97,7 @@ def order_tokens(gm: GraphModule, region: OrderRegion, order: Node, inverse: Nod
                 f"read {edge.node.name} in this order. Make it right after the graph's inputs."
             )
         index = rows.find(order, places[edge], edge, before)
-        ordered = _gather(graph, edge, index, before, "ordered")
+        gathers[edge] = ordered = _gather(graph, edge, index, before, "ordered")
         for user in users:
             user.replace_input_with(edge.node, ordered)
     for edge in sorted(ends, key=lambda e: min(e.users)):
@@ -84,12 +109,12 @@ def order_tokens(gm: GraphModule, region: OrderRegion, order: Node, inverse: Nod
                 "the graph's inputs."
             )
         index = rows.find(inverse, places[edge], edge, before)
-        restored = _gather(graph, edge, index, before, "restored")
+        gathers[edge] = restored = _gather(graph, edge, index, before, "restored")
         for user in edge.users:
             user.replace_input_with(edge.node, restored)
     graph.lint()
     gm.recompile()
-    return len(begins) + len(ends)
+    return gathers
 
 
 def _write_place(sizes: SizeWriter, edge: TokenEdge, region: OrderRegion) -> Place | None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit_opt.runtime.schedule import Clock, Phase, Position, choose_phase
+from dit_opt.runtime.schedule import Clock, Phase, Position, Schedule, choose_phase
 from dit_opt.runtime.state import Announcement, LayerStates, announcement_for
 
 log = logging.getLogger(__name__)
-
-# choice, recall and density of every searching site follow the graph's own outputs
-STATE_OUTPUTS = 3
 
 
 class GradientError(RuntimeError):
@@ -45,6 +43,10 @@ class Wiring:
         timesteps: positions of the arguments that may be the timestep.
         model: position of a parameter that identifies the model, if it has one.
         layers: for each searching site, position of a parameter that identifies its layer.
+        state: what each searching site adds to the outputs, by phase: "plan" (once for each of its
+            tensors), "recall", "density", "kept", "error", "caught", "difference". The graph's own
+            outputs stand before.
+        heads: batch and heads of each searching site, from the arguments of a call.
         layouts: (T, H, W, start, N) of each searching site, from the arguments of a call.
         lengths: tokens of each replaced site, from the arguments of a call.
         min_tokens: a call in which every site is shorter stays dense.
@@ -54,6 +56,8 @@ class Wiring:
     timesteps: tuple[int, ...]
     model: int | None
     layers: tuple[int | None, ...]
+    state: Mapping[Phase, tuple[str, ...]]
+    heads: Callable[[tuple[Any, ...]], list[tuple[int, ...]]]
     layouts: Callable[[tuple[Any, ...]], list[tuple[int, ...]]]
     lengths: Callable[[tuple[Any, ...]], list[int]]
     min_tokens: int
@@ -94,7 +98,7 @@ class Bound:
             called once per phase, on first use.
         phases: variants that exist. Without a sparse one the graph stays as it is.
         wiring: see Wiring.
-        dense_steps, refresh_every: the schedule, see `runtime.schedule`.
+        schedule: when to run which phase.
         record: what the backend decided, for reports; not read here.
     """
 
@@ -103,8 +107,7 @@ class Bound:
         compile_variant: Callable[[Phase], tuple[Callable[..., Any], bool]],
         phases: frozenset[Phase],
         wiring: Wiring,
-        dense_steps: int | float,
-        refresh_every: int,
+        schedule: Schedule,
         record: Any,
     ) -> None:
         self.record = record
@@ -116,8 +119,10 @@ class Bound:
         self._compile_variant = compile_variant
         self.phases = phases
         self._wiring = wiring
-        self.dense_steps = dense_steps
-        self._refresh_every = refresh_every if Phase.REUSE in phases else 1
+        reuses = Phase.REUSE in phases
+        self.schedule = schedule if reuses else dataclasses.replace(schedule, refresh_every=1)
+        # of each stream: whether the guard caught a head in its last call, on the device
+        self._caught: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._variants: dict[Phase, Callable[..., Any]] = {}
         self._streams: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._lock = threading.Lock()
@@ -130,6 +135,7 @@ class Bound:
         self.states = LayerStates()
         self.calls = WeakIdKeyDictionary()
         self._streams = WeakIdKeyDictionary()
+        self._caught = WeakIdKeyDictionary()
 
     def variant(self, phase: Phase) -> Callable[..., Any]:
         """The compiled graph of a phase."""
@@ -154,13 +160,13 @@ class Bound:
         stream = (threading.get_ident(), tuple(a for a in args if isinstance(a, int)))
         position = self._locate(owner, stream, args)
         key = (*stream, position.branch if position else 0)
-        phase = self._phase(args, key, position)
+        phase = self._phase(owner, args, key, position)
         calls[phase] += 1
-        if phase is not Phase.SEARCH:
-            plans = self._plans(args, key) if phase is Phase.REUSE else ()
-            return self.variant(phase)(*args, *plans)
-        out = self.variant(phase)(*args)
-        self._keep(args, key, out[self._wiring.outputs :])
+        if phase is Phase.OBSERVE:
+            return self.variant(phase)(*args)
+        out = self.variant(phase)(*args, *self._state_inputs(phase, args, key))
+        step = position.step if position else 0
+        self._keep(owner, phase, args, key, step, out[self._wiring.outputs :])
         return out[: self._wiring.outputs]
 
     def _locate(
@@ -174,10 +180,12 @@ class Bound:
             streams[stream] = Stream(self._wiring.timesteps)
         return streams[stream].locate(args, announcement.timesteps() if announcement else None)
 
-    def _phase(self, args: tuple[Any, ...], key: Hashable, position: Position | None) -> Phase:
+    def _phase(
+        self, owner: torch.Tensor, args: tuple[Any, ...], key: Hashable, position: Position | None
+    ) -> Phase:
         if max(self._wiring.lengths(args)) < self._wiring.min_tokens:
             return Phase.OBSERVE
-        if position is None and self.dense_steps:
+        if position is None and self.schedule.dense_steps:
             # nothing tells the step: the promise of a dense start is kept by staying dense
             self._warn_without_step()
             return Phase.OBSERVE
@@ -185,7 +193,10 @@ class Bound:
             i is not None and self.states.get(args[i], (site, key)) is not None
             for site, i in enumerate(self._wiring.layers)
         )
-        return choose_phase(position, self.dense_steps, self._refresh_every, has_plans)
+        flag = self._caught.get(owner, {}).pop(key, None)
+        # read beside the timestep, when the call that made it is over
+        caught = flag is not None and bool(flag)
+        return choose_phase(position, self.schedule, has_plans, caught)
 
     def _warn_without_step(self) -> None:
         if not self._warned:
@@ -196,19 +207,58 @@ class Bound:
             )
         self._warned = True
 
-    def _plans(self, args: tuple[Any, ...], key: Hashable) -> list[torch.Tensor]:
-        plans = []
+    def _state_inputs(
+        self, phase: Phase, args: tuple[Any, ...], key: Hashable
+    ) -> list[torch.Tensor]:
+        """What a variant takes beside the graph's own arguments, site after site."""
+        inputs: list[torch.Tensor] = []
+        heads = self._wiring.heads(args)
         for site, i in enumerate(self._wiring.layers):
-            state = self.states.get(args[i], (site, key)) if i is not None else None
-            assert state is not None
-            # the state follows a model that was moved between calls
-            plans.append(state.plan.to(args[i].device))
-            self.states.record_reuse(args[i], (site, key))
-        return plans
-
-    def _keep(self, args: tuple[Any, ...], key: Hashable, extra: tuple[Any, ...]) -> None:
-        layouts = self._wiring.layouts(args)
-        for site, (i, layout) in enumerate(zip(self._wiring.layers, layouts)):
             owner = self._nobody if i is None else args[i]
-            found = extra[site * STATE_OUTPUTS : (site + 1) * STATE_OUTPUTS]
-            self.states.record_search(owner, (site, key), layout, *found)
+            state = self.states.get(owner, (site, key))
+            if phase is not Phase.SEARCH:
+                assert state is not None
+                # the state follows a model that was moved between calls
+                inputs += [part.to(owner.device) for part in state.plan]
+                if phase is Phase.VERIFY:
+                    assert state.kept is not None
+                    inputs.append(state.kept.to(owner.device))
+            elif "caught" in self._wiring.state[phase]:
+                boost = None if state is None else state.boost
+                if boost is None or boost.shape != heads[site]:
+                    boost = torch.ones(heads[site])
+                inputs.append(boost.to(owner.device))
+        return inputs
+
+    def _keep(
+        self,
+        model: torch.Tensor,
+        phase: Phase,
+        args: tuple[Any, ...],
+        key: Hashable,
+        step: int,
+        extra: tuple[Any, ...],
+    ) -> None:
+        """Record what the sites of a variant returned."""
+        names, caught = self._wiring.state[phase], []
+        for site, (i, layout) in enumerate(
+            zip(self._wiring.layers, self._wiring.layouts(args), strict=True)
+        ):
+            owner, place = self._nobody if i is None else args[i], (site, key)
+            values = extra[site * len(names) : (site + 1) * len(names)]
+            found = dict(zip(names, values, strict=True))
+            if phase is Phase.SEARCH:
+                plan = tuple(v for n, v in zip(names, values) if n == "plan")
+                self.states.record_search(
+                    owner, place, layout, plan, found["recall"], found["density"]
+                )
+            else:
+                self.states.record_reuse(owner, place)
+            if "caught" in found:
+                check = (found["kept"], found["error"], found["caught"])
+                self.states.record_check(owner, place, *check, searched=phase is Phase.SEARCH)
+                caught.append(found["caught"].any())
+            if "difference" in found:
+                self.states.record_difference(owner, place, step, found["difference"])
+        if caught:
+            self._caught.setdefault(model, {})[key] = torch.stack(caught).any()

@@ -26,6 +26,8 @@ class Phase(enum.Enum):
     SEARCH = "search"
     # sparse attention with the plans of an earlier call
     REUSE = "reuse"
+    # the same, and the guard checks the plans first
+    VERIFY = "verify"
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,24 @@ def is_dense(position: Position | None, dense_steps: int | float) -> bool:
     return dense_steps > 0 and position.level > 1 - dense_steps
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """When to be dense, to search and to check; see `Options`. `verify_every` 0 checks nothing."""
+
+    dense_steps: int | float = 0
+    refresh_every: int = 1
+    verify_every: int = 0
+
+
 def choose_phase(
-    position: Position | None, dense_steps: int | float, refresh_every: int, has_plan: bool
+    position: Position | None, schedule: Schedule, has_plan: bool, caught: bool = False
 ) -> Phase:
-    """The graph variant for a call."""
-    if is_dense(position, dense_steps):
+    """The graph variant for a call; `caught`: the guard found a head wrong in the last one."""
+    if is_dense(position, schedule.dense_steps):
         return Phase.OBSERVE
-    if not has_plan or refresh_every == 1 or position is None:
+    if not has_plan or caught or schedule.refresh_every == 1 or position is None:
         return Phase.SEARCH
-    return Phase.SEARCH if position.step % refresh_every == 0 else Phase.REUSE
+    if position.step % schedule.refresh_every == 0:
+        return Phase.SEARCH
+    checks = schedule.verify_every and position.step % schedule.verify_every == 0
+    return Phase.VERIFY if checks else Phase.REUSE

@@ -9,12 +9,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dit_opt.runtime.schedule import Position
+
+# A head that was caught so often stays dense.
+CATCHES_TO_DENSE = 3
+
+
+@dataclass
+class GuardState:
+    """Sums over the guard's checks of one site, fp32 `[B, H]`: mass kept, error, catches."""
+
+    kept: torch.Tensor
+    error: torch.Tensor
+    caught: torch.Tensor
+    checks: int = 1
 
 
 @dataclass
@@ -23,20 +36,34 @@ class LayerState:
 
     Attributes:
         layout: (T, H, W, start, N) of the site, which gives the choices their meaning.
-        plan: int32 `[B, H]`, each head's choice at the last search.
+        plan: what the last search found: each head's choice, int32 `[B, H]`, or the lists, int32
+            `[B, H, nq]` and `[B, H, nq, capacity]`; none where it follows from shapes.
         density: fp32 `[B, H]`, summed over sparse calls.
         recall: fp32 `[B, H]`, summed over searches.
         last_density: fp32 `[B, H]` of the plan in use.
         calls: sparse calls. searches: those of them that searched.
+        boost: fp32 `[B, H]`, how much less each head may drop than the options allow.
+        kept: fp32 `[B, H]`, the mass that the plan kept on the guard's rows when it was made.
+        guard: what the guard found, or None where it does not run.
+        differences: relative L2 difference to dense attention, fp32 `[B, H]`, by step.
     """
 
     layout: tuple[int, ...]
-    plan: torch.Tensor
+    plan: tuple[torch.Tensor, ...]
     last_density: torch.Tensor
     density: torch.Tensor
     recall: torch.Tensor
     calls: int = 1
     searches: int = 1
+    kept: torch.Tensor | None = None
+    boost: torch.Tensor | None = None
+    guard: GuardState | None = None
+    differences: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def plan_bytes(self) -> int:
+        """Memory that the plan takes."""
+        return sum(part.numel() * part.element_size() for part in self.plan)
 
 
 class LayerStates:
@@ -53,24 +80,57 @@ class LayerStates:
         owner: torch.Tensor,
         key: Hashable,
         layout: tuple[int, ...],
-        plan: torch.Tensor,
+        plan: tuple[torch.Tensor, ...],
         recall: torch.Tensor,
         density: torch.Tensor,
     ) -> None:
         """Keep what a search returned. Copies: a CUDA graph reuses its output memory."""
         states = self._by_parameter.setdefault(owner, {})
         state = states.get(key)
-        if state is None or state.plan.shape != plan.shape:
-            states[key] = LayerState(
-                layout, plan.clone(), density.clone(), density.clone(), recall.clone()
-            )
+        if state is None or [p.shape for p in state.plan] != [p.shape for p in plan]:
+            kept = tuple(part.clone() for part in plan)
+            states[key] = LayerState(layout, kept, density.clone(), density.clone(), recall.clone())
             return
-        state.plan.copy_(plan)
+        for part, new in zip(state.plan, plan):
+            part.copy_(new)
         state.last_density.copy_(density)
         state.density += density
         state.recall += recall
         state.calls += 1
         state.searches += 1
+
+    def record_check(
+        self,
+        owner: torch.Tensor,
+        key: Hashable,
+        kept: torch.Tensor,
+        error: torch.Tensor,
+        caught: torch.Tensor,
+        searched: bool,
+    ) -> None:
+        """Keep what the guard found: a head that was caught may drop half of what it might before,
+        and none at all after `CATCHES_TO_DENSE` times."""
+        state = self._by_parameter[owner][key]
+        # in place, because a CUDA graph knows its inputs by their addresses
+        if state.kept is None or state.boost is None:
+            state.kept, state.boost = kept.clone(), torch.ones_like(kept)
+        elif searched:
+            state.kept.copy_(kept)
+        dense = state.boost >= 2.0 ** (CATCHES_TO_DENSE - 1)
+        raised = torch.where(dense, torch.inf, 2 * state.boost)
+        state.boost.copy_(torch.where(caught > 0, raised, state.boost))
+        if state.guard is None:
+            state.guard = GuardState(kept.clone(), error.clone(), caught.clone())
+            return
+        state.guard.kept += kept
+        state.guard.error += error
+        state.guard.caught += caught
+        state.guard.checks += 1
+
+    def record_difference(
+        self, owner: torch.Tensor, key: Hashable, step: int, difference: torch.Tensor
+    ) -> None:
+        self._by_parameter[owner][key].differences[step] = difference.clone()
 
     def record_reuse(self, owner: torch.Tensor, key: Hashable) -> None:
         state = self._by_parameter[owner][key]

@@ -111,6 +111,9 @@ def test_report():
         density_by_type={"spatial": 0.2, "temporal": 0.4},
         calls=40,
         searches=10,
+        plan_bytes=0,
+        guard=None,
+        differences={},
     )
     record = GraphRecord((make_decision(), CROSS))
     graph = GraphReport(record, {"observe": 10, "search": 40}, (layer,), warm=True)

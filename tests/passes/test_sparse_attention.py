@@ -11,20 +11,22 @@ from dit_opt.facts.tokens import find_tokens
 from dit_opt.options import Options
 from dit_opt.passes.choose_sites import choose_sites
 from dit_opt.passes.graph_edit import copy_graph
+from dit_opt.passes.plan_nodes import SparseForm
 from dit_opt.passes.sparse_attention import name_choices, sparse_attention
 from tests.graphs import capture_one, capture_tiny
 from tests.tiny_models import hunyuan_video, wan
 
 OPS = torch.ops.ditopt
+SEARCH = SparseForm()
 
 
-def rewrite(gm, reuse_plans=False, **options):
+def rewrite(gm, form=SEARCH, **options):
     copy = copy_graph(gm)
     sites = find_sites(copy.graph)
     tokens = find_tokens(copy.graph, sites)
     chosen = choose_sites(copy, sites, tokens, Options(min_tokens=0, **options))
     sparse = [c.sparse for c in chosen if c.sparse]
-    return copy, sparse_attention(copy, sparse, reuse_plans)
+    return copy, sparse_attention(copy, sparse, form)
 
 
 def count(gm, target):
@@ -58,7 +60,7 @@ def test_searching_sites_become_plan_gather_attention_scatter():
 
 def test_reused_plans_come_in_as_inputs():
     _, gm = capture_tiny(wan)
-    new, _ = rewrite(gm, reuse_plans=True)
+    new, _ = rewrite(gm, SparseForm(reuse=True))
     assert count(new, OPS.rainfusion_recognize_v1.default) == 0
     added = len(new.graph.find_nodes(op="placeholder")) - len(gm.graph.find_nodes(op="placeholder"))
     assert added == 2 and len(outputs(new)) == len(outputs(gm))

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from dit_opt.runtime.bound import Bound, GradientError, Wiring
-from dit_opt.runtime.schedule import Phase
+from dit_opt.runtime.schedule import Phase, Schedule
 from dit_opt.runtime.state import Announcement, announce
 
 LAYOUT = (2, 2, 2, 0, 8)
+STATE = {Phase.SEARCH: ("plan", "recall", "density"), Phase.REUSE: ()}
+CHECK = ("kept", "error", "caught")
+GUARDED = {Phase.SEARCH: (*STATE[Phase.SEARCH], *CHECK), Phase.REUSE: (), Phase.VERIFY: CHECK}
 
 
 class Graph:
@@ -45,11 +48,14 @@ def bind(graph, timesteps=(1,), phases=frozenset(Phase), dense_steps=1, refresh_
         timesteps=timesteps,
         model=0,
         layers=kwargs.pop("layers", (0,)),
+        state=kwargs.pop("state", STATE),
+        heads=lambda args: [(1, graph.heads)],
         layouts=lambda args: [LAYOUT],
         lengths=kwargs.pop("lengths", lambda args: [8]),
         min_tokens=4,
     )
-    return Bound(graph.compile, phases, wiring, dense_steps, refresh_every, None)
+    schedule = Schedule(dense_steps, refresh_every, kwargs.pop("verify_every", 0))
+    return Bound(graph.compile, phases, wiring, schedule, None)
 
 
 def weight():
@@ -225,3 +231,71 @@ def test_scheduler_timesteps_are_read_once_per_list():
     announcement = Announcement(lambda: current)
     assert announcement.timesteps() == announcement.timesteps() == [1000.0, 500.0]
     assert len(reads) == 1
+
+
+class GuardedGraph(Graph):
+    """Its checks find what `verdicts` says, call by call: 1 for a head that was caught."""
+
+    def __init__(self, verdicts):
+        super().__init__(heads=2)
+        self.verdicts = iter(verdicts)
+
+    def compile(self, phase: Phase):
+        inner, _ = super().compile(phase)
+
+        def run(*args):
+            out = inner(*args)
+            if phase not in (Phase.SEARCH, Phase.VERIFY):
+                return out
+            caught = torch.tensor([next(self.verdicts)], dtype=torch.float32)
+            kept = torch.full((1, 2), 0.8)
+            return *out, kept, 1 - kept, caught
+
+        return run, False
+
+
+def run_guarded(verdicts, timesteps, **kwargs):
+    graph = GuardedGraph(verdicts)
+    phases = frozenset(Phase)
+    bound = bind(graph, phases=phases, state=GUARDED, dense_steps=0, verify_every=2, **kwargs)
+    w = weight()
+    run(bound, w, timesteps)
+    ((_, _, state),) = bound.states
+    return graph, state
+
+
+def test_a_head_that_is_caught_is_searched_anew_and_may_drop_less():
+    verdicts = [[0, 0], [0, 1], [0, 0], [0, 0]]
+    timesteps = [1000 - 10 * i for i in range(6)]
+    graph, state = run_guarded(verdicts, timesteps, refresh_every=100)
+    # the check in step 2 catches a head, so step 3 searches
+    assert graph.phases == ["search", "reuse", "verify", "search", "verify", "reuse"]
+    boosts = [r[2].tolist() for p, r in graph.runs if p is Phase.SEARCH]
+    assert boosts == [[[1, 1]], [[1, 2]]]
+    expected = [r[3] for p, r in graph.runs if p is Phase.VERIFY]
+    assert all(torch.equal(e, torch.full((1, 2), 0.8)) for e in expected)
+    assert state.guard.checks == 4 and state.guard.caught.tolist() == [[0, 1]]
+    assert state.guard.kept.mean().item() == pytest.approx(3.2)
+
+
+def test_a_head_that_is_caught_again_and_again_stays_dense():
+    graph, state = run_guarded([[1, 0]] * 4, [1000, 990, 980, 970], refresh_every=100)
+    assert graph.phases == ["search"] * 4
+    boosts = [r[2].tolist()[0][0] for _, r in graph.runs]
+    assert boosts == [1, 2, 4, float("inf")]
+    assert state.boost.tolist() == [[float("inf"), 1]]
+
+
+def test_differences_are_kept_by_step():
+    class Comparing(Graph):
+        def compile(self, phase):
+            inner, _ = super().compile(phase)
+            return lambda *args: (*inner(*args), torch.full((1, 3), 0.25)), False
+
+    state = {phase: (*names, "difference") for phase, names in STATE.items()}
+    graph = Comparing()
+    bound, w = bind(graph, state=state, phases=frozenset({Phase.OBSERVE, *STATE})), weight()
+    run(bound, w, [1000, 800, 600, 400])
+    ((_, _, kept),) = bound.states
+    assert sorted(kept.differences) == [1, 2, 3]
+    assert kept.differences[2].tolist() == [[0.25] * 3]

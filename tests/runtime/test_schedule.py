@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dit_opt.runtime.schedule import Clock, Phase, choose_phase, is_dense
+from dit_opt.runtime.schedule import Clock, Phase, Schedule, choose_phase, is_dense
 
 
 def positions(calls, timesteps=None):
@@ -99,9 +99,21 @@ def test_phases_of_a_run_that_refreshes_every_second_step():
     for t in (1000, 800, 600, 400, 200):
         position = clock.tick(t)
         has_plan = Phase.SEARCH in phases
-        phases.append(choose_phase(position, 1, 2, has_plan))
+        phases.append(choose_phase(position, Schedule(1, 2), has_plan))
     assert [p.value for p in phases] == ["observe", "search", "search", "reuse", "search"]
 
 
 def test_without_a_position_plans_are_searched_every_time():
-    assert choose_phase(None, 0, 4, True) is Phase.SEARCH
+    assert choose_phase(None, Schedule(0, 4), True) is Phase.SEARCH
+
+
+def test_the_guard_checks_between_searches_and_sends_back_to_one():
+    clock, phases = Clock(), []
+    for i in range(12):
+        position = clock.tick(1000 - 50 * i)
+        caught = i == 9
+        phases.append(choose_phase(position, Schedule(1, 6, 2), i > 1, caught))
+    assert [p.value for p in phases] == [
+        "observe", "search", "verify", "reuse", "verify", "reuse", "search", "reuse", "verify",
+        "search", "verify", "reuse",
+    ]  # fmt: skip

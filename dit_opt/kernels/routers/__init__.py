@@ -12,9 +12,19 @@ from dit_opt.kernels.routers import (
     block_mass,
     dense,
     frame_tile,
+    guard,
     rainfusion,
     sol,
     subblock,
 )
 
-__all__ = ["adaspa", "block_mass", "dense", "frame_tile", "rainfusion", "sol", "subblock"]
+__all__ = [
+    "adaspa",
+    "block_mass",
+    "dense",
+    "frame_tile",
+    "guard",
+    "rainfusion",
+    "sol",
+    "subblock",
+]

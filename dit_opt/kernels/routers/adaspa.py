@@ -25,7 +25,7 @@ _library = torch.library.Library("ditopt", "FRAGMENT")
 _library.define(
     "adaspa_plan_v1(Tensor q, Tensor k, Tensor? key_bias, Tensor? lse, float scale, float target, "
     "bool by_density, SymInt video_start, SymInt video_tokens, int block_q, int block_k, "
-    "int row_step=1, str spread='need', SymInt? capacity=None) "
+    "int row_step=1, str spread='need', SymInt? capacity=None, Tensor? boost=None) "
     "-> (Tensor counts, Tensor indices, Tensor recall, Tensor density, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -44,6 +44,7 @@ def plan(
     row_step: int = 1,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> tuple[Plan, Tensor]:
     """The plan for q [B, H, N, D] and k [B, Hk, N, D], and the log-sum-exp for the next search.
 
@@ -51,7 +52,7 @@ def plan(
         key_bias, lse: as in `measure_block_mass`; a cached lse saves a GPU half of the search.
         row_step: every `row_step`-th query stands for its neighbours, which divides the cost of the
             search; 1 is exact. It must divide block_q.
-        quality, density, spread, capacity: as in `allot_blocks`.
+        quality, density, spread, capacity, boost: as in `allot_blocks`.
 
     Returns the plan, whose recall is exact for the searched rows (with a cached lse, up to how it
     has aged within a block), and their lse now, float32 [B, H, ceil(N / row_step)].
@@ -76,6 +77,7 @@ def plan(
         density=density,
         spread=spread,
         capacity=capacity,
+        boost=boost,
     )
     return chosen, found
 
@@ -96,6 +98,7 @@ def _plan(
     row_step: int = 1,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     blocks = lay_blocks(q.shape[2], video_start, video_tokens, block_q, block_k, q.device)
     chosen, found = plan(
@@ -110,6 +113,7 @@ def _plan(
         row_step=row_step,
         spread=spread,
         capacity=capacity,
+        boost=boost,
     )
     return *chosen.tensors, found
 
@@ -130,6 +134,7 @@ def _describe(
     row_step: int = 1,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = (*q.shape[:2], ceil_div(q.shape[2], row_step))
     found = q.new_empty(rows, dtype=torch.float32)

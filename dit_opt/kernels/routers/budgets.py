@@ -37,6 +37,7 @@ def allot_blocks(
     spread: Spread = "need",
     floor: int = 2,
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> Plan:
     """The smallest lists that keep a share `quality` of the mass, or the best of size `density`.
 
@@ -54,6 +55,9 @@ def allot_blocks(
         mass: float32 [B, H, nq, nk], the share of each row's softmax mass in each key block.
         blocks: their sizes in real tokens, and which of them are always kept.
         capacity: entries per list; rows that need more keep their heaviest blocks. nk if None.
+        boost: float32 [B, H], 1 or more: how much less each head may drop than others do. A
+            quality q becomes 1 - (1 - q) / boost; under a density its blocks count so much more.
+            An infinite one keeps everything.
 
     Raises ValueError for an unknown spread and unless one of quality and density is in (0, 1].
     """
@@ -67,16 +71,23 @@ def allot_blocks(
         raise ValueError(f'The spread is {spread!r}; it is one of "need", "even" and "equal".')
     if quality is not None:
         gains = mass * _weigh_rows(blocks)[:, None]
-        target = quality * gains.sum((-2, -1), keepdim=True)
+        share = quality if boost is None else 1 - (1 - quality) / boost[..., None, None]
+        target = share * gains.sum((-2, -1), keepdim=True)
         threshold = find_threshold(scores, gains, target, (-2, -1))
     else:
         if spread != "equal" and floor > 0:
             heaviest = mass.topk(min(floor, mass.shape[-1])).indices
             scores = scores.scatter(-1, heaviest, torch.inf)
+        if boost is not None:
+            scores = _favour_heads(scores, boost)
         areas = _share_areas(blocks)
         target = density * mass.shape[1] * _ROUNDING
         threshold = find_threshold(scores, areas, target, (-3, -2, -1), within=True)
-    return list_blocks(scores >= threshold, mass, blocks=blocks, capacity=capacity)
+    kept = scores >= threshold
+    if boost is not None:
+        # rounding may leave a little of what is to be kept whole
+        kept = kept | (boost == torch.inf)[..., None, None]
+    return list_blocks(kept, mass, blocks=blocks, capacity=capacity)
 
 
 def list_blocks(
@@ -126,6 +137,14 @@ def _score_blocks(mass: Tensor, blocks: BlockLayout) -> Tensor:
     """Mass per key token, all different and within the range of thresholds; infinite if forced."""
     per_token = mass * (blocks.key_sizes.amax() / blocks.key_sizes)
     return _break_ties(per_token).masked_fill(blocks.always_kept, torch.inf)
+
+
+def _favour_heads(scores: Tensor, boost: Tensor) -> Tensor:
+    """Scores that count more in some heads of an item, within the range of thresholds."""
+    finite = torch.where(boost == torch.inf, 1.0, boost)
+    factor = (finite / finite.amax(-1, keepdim=True))[..., None, None]
+    scores = torch.where(scores == torch.inf, scores, (scores * factor).clamp(min=LIGHTEST))
+    return scores.masked_fill((boost == torch.inf)[..., None, None], torch.inf)
 
 
 def _break_ties(scores: Tensor) -> Tensor:

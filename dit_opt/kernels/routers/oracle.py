@@ -23,6 +23,7 @@ def plan(
     key_bias: Tensor | None = None,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> Plan:
     """The best lists for q [B, H, N, D] and k [B, Hk, N, D]; targets as in `allot_blocks`.
 
@@ -37,4 +38,5 @@ def plan(
         density=density,
         spread=spread,
         capacity=capacity,
+        boost=boost,
     )

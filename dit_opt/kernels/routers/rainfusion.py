@@ -25,8 +25,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library = torch.library.Library("ditopt", "FRAGMENT")
 _library.define(
     "rainfusion_recognize_v1(Tensor q, Tensor k, Tensor? key_bias, float scale, float target, "
-    "bool by_density, SymInt T, SymInt H, SymInt W, SymInt video_start, int block_q, int block_k) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bool by_density, SymInt T, SymInt H, SymInt W, SymInt video_start, int block_q, int block_k, "
+    "Tensor? boost=None) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _library.define(
@@ -94,6 +94,7 @@ def recognize(
     by: Literal["quality", "density"] = "quality",
     key_bias: Tensor | None = None,
     rows: int | None = None,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The candidate of each head, int32 [B, H], and the mean recall of all, float32 [B, H, C].
 
@@ -101,18 +102,22 @@ def recognize(
     reaches `target`. The margin pays for having picked the sparsest of several noisy estimates, and
     asks more of a head whose rows disagree. Dense always serves. By density: the best mean recall
     among the candidates of density <= `target`; the sparsest candidate where none is. Arguments as
-    in `measure_recall`; raises ValueError for a target outside (0, 1].
+    in `measure_recall`; `boost`, float32 [B, H], 1 or more: a head may drop 1 / boost of what the
+    quality leaves it, or be boost times as dense. Raises ValueError for a target outside (0, 1].
     """
     if not 0 < target <= 1:
         raise ValueError(f"The target {by} is {target}; it must lie in (0, 1].")
     by_row = measure_recall(q, k, tables, scale, key_bias, rows)
     recall = by_row.mean(-1)
+    if boost is None:
+        boost = recall.new_ones(1)
+    boost = boost.unsqueeze(-1)
     if by == "density":
-        affordable = tables.density <= target
+        affordable = tables.density <= target * boost
         choice = torch.where(affordable, recall, -1.0).argmax(-1)
     else:
         error = by_row.std(-1, correction=0) / by_row.shape[-1] ** 0.5
-        serves = recall - error >= target
+        serves = recall - error >= 1 - (1 - target) / boost
         # Rounding must not cost dense its recall of 1: without any match argmax names the sparsest.
         serves[..., -1] = True
         choice = serves.int().argmax(-1)
@@ -145,10 +150,11 @@ def _recognize(
     video_start: int,
     block_q: int,
     block_k: int,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tables = build_tables(T, H, W, video_start, q.shape[2], block_q, block_k, q.device)
     by: Literal["quality", "density"] = "density" if by_density else "quality"
-    choice, recall = recognize(q, k, tables, scale, target, by, key_bias)
+    choice, recall = recognize(q, k, tables, scale, target, by, key_bias, boost=boost)
     chosen = choice.long().unsqueeze(-1)
     return choice, recall.gather(-1, chosen).squeeze(-1), tables.density[choice]
 

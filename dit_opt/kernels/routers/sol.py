@@ -26,7 +26,7 @@ _library = torch.library.Library("ditopt", "FRAGMENT")
 _library.define(
     "sol_plan_v1(Tensor q, Tensor k, Tensor? key_bias, float scale, float target, str by, "
     "SymInt video_start, SymInt video_tokens, int block_q, int block_k, str spread='need', "
-    "SymInt? capacity=None) "
+    "SymInt? capacity=None, Tensor? boost=None) "
     "-> (Tensor counts, Tensor indices, Tensor recall, Tensor density)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -44,6 +44,7 @@ def plan(
     key_bias: Tensor | None = None,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> Plan:
     """The plan for q [B, H, N, D] and k [B, Hk, N, D] from one mean per block.
 
@@ -69,6 +70,7 @@ def plan(
         density=density,
         spread=spread,
         capacity=capacity,
+        boost=boost,
     )
 
 
@@ -95,11 +97,12 @@ def _plan(
     block_k: int,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if by not in _TARGETS:
         raise ValueError(f"The target is named {by!r}; it is one of {', '.join(_TARGETS)}.")
     blocks = lay_blocks(q.shape[2], video_start, video_tokens, block_q, block_k, q.device)
-    options = {"key_bias": key_bias, "spread": spread, "capacity": capacity}
+    options = {"key_bias": key_bias, "spread": spread, "capacity": capacity, "boost": boost}
     return plan(q, k, scale, blocks, **{by: target}, **options).tensors
 
 
@@ -117,5 +120,6 @@ def _describe(
     block_k: int,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return describe_plan(q, k, block_q, block_k, capacity)

@@ -25,7 +25,7 @@ _library = torch.library.Library("ditopt", "FRAGMENT")
 _library.define(
     "subblock_plan_v1(Tensor q, Tensor k, Tensor? key_bias, float scale, float target, "
     "bool by_density, SymInt video_start, SymInt video_tokens, int block_q, int block_k, "
-    "int cell=16, str spread='need', SymInt? capacity=None) "
+    "int cell=16, str spread='need', SymInt? capacity=None, Tensor? boost=None) "
     "-> (Tensor counts, Tensor indices, Tensor recall, Tensor density)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -43,6 +43,7 @@ def plan(
     cell: int = 16,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> Plan:
     """The plan for q [B, H, N, D] and k [B, Hk, N, D] from means of `cell` tokens of both.
 
@@ -58,6 +59,7 @@ def plan(
         density=density,
         spread=spread,
         capacity=capacity,
+        boost=boost,
     )
 
 
@@ -76,6 +78,7 @@ def _plan(
     cell: int = 16,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     blocks = lay_blocks(q.shape[2], video_start, video_tokens, block_q, block_k, q.device)
     chosen = plan(
@@ -89,6 +92,7 @@ def _plan(
         cell=cell,
         spread=spread,
         capacity=capacity,
+        boost=boost,
     )
     return chosen.tensors
 
@@ -108,5 +112,6 @@ def _describe(
     cell: int = 16,
     spread: Spread = "need",
     capacity: int | None = None,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return describe_plan(q, k, block_q, block_k, capacity)

@@ -1,0 +1,112 @@
+"""What the backend knows of a graph before it rewrites anything: facts, decisions, the order."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+from dit_opt.decisions import GraphRecord, PassRecord
+from dit_opt.facts.order import OrderRefusal, OrderRegion, find_order_region
+from dit_opt.facts.provenance import find_timestep
+from dit_opt.facts.sites import Site, find_sites
+from dit_opt.facts.tokens import Tokens, find_tokens
+from dit_opt.options import Options
+from dit_opt.passes.choose_sites import Choice, choose_sites
+from dit_opt.passes.plan_nodes import SparseSite, takes_cube_order
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The facts of one graph and what follows from them.
+
+    Attributes:
+        sites, tokens: the facts. choices: one for each site.
+        timesteps: placeholder positions that may be the timestep.
+        order: where all tokens can be kept in one order, or why they cannot; None where no router
+            asks for it.
+    """
+
+    sites: tuple[Site, ...]
+    tokens: Tokens
+    choices: tuple[Choice, ...]
+    timesteps: tuple[int, ...]
+    timestep_name: str | None
+    order: OrderRegion | OrderRefusal | None
+
+    @property
+    def sparse(self) -> tuple[SparseSite, ...]:
+        return tuple(c.sparse for c in self.choices if c.sparse)
+
+    def describe(self, passes: Sequence[PassRecord]) -> GraphRecord:
+        """What reports show of it."""
+        order = ""
+        if isinstance(self.order, OrderRegion):
+            count = len(self.order.entries) + len(self.order.tables) + len(self.order.exits)
+            order = f"Tokens are ordered once for the whole graph, by {count} gathers."
+        elif self.order is not None:
+            order = f"Tokens are gathered at each attention call. {self.order}"
+        return GraphRecord(
+            decisions=tuple(c.decision for c in self.choices),
+            timestep=self.timestep_name,
+            order=order,
+            passes=tuple(passes),
+        )
+
+
+def analyse(gm: GraphModule, options: Options) -> tuple[Analysis, list[PassRecord]]:
+    """Facts and decisions of a graph; nothing is rewritten or compiled."""
+    passes: list[PassRecord] = []
+
+    def timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        began = time.perf_counter()
+        out = function(*args)
+        passes.append(PassRecord(name, 0, time.perf_counter() - began))
+        return out
+
+    sites = timed("find_sites", find_sites, gm.graph)
+    tokens = timed("find_tokens", find_tokens, gm.graph, sites)
+    timestep = timed("find_timestep", find_timestep, gm.graph)
+    choices = timed("choose_sites", choose_sites, gm, sites, tokens, options)
+    order = timed("find_order", _find_order, gm, tokens, choices)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    candidates = () if timestep is None else timestep.candidates
+    return (
+        Analysis(
+            sites=sites,
+            tokens=tokens,
+            choices=tuple(_mark_ordered(choices, order)),
+            timesteps=tuple(placeholders.index(n) for n in candidates),
+            timestep_name=None if timestep is None else timestep.candidates[0].name,
+            order=order,
+        ),
+        passes,
+    )
+
+
+def _find_order(
+    gm: GraphModule, tokens: Tokens, choices: Sequence[Choice]
+) -> OrderRegion | OrderRefusal | None:
+    wanting = [
+        (c.sparse.site, c.layout)
+        for c in choices
+        if c.sparse and c.layout and takes_cube_order(c.sparse.router)
+    ]
+    return find_order_region(gm.graph, tokens.labels, wanting) if wanting else None
+
+
+def _mark_ordered(
+    choices: Sequence[Choice], order: OrderRegion | OrderRefusal | None
+) -> list[Choice]:
+    if not isinstance(order, OrderRegion):
+        return list(choices)
+    return [
+        dataclasses.replace(c, sparse=dataclasses.replace(c.sparse, ordered=True))
+        if c.sparse and c.sparse.site.node in order.sites
+        else c
+        for c in choices
+    ]

@@ -1,0 +1,133 @@
+"""The guard and the side-by-side form through the backend; nothing is compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dit_opt
+from dit_opt import backend as backend_module
+from dit_opt.backend import ditopt, live_bounds
+from tests.tiny_models import wan
+
+STEPS = [1000.0 - 40 * i for i in range(16)]
+ASKED = {"min_tokens": 0, "dense_steps": 1, "refresh_every": 50}
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    """Runs the rewritten graphs as they are: the state is real, nothing is compiled."""
+    monkeypatch.setattr(backend_module, "compile_with_inductor", lambda gm, inputs, patches: gm)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def peaked_wan():
+    """A model whose softmax is peaked, so that lists matter."""
+    tiny = wan(grid=(4, 12, 16))
+    for block in tiny.model.blocks:
+        block.attn1.norm_q.weight.data *= 8
+        block.attn1.to_out[0].weight.data *= 8
+    return tiny
+
+
+def sample(tiny, model, spoil_after=None):
+    """A little Euler sampling; the plans are shuffled after a step, on purpose."""
+    latents = tiny.inputs["hidden_states"].clone()
+    timestep = tiny.inputs["timestep"]
+    for index, t in enumerate(STEPS):
+        inputs = {
+            **tiny.inputs,
+            "hidden_states": latents,
+            "timestep": torch.full_like(timestep, t),
+        }
+        with torch.no_grad():
+            latents = latents - 0.04 * model(**inputs)[0]
+        if index == spoil_after:
+            spoil_plans()
+    return latents
+
+
+def spoil_plans():
+    """Exchange what is listed for what is not, leaving the counts as they are."""
+    for bound in live_bounds():
+        for _, _, state in bound.states:
+            counts, indices = state.plan
+            width = indices.shape[-1]
+            kept = torch.zeros(*indices.shape[:-1], width + 1, dtype=torch.bool)
+            slots = torch.arange(width)
+            named = torch.where(slots < counts[..., None], indices.long(), width)
+            kept = kept.scatter(-1, named, True)[..., :width]
+            order = kept.int().argsort(dim=-1, stable=True)[..., :width]
+            chosen = torch.where(slots < counts[..., None], order, width).sort(-1).values
+            indices.copy_(torch.where(slots < counts[..., None], chosen, 0))
+
+
+def psnr(out, reference):
+    scale = reference.amax() - reference.amin()
+    return float(-20 * ((out - reference).square().mean().sqrt() / scale).log10())
+
+
+@pytest.mark.parametrize("by", [{"density": 0.4}, {"quality": 0.9}], ids=["density", "quality"])
+def test_a_spoiled_plan_is_caught_and_costs_no_quality(by):
+    tiny = peaked_wan()
+    dense = sample(tiny, tiny.model)
+    found = {}
+    for name, spoil, verify in (("clean", None, 2), ("guarded", 7, 2), ("alone", 7, None)):
+        torch.compiler.reset()
+        options = {**ASKED, **by, "router": "oracle", "verify_every": verify}
+        model = torch.compile(tiny.model, backend=ditopt, options=options)
+        found[name] = psnr(sample(tiny, model, spoil), dense)
+        (graph,) = dit_opt.report(tiny.model).graphs
+        if name == "guarded":
+            # spoiled after step 7: the check in step 8 catches it, and step 9 searches anew
+            assert graph.calls["search"] >= 2
+            assert all(row.guard.caught >= 1 for row in graph.layers)
+        if name == "alone":
+            assert graph.calls["search"] == 1 and graph.layers[0].guard is None
+    assert found["guarded"] > found["clean"] - 1
+    # the test would see a spoiled plan that nobody catches
+    assert found["alone"] < found["guarded"] - 3
+
+
+@pytest.mark.parametrize("router", ["rainfusion", "subblock", "frame_tile"])
+def test_every_router_can_be_guarded(router):
+    tiny = peaked_wan()
+    options = {**ASKED, "density": 0.6, "router": router, "verify_every": 2}
+    out = sample(tiny, torch.compile(tiny.model, backend=ditopt, options=options))
+    assert out.isfinite().all()
+    (graph,) = dit_opt.report(tiny.model).graphs
+    assert graph.calls["verify"] > 0
+    for row in graph.layers:
+        assert row.guard.checks == graph.calls["search"] + graph.calls["verify"]
+        assert 0.3 < row.guard.kept <= 1 and row.guard.error >= 0
+    assert "kept 0." in str(dit_opt.report(tiny.model)) or "kept 1." in str(
+        dit_opt.report(tiny.model)
+    )
+
+
+def test_side_by_side_reports_each_layer_and_step_and_changes_nothing():
+    tiny = peaked_wan()
+    asked = {**ASKED, "router": "subblock", "density": 0.4, "refresh_every": 2}
+    reference = sample(tiny, torch.compile(tiny.model, backend=ditopt, options=asked))
+    torch.compiler.reset()
+    model = torch.compile(tiny.model, backend=ditopt, options={**asked, "verify": True})
+    torch.testing.assert_close(sample(tiny, model), reference, rtol=1e-5, atol=1e-5)
+    report = dit_opt.report(tiny.model)
+    (graph,) = report.graphs
+    for row in graph.layers:
+        assert sorted(row.differences) == list(range(1, len(STEPS)))
+        assert all(0 < d < 2 for d in row.differences.values())
+    text = str(report)
+    assert "difference to dense" in text and "step 15" in text
+    assert "consider" in text or "No step and no layer" in text
+
+
+def test_dense_beside_dense_differs_by_nothing():
+    tiny = peaked_wan()
+    asked = {**ASKED, "router": "subblock", "quality": 0.999999, "verify": True}
+    sample(tiny, torch.compile(tiny.model, backend=ditopt, options=asked))
+    (graph,) = dit_opt.report(tiny.model).graphs
+    assert all(d < 1e-5 for row in graph.layers for d in row.differences.values())
+    assert "No step and no layer" in str(dit_opt.report(tiny.model))

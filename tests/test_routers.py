@@ -1,0 +1,199 @@
+"""Every router and both tails through the backend, on real models; nothing is compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dit_opt
+from dit_opt import analysis
+from dit_opt import backend as backend_module
+from dit_opt.backend import ditopt
+from dit_opt.facts.order import OrderRefusal, OrderRegion
+from dit_opt.facts.order_modes import OrderReason
+from tests import tiny_models
+from tests.tiny_models import wan
+
+SEARCHING = ("adaspa", "subblock", "sol", "oracle")
+TRAJECTORY = (999.0, 750.0, 500.0, 250.0)
+SPARSE = {"min_tokens": 0, "dense_steps": 1}
+# a density is a sum in float32
+ROUNDING = 1e-6
+KEEP_ALL = {"min_tokens": 0, "dense_steps": 0, "quality": 0.999999}
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    """Runs the rewritten graphs as they are: the state is real, nothing is compiled."""
+    monkeypatch.setattr(backend_module, "compile_with_inductor", lambda gm, inputs, patches: gm)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def big_wan():
+    """Long enough for lists that drop blocks: 4 x 12 x 16 tokens are 6 x 12 blocks."""
+    return wan(grid=(4, 12, 16))
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend=ditopt, options=options)
+
+
+def run_trajectory(model, inputs, timesteps=TRAJECTORY):
+    with torch.no_grad():
+        return [
+            model(**{**inputs, "timestep": torch.full_like(inputs["timestep"], t)})[0].clone()
+            for t in timesteps
+        ]
+
+
+def relative_error(out, reference):
+    return float((out - reference).norm() / reference.norm())
+
+
+@pytest.fixture
+def no_order(monkeypatch):
+    """Leaves the gathers at each attention call."""
+    refusal = OrderRefusal(OrderReason.NO_GRID)
+    monkeypatch.setattr(analysis, "_find_order", lambda *_: refusal)
+
+
+@pytest.mark.parametrize("router", SEARCHING)
+@pytest.mark.parametrize("tail", ["drop", "centroid"])
+def test_plans_live_from_search_to_search(router, tail):
+    tiny = big_wan()
+    model = compiled(tiny.model, router=router, tail=tail, density=0.5, refresh_every=2, **SPARSE)
+    dense = run_trajectory(tiny.model, tiny.inputs)
+    outs = run_trajectory(model, tiny.inputs)
+    assert relative_error(outs[0], dense[0]) < 1e-6
+    assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
+    (graph,) = dit_opt.report(tiny.model).graphs
+    assert graph.calls == {"observe": 1, "search": 2, "reuse": 1}
+    for row in graph.layers:
+        assert 0.25 < row.density <= 0.5 + ROUNDING and row.density < row.recall <= 1
+        assert row.heads == {router: 2} and (row.calls, row.searches) == (3, 2)
+        # counts and lists of 2 heads with 6 x 12 blocks, in int32
+        assert row.plan_bytes == 4 * 2 * (6 + 6 * 12)
+
+
+def test_frame_tiles_follow_from_shapes():
+    tiny = big_wan()
+    model = compiled(tiny.model, router="frame_tile", density=0.6, refresh_every=2, **SPARSE)
+    dense = run_trajectory(tiny.model, tiny.inputs)
+    outs = run_trajectory(model, tiny.inputs)
+    assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
+    (graph,) = dit_opt.report(tiny.model).graphs
+    assert all(0 < row.density <= 0.6 and row.plan_bytes == 0 for row in graph.layers)
+    assert '"recall": null' in dit_opt.report(tiny.model).to_json()
+
+
+@pytest.mark.parametrize("name", [f.__name__ for f in tiny_models.ALL])
+@pytest.mark.parametrize("tail", ["drop", "centroid"])
+def test_keeping_everything_in_one_order_equals_dense(name, tail):
+    tiny = getattr(tiny_models, name)()
+    grid = {} if tiny.grid else {"grid": (1, 4, 5)}
+    out = tiny(compiled(tiny.model, router="subblock", tail=tail, **KEEP_ALL, **grid))
+    torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
+    (graph,) = dit_opt.report(tiny.model).graphs
+    assert "ordered once" in graph.record.order
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (big_wan, {}),
+        (lambda: tiny_models.hunyuan_video(grid=(4, 12, 16)), {}),
+        (lambda: tiny_models.cogvideox(grid=(4, 12, 16)), {}),
+        (lambda: tiny_models.flux(), {"grid": (1, 4, 5)}),
+    ],
+    ids=["wan", "hunyuan_video", "cogvideox", "flux"],
+)
+def test_one_order_computes_what_gathers_at_each_call_do(make, options, request, tmp_path):
+    asked = {"router": "subblock", "density": 0.5, "min_tokens": 0, "dense_steps": 0, **options}
+    tiny = make()
+    out = tiny(compiled(tiny.model, dump=str(tmp_path), **asked))
+    text = next(tmp_path.rglob("*sparse_attention*after*")).read_text()
+    (graph,) = dit_opt.report(tiny.model).graphs
+    tables = text.count("_ordered = ")
+    # latents, and each table over them, once; the output once
+    assert text.count("index_select(") == tables + 1 and "1 gather" not in graph.record.order
+    torch.compiler.reset()
+    request.getfixturevalue("no_order")
+    again = tiny(compiled(tiny.model, **asked))
+    torch.testing.assert_close(out, again, rtol=1e-5, atol=1e-5)
+
+
+def test_a_refused_order_is_reported_and_tokens_are_gathered_at_each_call(no_order):
+    tiny = big_wan()
+    tiny(compiled(tiny.model, router="subblock", density=0.5, min_tokens=0, dense_steps=0))
+    (graph,) = dit_opt.report(tiny.model).graphs
+    assert graph.record.order.endswith(OrderReason.NO_GRID.value)
+    assert "at each attention call" in str(dit_opt.report(tiny.model))
+    assert graph.layers[0].density <= 0.5 + ROUNDING
+
+
+def test_patterns_of_frames_keep_the_models_own_order():
+    tiny = big_wan()
+    for router in ("rainfusion", "frame_tile"):
+        asked = {"router": router, "density": 0.6, "min_tokens": 0, "dense_steps": 0}
+        explanation = dit_opt.explain(tiny.model, **tiny.inputs, options=asked)
+        assert explanation.graphs[0].order == ""
+    assert isinstance(find_order(tiny, router="subblock"), OrderRegion)
+
+
+def find_order(tiny, **options):
+    found = []
+
+    def backend(gm, _):
+        asked = dit_opt.Options(min_tokens=0, **options)
+        found.append(analysis.analyse(gm, asked)[0].order)
+        return gm
+
+    tiny(torch.compile(tiny.model, backend=backend))
+    return found[0]
+
+
+def test_routers_that_weigh_blocks_need_no_grid():
+    tiny = tiny_models.flux()
+    out = tiny(compiled(tiny.model, router="subblock", **KEEP_ALL))
+    torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
+    (graph,) = dit_opt.report(tiny.model).graphs
+    assert {d.router for d in graph.record.decisions} == {"subblock"}
+    assert "grid" in graph.record.order
+
+
+def test_the_tail_makes_up_for_some_of_what_is_dropped():
+    """With the same plan, out of the same search: an error of each layer alone, on its inputs."""
+    tiny = big_wan()
+    asked = {"router": "oracle", "density": 0.4, "min_tokens": 0, "dense_steps": 0}
+    errors = {}
+    for tail in ("drop", "centroid"):
+        torch.compiler.reset()
+        model = compiled(tiny.model, tail=tail, **asked)
+        errors[tail] = relative_error(tiny(model), tiny())
+    assert errors["centroid"] < errors["drop"]
+
+
+def test_dynamic_sizes_reach_plans_and_orders():
+    asked = {"router": "subblock", "tail": "centroid", "density": 0.5, "refresh_every": 2, **SPARSE}
+    model = torch.compile(big_wan().model, backend=ditopt, dynamic=True, options=asked)
+    for grid in ((4, 12, 16), (4, 10, 14), (4, 12, 16)):
+        case = wan(grid=grid)
+        outs = run_trajectory(model, case.inputs)
+        dense = run_trajectory(model._orig_mod, case.inputs)
+        assert relative_error(outs[0], dense[0]) < 1e-5
+        assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
+
+
+def test_repeated_blocks_keep_their_lists_apart():
+    asked = {"router": "subblock", "density": 0.5, "refresh_every": 2, **SPARSE}
+    tiny = big_wan()
+    reference = run_trajectory(compiled(tiny.model, **asked), tiny.inputs)
+    torch.compiler.reset()
+    dit_opt.optimize(tiny.model, regional=True, grid=(4, 12, 16), **asked)
+    outs = run_trajectory(tiny.model, tiny.inputs)
+    for out, wanted in zip(outs, reference, strict=True):
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    layers = [row.layer for g in dit_opt.report(tiny.model).graphs for row in g.layers]
+    assert layers == ["blocks.0.attn1.to_q.weight", "blocks.1.attn1.to_q.weight"]
