@@ -1,6 +1,6 @@
 """What ditopt does to the videos of a model, over many prompts.
 
-    python -m benchmarks.quality --prompts N [--steps 20] [--json F] [--resume] [--plot F]
+    python -m benchmarks.quality --prompts N [--steps 12] [--json F] [--resume] [--plot F]
         [--option quality=0.95] [--routers adaspa sol --densities 0.25 0.4 --tails drop centroid]
         [--pipeline NAME --prompt-file F]
 
@@ -35,11 +35,12 @@ from benchmarks.quality_subjects import Configuration, DemoSubject, PipelineSubj
 from dit_opt.demo.images import compare_clips
 from dit_opt.demo.machine import list_versions, read_date
 from dit_opt.demo.model import CHECKPOINT, CheckpointError
-from dit_opt.demo.sampler import STEPS
 from dit_opt.demo.side_by_side import Notify, Run
 from dit_opt.options import ROUTERS, TAILS, OptionError, Options
 
 NOISE_PROMPTS = 2
+# 64 prompts of the demo model then take little more than half an hour on two cores
+STEPS = 12
 
 
 def read_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -62,23 +62,30 @@ def measure_recall(
     # do. Processors have no fast float16.
     exact = torch.float32 if q.device.type == "cpu" and k.dtype == torch.float16 else k.dtype
     queries = (q.index_select(2, sample.rows).float() * scale).to(exact)
-    queries = queries.view(batch, key_heads, columns, -1)
+    # Contiguous factors, or the products run one by one, each on a copy.
+    queries = queries.view(batch, key_heads, columns, -1).transpose(2, 3).contiguous()
     if key_bias is not None:
         key_bias = key_bias.float().expand(batch, heads, tokens)
 
     limit = _CPU_SCORE_BYTES if q.device.type == "cpu" else _DEVICE_SCORE_BYTES
     step = max(1, limit // (4 * tokens * columns))
     mass = q.new_empty((batch, key_heads, blocks, columns), dtype=torch.float32)
+    # one buffer for all parts: fresh memory costs a page fault for every 4 KiB
+    buffer = q.new_empty((min(step, key_heads), tokens, columns), dtype=torch.float32)
     for item in range(batch):
         for first in range(0, key_heads, step):
             part = slice(first, first + step)
-            scores = torch.bmm(k[item, part].to(exact), queries[item, part].transpose(1, 2)).float()
+            products = torch.bmm(k[item, part].to(exact), queries[item, part])
+            scores = buffer[: len(products)].copy_(products)
             if key_bias is not None:
                 bias = key_bias[item].unflatten(0, (key_heads, -1))[part]
                 scores.unflatten(2, (-1, count)).add_(bias.transpose(1, 2).unsqueeze(-1))
-            mass[item, part] = _sum_blocks(scores.softmax(1), sample.gather, sample.offsets)
+            mass[item, part] = _sum_blocks(
+                torch.softmax(scores, 1, out=scores), sample.gather, sample.offsets
+            )
 
-    by_row = mass.unflatten(3, (-1, count)).permute(4, 2, 0, 1, 3).reshape(count, blocks, -1)
+    by_row = mass.unflatten(3, (-1, count)).permute(4, 2, 0, 1, 3)
+    by_row = by_row.reshape(count, blocks, -1).contiguous()
     kept = torch.bmm(sample.kept, by_row).unflatten(2, (batch, heads)).permute(2, 3, 1, 0)
     # The dense candidate stands last and keeps everything.
     total = kept[:, :, -1:]
