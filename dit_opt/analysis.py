@@ -17,7 +17,8 @@ from dit_opt.facts.sites import Site, find_sites
 from dit_opt.facts.tokens import Tokens, find_tokens
 from dit_opt.options import Options
 from dit_opt.passes.choose_sites import Choice, choose_sites
-from dit_opt.passes.plan_nodes import SparseSite, takes_cube_order
+from dit_opt.passes.plan_nodes import takes_cube_order
+from dit_opt.passes.sparse_site import SparseSite
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ from dit_opt.inspect.render import render_decisions, summarise
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.passes.graph_edit import copy_graph
-from dit_opt.passes.plan_nodes import SparseForm, SparseSite, count_plan_tensors
+from dit_opt.passes.plan_nodes import count_plan_tensors
 from dit_opt.passes.sparse_attention import sparse_attention
+from dit_opt.passes.sparse_site import SparseForm, SparseSite
 from dit_opt.passes.token_order import order_by_cubes
 from dit_opt.runtime.bound import Bound, Wiring, refuse_gradients
 from dit_opt.runtime.schedule import Phase, Schedule

@@ -26,7 +26,7 @@ from dit_opt.facts.tokens import (
     declare_grid,
 )
 from dit_opt.options import OptionError, Options
-from dit_opt.passes.plan_nodes import SparseSite
+from dit_opt.passes.sparse_site import SparseSite
 
 # Routers whose patterns are made of frames, rows and columns.
 GRID_ROUTERS = ("rainfusion", "frame_tile")

@@ -13,15 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from dit_opt.kernels.routers.rainfusion import candidate_names
 from dit_opt.passes.graph_edit import append_outputs
-from dit_opt.passes.plan_nodes import (
-    BLOCK_K,
-    BLOCK_Q,
-    SLACK,
-    SparseForm,
-    SparseSite,
-    unpack,
-    write_plan,
-)
+from dit_opt.passes.plan_nodes import unpack, write_plan
+from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SLACK, SparseForm, SparseSite
 from dit_opt.passes.symbolic_sizes import SizeWriter
 
 _SEARCH = SparseForm()

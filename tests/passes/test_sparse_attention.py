@@ -11,8 +11,8 @@ from dit_opt.facts.tokens import find_tokens
 from dit_opt.options import Options
 from dit_opt.passes.choose_sites import choose_sites
 from dit_opt.passes.graph_edit import copy_graph
-from dit_opt.passes.plan_nodes import SparseForm
 from dit_opt.passes.sparse_attention import name_choices, sparse_attention
+from dit_opt.passes.sparse_site import SparseForm
 from tests.graphs import capture_one, capture_tiny
 from tests.tiny_models import hunyuan_video, wan
 

@@ -1,0 +1,229 @@
+"""What budgets by need, the tail and the searches are worth, on the attention of the demo model.
+
+    python -m benchmarks.adaptive [--density 0.25] [--checkpoint F] [--seconds 5] [--json F]
+
+Queries, keys and values of every self-attention call are taken from dense forwards of noised clips.
+Recall is exact, per row of blocks; errors are of the output against dense attention; a search is
+timed in turns with dense attention over the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch.overrides import TorchFunctionMode
+
+import dit_opt.backend  # noqa: F401 - registers the operators
+from benchmarks.timing import time_in_turns
+from dit_opt.demo import clips
+from dit_opt.demo.machine import describe_machine, list_versions, read_date
+from dit_opt.demo.model import CHECKPOINT, GRID, load_model
+from dit_opt.kernels.block_sparse_attention.op import block_sparse_attention
+from dit_opt.kernels.routers.block_mass import measure_block_mass
+from dit_opt.kernels.routers.budgets import Spread, allot_blocks
+from dit_opt.kernels.routers.orders import VideoLayout, order_cubes
+from dit_opt.kernels.routers.plan import lay_blocks
+from dit_opt.passes.plan_nodes import CELL, ROW_STEP, SPREAD
+from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
+
+TOKENS = GRID[0] * GRID[1] * GRID[2]
+NOISE_LEVELS = (0.9, 0.6, 0.3)
+SPREADS: tuple[Spread, ...] = ("equal", "need", "even")
+# a trajectory, and how often searches come, for the share of the searches in it
+STEPS, DENSE_STEPS = 50, 10
+REFRESH = (1, 2, 5, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One self-attention call: its layer, and q, k, v `[1, H, N, D]` in the cube order."""
+
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class RecordCalls(TorchFunctionMode):
+    """Keeps the inputs of every self-attention call over the demo grid."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._layers = layers
+        self._order = order_cubes(VideoLayout(*GRID, 0, TOKENS))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs["key"].shape[-2] == TOKENS:
+            qkv = (kwargs[name][:, :, self._order] for name in ("query", "key", "value"))
+            self.calls.append(Call(len(self.calls) % self._layers, *qkv))
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def record_calls(model: torch.nn.Module, seed: int = 0) -> list[Call]:
+    """The calls of one forward at each noise level, of one clip of two subjects."""
+    rng = torch.Generator().manual_seed(seed)
+    prompt = clips.list_prompts(1)[0]
+    clip = clips.render(prompt, rng)[None]
+    noise = torch.randn(clip.shape, generator=rng)
+    places = clips.locate()[None]
+    with RecordCalls(len(model.blocks)) as record:
+        for sigma in NOISE_LEVELS:
+            model(
+                hidden_states=torch.cat([(1 - sigma) * clip + sigma * noise, places], 1),
+                timestep=torch.tensor([sigma * 1000]),
+                encoder_hidden_states=clips.embed([prompt]),
+            )
+    return record.calls
+
+
+def measure_recalls(calls: list[Call], density: float) -> dict[str, dict[str, float]]:
+    """Exact recall of rows of blocks under budgets of one mean density, by spread."""
+    recalls: dict[str, list[torch.Tensor]] = {spread: [] for spread in SPREADS}
+    blocks = lay_blocks(TOKENS, 0, TOKENS, BLOCK_Q, BLOCK_K, torch.device("cpu"))
+    for call in calls:
+        mass = _measure_mass(call)
+        for spread in SPREADS:
+            plan = allot_blocks(mass, blocks=blocks, density=density, spread=spread)
+            kept = _mark(plan.counts, plan.indices)
+            recalls[spread].append((mass * kept).sum(-1).flatten())
+    return {
+        spread: {
+            "mean": torch.cat(found).mean().item(),
+            "5th_percentile": torch.cat(found).quantile(0.05).item(),
+            "least": torch.cat(found).min().item(),
+        }
+        for spread, found in recalls.items()
+    }
+
+
+def measure_tails(calls: list[Call], density: float) -> list[dict[str, Any]]:
+    """Relative error of the output of each layer with the best plan, by tail, mean over levels."""
+    blocks = lay_blocks(TOKENS, 0, TOKENS, BLOCK_Q, BLOCK_K, torch.device("cpu"))
+    found: dict[int, dict[str, list[float]]] = {}
+    for call in calls:
+        plan = allot_blocks(_measure_mass(call), blocks=blocks, density=density, spread=SPREAD)
+        dense = F.scaled_dot_product_attention(call.q, call.k, call.v)
+        row = found.setdefault(call.layer, {"drop": [], "centroid": []})
+        for tail in row:
+            out, _ = block_sparse_attention(
+                call.q, call.k, call.v, plan.counts, plan.indices,
+                block_q=BLOCK_Q, block_k=BLOCK_K, tail=tail,
+            )  # fmt: skip
+            row[tail].append(float((out - dense).norm() / dense.norm()))
+    return [
+        {"layer": layer, **{tail: statistics.fmean(errors) for tail, errors in row.items()}}
+        for layer, row in sorted(found.items())
+    ]
+
+
+def measure_searches(call: Call, density: float, seconds: float) -> dict[str, Any]:
+    """Time of one search as a share of dense attention, and of attention over a trajectory.
+
+    In a trajectory of `STEPS` steps the first `DENSE_STEPS` are dense; the others pay for sparse
+    attention at `density`, and every few of them for a search.
+    """
+    q, k, v, scale = call.q, call.k, call.v, call.q.shape[-1] ** -0.5
+    ops = torch.ops.ditopt
+    place = (0, TOKENS, BLOCK_Q, BLOCK_K)
+    rivals: dict[str, Callable[[], Any]] = {
+        "dense": lambda: F.scaled_dot_product_attention(q, k, v),
+        "adaspa": lambda: ops.adaspa_plan_v1(
+            q, k, None, None, scale, density, True, *place, ROW_STEP, SPREAD
+        ),
+        "subblock": lambda: ops.subblock_plan_v1(
+            q, k, None, scale, density, True, *place, CELL, SPREAD
+        ),
+        "sol": lambda: ops.sol_plan_v1(q, k, None, scale, density, "density", *place, SPREAD),
+        "rainfusion": lambda: ops.rainfusion_recognize_v1(
+            q, k, None, scale, density, True, *GRID, 0, BLOCK_Q, BLOCK_K
+        ),
+    }
+    plan = rivals["subblock"]()
+    rivals["sparse"] = lambda: ops.block_sparse_attention_v2(
+        q, k, v, *plan[:2], None, scale, BLOCK_Q, BLOCK_K
+    )
+    times = time_in_turns(rivals, seconds, q.device)
+    dense, sparse = times["dense"].median, times["sparse"].median
+    attention = DENSE_STEPS * dense + (STEPS - DENSE_STEPS) * sparse
+    return {
+        "milliseconds": {name: dataclasses.asdict(t) for name, t in times.items()},
+        "share_of_dense": {
+            name: t.median / dense for name, t in times.items() if name not in ("dense", "sparse")
+        },
+        "share_of_trajectory": {
+            name: {every: search * ((STEPS - DENSE_STEPS) / every) / attention for every in REFRESH}
+            for name, t in times.items()
+            if name not in ("dense", "sparse")
+            for search in [t.median]
+        },
+    }
+
+
+def _measure_mass(call: Call) -> torch.Tensor:
+    mass, _ = measure_block_mass(call.q, call.k, call.q.shape[-1] ** -0.5, BLOCK_Q, BLOCK_K)
+    return mass
+
+
+def _mark(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    used = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
+    named = torch.where(used, indices.long(), indices.shape[-1])
+    marks = torch.zeros(*indices.shape[:-1], indices.shape[-1] + 1)
+    return marks.scatter_(-1, named, 1.0)[..., :-1]
+
+
+def render(result: dict[str, Any]) -> str:
+    """Three tables."""
+    recalls = [[name, *row.values()] for name, row in result["recall"].items()]
+    tails = [[f"layer {r['layer']}", r["drop"], r["centroid"]] for r in result["tail"]]
+    searches = [
+        [name, result["search"]["share_of_dense"][name], *row.values()]
+        for name, row in result["search"]["share_of_trajectory"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"recall of rows at density {result['density']}",
+            tabulate(recalls, ["budgets", "mean", "5th percentile", "least"], floatfmt=".3f"),
+            "relative error of the output, exact search",
+            tabulate(tails, ["", "drop", "centroid"], floatfmt=".4f"),
+            f"searches: share of a dense call; of all attention in {STEPS} steps, every ... steps",
+            tabulate(searches, ["", "one", *map(str, REFRESH)], floatfmt=".3%"),
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long searches are timed")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    calls = record_calls(load_model(args.checkpoint))
+    result = {
+        "density": args.density,
+        "recall": measure_recalls(calls, args.density),
+        "tail": measure_tails(calls, args.density),
+        "search": measure_searches(calls[0], args.density, args.seconds),
+        "machine": describe_machine(),
+        "versions": list_versions(),
+        "date": read_date(),
+    }
+    print(render(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

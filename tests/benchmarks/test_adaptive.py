@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import adaptive
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A grid of 8 x 8 x 8, so that everything takes no time."""
+    monkeypatch.setattr(adaptive, "GRID", (8, 8, 8))
+    monkeypatch.setattr(adaptive, "TOKENS", 512)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 512, 16) for _ in range(3))
+    return [adaptive.Call(layer, 3 * q, k, v) for layer in range(2)]
+
+
+def test_spreading_budgets_lifts_the_low_end(small):
+    found = adaptive.measure_recalls(small, 0.4)
+    assert set(found) == {"equal", "need", "even"}
+    for row in found.values():
+        assert 0 < row["least"] <= row["5th_percentile"] <= row["mean"] <= 1
+    # the best sum is that of need; the best low end is not
+    assert found["need"]["mean"] >= found["equal"]["mean"]
+    assert found["even"]["5th_percentile"] >= found["need"]["5th_percentile"]
+
+
+def test_errors_are_those_of_each_layer(small):
+    first, second = adaptive.measure_tails(small, 0.4)
+    assert (first["layer"], second["layer"]) == (0, 1)
+    assert 0 < first["centroid"] < first["drop"] < 1 and first["drop"] == second["drop"]
+
+
+def test_searches_are_timed_beside_dense_attention(small):
+    found = adaptive.measure_searches(small[0], 0.4, 0.01)
+    assert set(found["share_of_dense"]) == {"adaspa", "subblock", "sol", "rainfusion"}
+    for row in found["share_of_trajectory"].values():
+        assert row[1] == pytest.approx(10 * row[10])
+    result = {
+        "density": 0.4,
+        "recall": adaptive.measure_recalls(small, 0.4),
+        "tail": adaptive.measure_tails(small, 0.4),
+        "search": found,
+    }
+    assert "subblock" in adaptive.render(result) and "layer 1" in adaptive.render(result)
+
+
+def test_calls_are_recorded_in_the_cube_order():
+    class Block(torch.nn.Module):
+        pass
+
+    class Model(torch.nn.Module):
+        """One layer whose keys are the numbers of the tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = [Block()]
+
+        def forward(self, hidden_states, timestep, encoder_hidden_states):
+            x = torch.arange(float(adaptive.TOKENS)).view(1, 1, -1, 1)
+            torch.nn.functional.scaled_dot_product_attention(query=x, key=x, value=x)
+
+    calls = adaptive.record_calls(Model())
+    assert len(calls) == len(adaptive.NOISE_LEVELS) and {c.layer for c in calls} == {0}
+    order = calls[0].k.flatten().long()
+    assert torch.equal(order.sort().values, torch.arange(adaptive.TOKENS))
+    # the first 64 tokens are a cube of 4 x 4 x 4
+    t, h, w = order[:64] // 256, order[:64] // 16 % 16, order[:64] % 16
+    assert (t.max(), h.max(), w.max()) == (3, 3, 3)
