@@ -17,8 +17,7 @@ from dit_opt.passes.graph_edit import append_placeholder
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SparseForm, SparseSite
 from dit_opt.passes.symbolic_sizes import SizeWriter
 
-# adaspa: one of so many rows stands for its neighbours; a search of all costs 0.7 of a dense call on
-# a CPU
+# adaspa: one row of so many stands for its neighbours; a search of all costs 0.7 of a dense call
 ROW_STEP = 16
 # subblock: tokens in a cell
 CELL = 16
