@@ -62,10 +62,11 @@ def test_json_without_a_layout():
 
 def test_graph_record():
     left = make_decision(site=4, reason=Reason.CROSS_ATTENTION)
-    record = GraphRecord((make_decision(), left), "timestep", (PassRecord("sparse", 1, 0.5),))
+    passes = (PassRecord("sparse", 1, 0.5),)
+    record = GraphRecord((make_decision(), left), "timestep", "Ordered once.", passes)
     assert [d.site for d in record.replaced] == [3]
     out = json.loads(json.dumps(record.to_json()))
-    assert out["timestep"] == "timestep"
+    assert out["timestep"] == "timestep" and out["order"] == "Ordered once."
     assert out["passes"] == [{"name": "sparse", "changed": 1, "seconds": 0.5}]
     assert [d["reason"] for d in out["decisions"]] == ["REPLACED", "CROSS_ATTENTION"]
 

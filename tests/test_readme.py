@@ -10,18 +10,28 @@ from typer.testing import CliRunner
 
 from dit_opt.cli import app
 from dit_opt.decisions import Reason
-from dit_opt.options import Options
+from dit_opt.options import AUTO_ROUTER, ROUTERS, Options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def test_every_option_is_in_the_table():
-    table = README[README.index("### Options") : README.index("## What it is measured")]
+    table = README[README.index("### Options") : README.index("### Routers")]
+    assert list_first_column(table) == {f.name for f in dataclasses.fields(Options)}
+
+
+def test_every_router_is_in_the_table():
+    table = README[README.index("### Routers") : README.index("## What it is measured")]
+    assert list_first_column(table) == set(ROUTERS)
+    assert f"| `auto` | `{AUTO_ROUTER}`" in table
+
+
+def list_first_column(table):
     named = set()
     for row in re.findall(r"^\| (`.*?) \|", table, re.M):
         named |= set(re.findall(r"`(\w+)`", row))
-    assert named == {f.name for f in dataclasses.fields(Options)}
+    return named
 
 
 def test_every_reason_named_exists():

@@ -12,7 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
-from dit_opt.kernels.block_sparse_attention.tilings import choose_precision, choose_tiling, pad_dim
+from dit_opt.kernels.block_sparse_attention.tilings import (
+    Tiling,
+    choose_precision,
+    choose_tiling,
+    pad_dim,
+)
 from dit_opt.kernels.block_sparse_attention.triton import read_architecture
 from dit_opt.kernels.routers.block_mass import STALE_LIMIT
 from dit_opt.kernels.scores import LOG2_E
@@ -109,6 +114,14 @@ def block_mass_kernel(
     tl.store(p_lse + o_lse, tl.where(b_total > 0.0, b_lse, -float("inf")), mask=is_query)
 
 
+def choose_mass_tiling(
+    architecture: str, padded_dim: int, itemsize: int, block_q: int, block_k: int, crowded: bool
+) -> Tiling:
+    """Attention's tiling, or with both a bias and a cached log-sum-exp (`crowded`) the smaller one
+    that attention takes for unaligned loads: the other would spill."""
+    return choose_tiling(architecture, padded_dim, itemsize, block_q, block_k, aligned=not crowded)
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -131,9 +144,13 @@ def launch(
     keys = k.shape[2]
     architecture = read_architecture(q.device)
     padded_dim = pad_dim(dim)
-    # A bias takes the registers that unaligned loads take in attention: the same smaller tiles.
-    tiling = choose_tiling(
-        architecture, padded_dim, q.element_size(), block_q, block_k, aligned=key_bias is None
+    tiling = choose_mass_tiling(
+        architecture,
+        padded_dim,
+        q.element_size(),
+        block_q,
+        block_k,
+        key_bias is not None and lse is not None,
     )
     tiles_q, tiles_k = block_q // tiling.tile_q, block_k // tiling.tile_k
     grid = (ceil_div(queries, block_q) * tiles_q, batch * heads)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from dit_opt.kernels.aot import Build
-from dit_opt.kernels.block_sparse_attention.tilings import choose_precision, choose_tiling, pad_dim
+from dit_opt.kernels.block_sparse_attention.tilings import choose_precision, pad_dim
 from dit_opt.kernels.routers import block_mass_triton as _launcher
 from dit_opt.kernels.routers.block_mass import STALE_LIMIT
 
@@ -31,7 +31,9 @@ def make_build(
     """One configuration; `cached` is the one pass of a search with an earlier log-sum-exp."""
     kernel = _launcher.block_mass_kernel
     padded_dim = pad_dim(dim)
-    tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k, aligned=not bias)
+    tiling = _launcher.choose_mass_tiling(
+        target, padded_dim, dtype.itemsize, block_q, block_k, crowded=bias and cached
+    )
     constexprs = {
         "DIM": dim,
         "PADDED_DIM": padded_dim,
