@@ -6,8 +6,7 @@ whose keys stay in the cache, and the libraries do the arithmetic.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,32 +17,19 @@ from dit_opt.kernels.block_sparse_attention.cpu_tail import add_tail
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.block_sparse_attention.runs import Bucket, find_buckets
 from dit_opt.kernels.block_sparse_attention.tail import Tail
-from dit_opt.kernels.scores import LOG2_E, SCORE_BOUND, SCORE_TILE, bound_scores
+from dit_opt.kernels.scores import LOG2_E, SCORE_BOUND, bound_scores
+from dit_opt.kernels.scratch import SCRATCH
 
 # Per thread. Larger gathers fall out of the second-level cache and fault in fresh pages (up to 10x
 # slower); smaller ones leave threads without work.
 GATHER_BYTES = 1 << 20
 
+# Per thread, of the scores of all runs that are multiplied at once.
+SCORE_BYTES = 1 << 21
+
 # With fewer queries than this, torch's flash attention takes 32 at a time and uses a second core
 # badly (1.4x instead of 2x); two matrix products take over.
 FLASH_QUERIES = 192
-
-
-@dataclass
-class _Scratch:
-    """Buffers of one call, used again and again.
-
-    A fresh buffer of megabytes costs a page fault for every 4 KiB, which took a third of the time.
-    """
-
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """Uninitialised memory of a shape; it is valid until the same name is taken again."""
-        size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = like.new_empty(size)
-        return self.buffers[name][:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -61,7 +47,6 @@ class _Call:
     group: int
     scale: float
     bounded: bool
-    scratch: _Scratch
 
 
 def attend(
@@ -99,14 +84,13 @@ def attend(
         k=_as_blocks(k, block_k),
         v=_as_blocks(v, block_k),
         bias=None if key_bias is None else key_bias.squeeze(-1),
-        out=q.new_empty((rows, block_q, dim)),
-        lse=q.new_empty((rows, block_q), dtype=torch.float32),
+        out=SCRATCH.take("all out", q.dtype, rows, block_q, dim),
+        lse=SCRATCH.take("all lse", torch.float32, rows, block_q),
         query_blocks=query_blocks,
         key_blocks=ceil_div(keys, block_k),
         group=heads // k.shape[1],
         scale=scale,
         bounded=bound_scores(q, k, scale) <= SCORE_BOUND,
-        scratch=_Scratch(),
     )
     if not counts.all():
         call.out.zero_()
@@ -130,6 +114,7 @@ def attend(
         )
     out.copy_(call.out.view(batch, heads, -1, dim)[:, :, :queries])
     lse.copy_(call.lse.view(batch, heads, -1)[:, :, :queries])
+    SCRATCH.trim()
     return out, lse
 
 
@@ -173,10 +158,7 @@ def _attend_gathered(call: _Call, bucket: Bucket) -> None:
     rows = (bucket.heads * call.query_blocks + bucket.first).unsqueeze(1) + torch.arange(count)
     keys = (bucket.heads // call.group * call.key_blocks).unsqueeze(1) + bucket.lists
     biases = (bucket.heads * call.key_blocks).unsqueeze(1) + bucket.lists
-    threads = torch.get_num_threads()
-    step = GATHER_BYTES * threads // (kept * block_k * dim * call.k.element_size())
-    # A batch that the threads can share evenly.
-    step = max(1, step - step % threads if step > threads else step)
+    step = _choose_step(bucket, kept * block_k, dim, call.k.element_size())
     missing = count * block_q - bucket.query_tokens
     for begin in range(0, runs, step):
         part = slice(begin, begin + step)
@@ -187,9 +169,9 @@ def _attend_gathered(call: _Call, bucket: Bucket) -> None:
         out, lse = _attend_dense(
             call,
             bucket,
-            call.q.index_select(0, row).view(-1, count * block_q, dim),
-            _gather(call, "keys", call.k, key).view(-1, kept * block_k, dim),
-            _gather(call, "values", call.v, key).view(-1, kept * block_k, dim),
+            _gather("queries", call.q, row).view(-1, count * block_q, dim),
+            _gather("keys", call.k, key).view(-1, kept * block_k, dim),
+            _gather("values", call.v, key).view(-1, kept * block_k, dim),
             bias,
         )
         if missing:
@@ -198,9 +180,19 @@ def _attend_gathered(call: _Call, bucket: Bucket) -> None:
         call.lse.index_copy_(0, row, lse.reshape(-1, block_q))
 
 
-def _gather(call: _Call, name: str, blocks: Tensor, rows: Tensor) -> Tensor:
+def _choose_step(bucket: Bucket, keys: int, dim: int, item: int) -> int:
+    """How many runs are multiplied at once: few enough for the cache, shared evenly by threads."""
+    runs, threads = len(bucket.heads), torch.get_num_threads()
+    most = min(GATHER_BYTES // dim, SCORE_BYTES // bucket.query_tokens) * threads // (keys * item)
+    if most < threads:
+        return max(1, most)
+    pieces = ceil_div(runs, most - most % threads)
+    return ceil_div(ceil_div(runs, pieces), threads) * threads
+
+
+def _gather(name: str, blocks: Tensor, rows: Tensor) -> Tensor:
     """Some blocks, in scratch memory."""
-    out = call.scratch.take(name, blocks, len(rows), *blocks.shape[1:])
+    out = SCRATCH.take(name, blocks.dtype, len(rows), *blocks.shape[1:])
     return torch.index_select(blocks, 0, rows, out=out)
 
 
@@ -236,15 +228,19 @@ def _flash(
 def _multiply(
     call: _Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention by two matrix products, with scores in the dtype of q."""
-    out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    """Dense attention by two matrix products, with scores in the dtype of q.
+
+    The results are scratch memory, valid until the next call.
+    """
+    out = SCRATCH.take("out", q.dtype, *q.shape)
+    lse = SCRATCH.take("lse", torch.float32, *q.shape[:2])
     runs, keys = k.shape[:2]
-    tile = max(1, SCORE_TILE // (runs * keys))
+    tile = SCORE_BYTES * torch.get_num_threads() // (runs * keys * q.element_size())
+    tile = max(1, min(tile, q.shape[1]))
     for begin in range(0, q.shape[1], tile):
         rows = slice(begin, begin + tile)
         part = q[:, rows]
-        scores = call.scratch.take("scores", q, runs, part.shape[1], keys)
+        scores = SCRATCH.take("scores", q.dtype, runs, part.shape[1], keys)
         if call.bounded and bias is None:
             # No weight can overflow, so the largest score need not be found and taken off.
             torch.baddbmm(scores, part, k.mT, beta=0, alpha=call.scale * LOG2_E, out=scores)
@@ -252,7 +248,7 @@ def _multiply(
             # Rounded to the dtype of the scores: summing bfloat16 to float32 costs a copy.
             total = scores.sum(-1)
             lse[:, rows] = total.float().log()
-            out[:, rows] = torch.bmm(scores, v).div_(total.unsqueeze(-1))
+            torch.bmm(scores, v, out=out[:, rows]).div_(total.unsqueeze(-1))
             continue
         torch.baddbmm(scores, part, k.mT, beta=0, alpha=call.scale, out=scores)
         if bias is not None:
@@ -262,5 +258,5 @@ def _multiply(
         largest = scores.amax(-1).to(torch.float32, copy=True)
         torch.softmax(scores, -1, out=scores)
         lse[:, rows] = largest - scores.amax(-1).float().log()
-        out[:, rows] = torch.bmm(scores, v)
+        torch.bmm(scores, v, out=out[:, rows])
     return out, lse

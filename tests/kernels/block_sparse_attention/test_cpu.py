@@ -85,7 +85,7 @@ def test_shared_ranges_are_sliced_and_not_gathered(monkeypatch):
 
 def test_score_tiles_give_the_same_result(monkeypatch):
     arguments = make_inputs(Case(density=1.0, queries=250, keys=250), torch.bfloat16)
-    monkeypatch.setattr(cpu, "SCORE_TILE", 250 * 64)
+    monkeypatch.setattr(cpu, "SCORE_BYTES", 250 * 64)
     assert_matches_reference(cpu.attend(*arguments), arguments, *ERRORS[torch.bfloat16])
 
 

@@ -1,0 +1,46 @@
+"""Memory that is used again and again by the processor paths."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from dit_opt.kernels import scratch
+from dit_opt.kernels.scratch import Scratch
+
+
+def test_memory_is_used_again_by_name_and_dtype():
+    memory = Scratch()
+    first = memory.take("scores", torch.float32, 3, 4)
+    assert first.shape == (3, 4)
+    assert memory.take("scores", torch.float32, 2, 5).data_ptr() == first.data_ptr()
+    others = [memory.take("keys", torch.float32, 3), memory.take("scores", torch.bfloat16, 3)]
+    assert first.data_ptr() not in {x.data_ptr() for x in others}
+    assert memory.take("scores", torch.float32, 100).numel() == 100
+
+
+def test_memory_of_inference_mode_can_be_written_to_outside():
+    memory = Scratch()
+    with torch.inference_mode():
+        inner = memory.take("scores", torch.float32, 8).fill_(1)
+    assert memory.take("scores", torch.float32, 8).data_ptr() == inner.data_ptr()
+    assert memory.take("scores", torch.float32, 8).fill_(2).sum() == 16
+
+
+def test_threads_share_nothing():
+    memory = Scratch()
+    own = memory.take("scores", torch.float32, 8)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(memory.take, "scores", torch.float32, 8).result()
+    assert own.data_ptr() != other.data_ptr()
+
+
+def test_large_memory_is_given_back(monkeypatch):
+    monkeypatch.setattr(scratch, "KEPT_BYTES", 40)
+    memory = Scratch()
+    small = memory.take("small", torch.float32, 10)
+    memory.take("large", torch.float32, 11)
+    memory.trim()
+    assert list(memory.buffers) == [("small", torch.float32)]
+    assert memory.take("small", torch.float32, 10).data_ptr() == small.data_ptr()
