@@ -18,7 +18,7 @@ from dit_opt.kernels.routers.sample import count_rows, draw_sample
 from dit_opt.kernels.routers.tables import Tables, build_tables
 
 # Scores held at once. On a CPU they should stay in the cache between matmul, softmax and sums.
-_CPU_SCORE_BYTES = 1 << 20
+_CPU_SCORE_BYTES = 1 << 21
 _DEVICE_SCORE_BYTES = 1 << 28
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -75,8 +75,11 @@ def measure_recall(
     for item in range(batch):
         for first in range(0, key_heads, step):
             part = slice(first, first + step)
-            products = torch.bmm(k[item, part].to(exact), queries[item, part])
-            scores = buffer[: len(products)].copy_(products)
+            keys, scores = k[item, part].to(exact), buffer[: min(step, key_heads - first)]
+            if exact == torch.float32:
+                torch.bmm(keys, queries[item, part], out=scores)
+            else:
+                scores.copy_(torch.bmm(keys, queries[item, part]))
             if key_bias is not None:
                 bias = key_bias[item].unflatten(0, (key_heads, -1))[part]
                 scores.unflatten(2, (-1, count)).add_(bias.transpose(1, 2).unsqueeze(-1))
