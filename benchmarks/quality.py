@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--prompts must be at least 1 and --steps at least 3")
     if (args.pipeline is None) != (args.prompt_file is None):
         parser.error("--pipeline and --prompt-file belong together")
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib; install it, or the extra: pip install '.[test]'")
     return args
 
 

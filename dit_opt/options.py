@@ -55,8 +55,8 @@ class Options:
 
     Attributes:
         router: how blocks are chosen: `auto` (the measured best), `dense` (replace nothing),
-            `rainfusion` (a pattern for each head), `adaspa` (search by exact softmax mass of every
-            fourth row), `subblock` and `sol` (search by pooled tokens, fine and coarse),
+            `rainfusion` (a pattern for each head), `adaspa` (search by exact softmax mass of one
+            row in sixteen), `subblock` and `sol` (search by pooled tokens, fine and coarse),
             `frame_tile` (own and reference frames) or `oracle` (exact search, as slow as dense
             attention: for measuring).
         density: mean kept share of the score matrix over sparse steps, in (0, 1]; 1 keeps

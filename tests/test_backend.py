@@ -15,48 +15,16 @@ from dit_opt.options import OptionError
 from dit_opt.runtime.bound import GradientError
 from tests import tiny_models
 from tests.tiny_models import wan
+from tests.trajectories import TRAJECTORY, big_wan, compiled, relative_error, run_trajectory
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 SPARSE = {"density": 0.6, "min_tokens": 0, "dense_steps": 1, "refresh_every": 2}
-TRAJECTORY = (999.0, 750.0, 500.0, 250.0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """Runs the rewritten graphs as they are: the state is real, nothing is compiled."""
-    monkeypatch.setattr(backend_module, "compile_with_inductor", lambda gm, inputs, patches: gm)
-
-
-def compiled(model, **options):
-    return torch.compile(model, backend=ditopt, options=options)
-
-
-def big_wan(**kwargs):
-    """Long enough for lists that drop blocks: 4 x 12 x 16 tokens are 6 x 12 blocks."""
-    return wan(grid=(4, 12, 16), **kwargs)
-
-
-def run_trajectory(model, inputs, timesteps=TRAJECTORY):
-    with torch.no_grad():
-        return [
-            model(**{**inputs, "timestep": torch.full_like(inputs["timestep"], t)})[0].clone()
-            for t in timesteps
-        ]
 
 
 def assert_same(outs, references):
     for out, reference in zip(outs, references, strict=True):
         torch.testing.assert_close(out, reference, rtol=1e-5, atol=1e-6)
-
-
-def relative_error(out, reference):
-    return float((out - reference).norm() / reference.norm())
 
 
 def test_the_name_is_an_installed_entry_point():
@@ -246,7 +214,7 @@ def test_new_sizes_recompile_only_as_without_ditopt(eager):
 
 
 def test_dynamic_sizes_reach_the_router(eager):
-    model = torch.compile(big_wan().model, backend=ditopt, dynamic=True, options=SPARSE)
+    model = compiled(big_wan().model, dynamic=True, **SPARSE)
     for grid in ((4, 12, 16), (4, 10, 14)):
         case = wan(grid=grid)
         outs = run_trajectory(model, case.inputs)

@@ -6,26 +6,17 @@ import pytest
 import torch
 
 import dit_opt
-from dit_opt import backend as backend_module
-from dit_opt.backend import ditopt
-from tests.tiny_models import wan
+from tests.trajectories import big_wan, compiled
+
+pytestmark = pytest.mark.usefixtures("eager")
 
 STEPS = [1000.0 - 40 * i for i in range(16)]
 ASKED = {"min_tokens": 0, "dense_steps": 1, "refresh_every": 50}
 
 
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    """Runs the rewritten graphs as they are: the state is real, nothing is compiled."""
-    monkeypatch.setattr(backend_module, "compile_with_inductor", lambda gm, inputs, patches: gm)
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def peaked_wan():
     """A model whose softmax is peaked, so that lists matter."""
-    tiny = wan(grid=(4, 12, 16))
+    tiny = big_wan()
     for block in tiny.model.blocks:
         block.attn1.norm_q.weight.data *= 8
         block.attn1.to_out[0].weight.data *= 8
@@ -51,7 +42,7 @@ def sample(tiny, model):
 def test_every_router_can_be_guarded(router):
     tiny = peaked_wan()
     options = {**ASKED, "density": 0.6, "router": router, "verify_every": 2}
-    out = sample(tiny, torch.compile(tiny.model, backend=ditopt, options=options))
+    out = sample(tiny, compiled(tiny.model, **options))
     assert out.isfinite().all()
     (graph,) = dit_opt.report(tiny.model).graphs
     assert graph.calls["verify"] > 0
@@ -66,9 +57,9 @@ def test_every_router_can_be_guarded(router):
 def test_side_by_side_reports_each_layer_and_step_and_changes_nothing():
     tiny = peaked_wan()
     asked = {**ASKED, "router": "subblock", "density": 0.4, "refresh_every": 2}
-    reference = sample(tiny, torch.compile(tiny.model, backend=ditopt, options=asked))
+    reference = sample(tiny, compiled(tiny.model, **asked))
     torch.compiler.reset()
-    model = torch.compile(tiny.model, backend=ditopt, options={**asked, "verify": True})
+    model = compiled(tiny.model, **asked, verify=True)
     torch.testing.assert_close(sample(tiny, model), reference, rtol=1e-5, atol=1e-5)
     report = dit_opt.report(tiny.model)
     (graph,) = report.graphs
@@ -83,7 +74,7 @@ def test_side_by_side_reports_each_layer_and_step_and_changes_nothing():
 def test_dense_beside_dense_differs_by_nothing():
     tiny = peaked_wan()
     asked = {**ASKED, "router": "subblock", "quality": 0.999999, "verify": True}
-    sample(tiny, torch.compile(tiny.model, backend=ditopt, options=asked))
+    sample(tiny, compiled(tiny.model, **asked))
     (graph,) = dit_opt.report(tiny.model).graphs
     assert all(d < 1e-5 for row in graph.layers for d in row.differences.values())
     assert "No step and no layer" in str(dit_opt.report(tiny.model))

@@ -7,19 +7,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dit_opt
-from dit_opt import backend as backend_module
 from dit_opt.options import OptionError
 from tests.tiny_models import wan
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 OPTIONS = {"density": 0.6, "min_tokens": 0}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo(monkeypatch):
-    monkeypatch.setattr(backend_module, "compile_with_inductor", lambda gm, inputs, patches: gm)
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def make_pipeline(count: int = 1):

@@ -7,49 +7,19 @@ import torch
 
 import dit_opt
 from dit_opt import analysis
-from dit_opt import backend as backend_module
-from dit_opt.backend import ditopt
 from dit_opt.facts.order import OrderRefusal, OrderRegion
 from dit_opt.facts.order_modes import OrderReason
 from tests import tiny_models
 from tests.tiny_models import wan
+from tests.trajectories import big_wan, compiled, relative_error, run_trajectory
+
+pytestmark = pytest.mark.usefixtures("eager")
 
 SEARCHING = ("adaspa", "subblock", "sol", "oracle")
-TRAJECTORY = (999.0, 750.0, 500.0, 250.0)
 SPARSE = {"min_tokens": 0, "dense_steps": 1}
 # a density is a sum in float32
 ROUNDING = 1e-6
 KEEP_ALL = {"min_tokens": 0, "dense_steps": 0, "quality": 0.999999}
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    """Runs the rewritten graphs as they are: the state is real, nothing is compiled."""
-    monkeypatch.setattr(backend_module, "compile_with_inductor", lambda gm, inputs, patches: gm)
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def big_wan():
-    """Long enough for lists that drop blocks: 4 x 12 x 16 tokens are 6 x 12 blocks."""
-    return wan(grid=(4, 12, 16))
-
-
-def compiled(model, **options):
-    return torch.compile(model, backend=ditopt, options=options)
-
-
-def run_trajectory(model, inputs, timesteps=TRAJECTORY):
-    with torch.no_grad():
-        return [
-            model(**{**inputs, "timestep": torch.full_like(inputs["timestep"], t)})[0].clone()
-            for t in timesteps
-        ]
-
-
-def relative_error(out, reference):
-    return float((out - reference).norm() / reference.norm())
 
 
 @pytest.fixture
@@ -177,7 +147,7 @@ def test_the_tail_makes_up_for_some_of_what_is_dropped():
 
 def test_dynamic_sizes_reach_plans_and_orders():
     asked = {"router": "subblock", "tail": "centroid", "density": 0.5, "refresh_every": 2, **SPARSE}
-    model = torch.compile(big_wan().model, backend=ditopt, dynamic=True, options=asked)
+    model = compiled(big_wan().model, dynamic=True, **asked)
     for grid in ((4, 12, 16), (4, 10, 14), (4, 12, 16)):
         case = wan(grid=grid)
         outs = run_trajectory(model, case.inputs)

@@ -8,21 +8,74 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from dit_opt.facts.sites import Site
 from dit_opt.passes.graph_edit import append_placeholder
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SparseForm, SparseSite
 from dit_opt.passes.symbolic_sizes import SizeWriter
 
-# adaspa: one row of so many stands for its neighbours; a search of all costs 0.7 of a dense call
+# `adaspa`: one row of so many stands for its neighbours. A search of all costs 0.7 of a dense call.
 ROW_STEP = 16
-# subblock: tokens in a cell
+# `subblock`: tokens in a cell.
 CELL = 16
 # The least mean square of what rows drop: peaked rows leave room for flat ones.
 SPREAD = "even"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a plan is written, and for what.
+
+    Attributes:
+        gm: the graph, with its insertion point at the site. index: the number of the site.
+        sparse, form: what to write.
+        qkv, bias: the inputs of attention, `[B, H, N, D]` and `[B, 1, Nk]`.
+        sizes: writes symbolic sizes into the graph.
+    """
+
+    gm: GraphModule
+    index: int
+    sparse: SparseSite
+    form: SparseForm
+    qkv: Sequence[Node]
+    bias: Node | None
+    sizes: SizeWriter
+
+    @property
+    def graph(self) -> Graph:
+        return self.gm.graph
+
+    def write_grid(self) -> list[Any]:
+        """T, H, W and the first latent token."""
+        assert self.sparse.grid is not None
+        return [self.sizes.write(size) for size in (*self.sparse.grid, self.sparse.start)]
+
+    def add_input(
+        self, name: str, blocks: Sequence[int] = (), dtype: torch.dtype = torch.int32
+    ) -> Node:
+        """A placeholder for state: `[B, H, N / block, ...]`, sized as the query."""
+        example = self.sparse.site.query.meta["example_value"]
+        batch, heads = (example.shape[0], 1) if example.dim() == 3 else example.shape[:2]
+        axes = [(example.shape[-2] + block - 1) // block for block in blocks]
+        state = example.new_empty((batch, heads, *axes), dtype=dtype)
+        return append_placeholder(self.gm, f"ditopt_{name}_{self.index}", state)
+
+    def add_boost(self) -> Node | None:
+        """How much more each head is to keep; every guarded search takes it."""
+        return self.add_input("boost", dtype=torch.float32) if self.form.guard else None
+
+    def write_expected(self, statistics: tuple[Node, ...]) -> Node | None:
+        """What a plan should keep: what it kept when it was made, or the quality asked for."""
+        if not self.form.guard:
+            return None
+        if self.form.reuse:
+            return self.add_input("kept", dtype=torch.float32)
+        if self.sparse.by_density:
+            return None
+        return self.graph.call_function(torch.full_like, (statistics[0], self.sparse.target))
 
 
 @dataclass(frozen=True)
@@ -71,46 +124,37 @@ def count_plan_tensors(router: str) -> int:
     return {"full": 0, "frame_tile": 0, "rainfusion": 1}.get(router, 2)
 
 
-def write_plan(
-    gm: GraphModule,
-    sparse: SparseSite,
-    index: int,
-    qkv: Sequence[Node],
-    bias: Node | None,
-    sizes: SizeWriter,
-    form: SparseForm,
-) -> Routed:
+def write_plan(place: Place) -> Routed:
     """Write the router's nodes at the graph's insertion point."""
     write = {
         "full": _write_full,
         "rainfusion": _write_rainfusion,
         "frame_tile": _write_frame_tile,
-    }.get(sparse.router, _write_search)
-    return write(gm, sparse, index, qkv, bias, sizes, form)
+    }.get(place.sparse.router, _write_search)
+    return write(place)
 
 
-def _write_full(gm, sparse, index, qkv, bias, sizes, form) -> Routed:
-    graph, (q, k, v) = gm.graph, qkv
+def _write_full(place: Place) -> Routed:
+    graph, (q, k, v) = place.graph, place.qkv
     length = _length(graph, k)
     plan = graph.call_function(
         torch.ops.ditopt.dense_plan_v1.default, (q, length, BLOCK_Q, BLOCK_K)
     )
-    return Routed(q, k, v, bias, *unpack(graph, plan, 2), (), (), None, None)
+    return Routed(q, k, v, place.bias, *unpack(graph, plan, 2), (), (), None, None)
 
 
-def _write_rainfusion(gm, sparse, index, qkv, bias, sizes, form) -> Routed:
-    graph, ops, (q, k, v) = gm.graph, torch.ops.ditopt, qkv
-    call = graph.call_function
-    where = [sizes.write(s) for s in (*sparse.grid, sparse.start)]
+def _write_rainfusion(place: Place) -> Routed:
+    graph, sparse, bias = place.graph, place.sparse, place.bias
+    ops, call, (q, k, v) = torch.ops.ditopt, graph.call_function, place.qkv
+    where = place.write_grid()
     statistics: tuple[Node, ...] = ()
-    if form.reuse:
-        choice = _add_input(gm, f"ditopt_choice_{index}", sparse.site)
+    if place.form.reuse:
+        choice = place.add_input("choice")
     else:
         goal = (sparse.scale, sparse.target, sparse.by_density)
-        boost = _write_boost(gm, sparse, index, form)
         found = call(
             ops.rainfusion_recognize_v1.default,
-            (q, k, bias, *goal, *where, BLOCK_Q, BLOCK_K, boost),
+            (q, k, bias, *goal, *where, BLOCK_Q, BLOCK_K, place.add_boost()),
         )
         choice, *rest = unpack(graph, found, 3)
         statistics = tuple(rest)
@@ -121,65 +165,69 @@ def _write_rainfusion(gm, sparse, index, qkv, bias, sizes, form) -> Routed:
     q, k, v = (call(ops.gather_tokens_v1.default, (x, rows)) for x in (q, k, v))
     if bias is not None:
         bias = call(ops.gather_bias_v1.default, (bias, rows))
-    expected = _write_expected(gm, sparse, index, form, statistics)
+    expected = place.write_expected(statistics)
     return Routed(
         q, k, v, bias, counts, indices, (choice,), statistics, expected, inverse, per_head=True
     )
 
 
-def _write_frame_tile(gm, sparse, index, qkv, bias, sizes, form) -> Routed:
-    graph, (q, k, v) = gm.graph, qkv
-    where = [sizes.write(s) for s in (*sparse.grid, sparse.start)]
+def _write_frame_tile(place: Place) -> Routed:
+    graph, (q, k, v) = place.graph, place.qkv
     plan = graph.call_function(
-        torch.ops.ditopt.frame_tile_plan_v1.default, (q, sparse.target, *where, BLOCK_Q, BLOCK_K)
+        torch.ops.ditopt.frame_tile_plan_v1.default,
+        (q, place.sparse.target, *place.write_grid(), BLOCK_Q, BLOCK_K),
     )
     counts, indices, recall, density = unpack(graph, plan, 4)
-    statistics = () if form.reuse else (recall, density)
-    if not form.reuse:
-        # these tiles are no larger for a head that needs more; every search takes a boost
-        _write_boost(gm, sparse, index, form)
-    expected = _write_expected(gm, sparse, index, form, statistics)
-    return Routed(q, k, v, bias, counts, indices, (), statistics, expected, None)
+    statistics = () if place.form.reuse else (recall, density)
+    if not place.form.reuse:
+        # These tiles are no larger for a head that needs more: the input stays unused.
+        place.add_boost()
+    expected = place.write_expected(statistics)
+    return Routed(q, k, v, place.bias, counts, indices, (), statistics, expected, None)
 
 
-def _write_search(gm, sparse, index, qkv, bias, sizes, form) -> Routed:
+def _write_search(place: Place) -> Routed:
     """The routers that weigh blocks, in the cube order where there is a grid.
 
     Tokens that are in the order already stay where they are.
     """
-    graph, (q, k, v) = gm.graph, qkv
-    start, inverse = sizes.write(sparse.start), None
+    graph, sparse, bias = place.graph, place.sparse, place.bias
+    (q, k, v), inverse = place.qkv, None
     if sparse.grid is not None and not sparse.ordered:
-        where = [sizes.write(s) for s in (*sparse.grid, sparse.start)]
         order = graph.call_function(
-            torch.ops.ditopt.cube_order_v1.default, (q, *where, _length(graph, q))
+            torch.ops.ditopt.cube_order_v1.default, (q, *place.write_grid(), _length(graph, q))
         )
         rows, inverse = unpack(graph, order, 2)
         q, k, v = (_select(graph, x, rows) for x in (q, k, v))
         if bias is not None:
             bias = graph.call_function(torch.index_select, (bias, 2, rows))
-    if form.reuse:
-        counts = _add_input(gm, f"ditopt_counts_{index}", sparse.site, [BLOCK_Q])
-        indices = _add_input(gm, f"ditopt_indices_{index}", sparse.site, [BLOCK_Q, BLOCK_K])
-        expected = _write_expected(gm, sparse, index, form, ())
+    if place.form.reuse:
+        counts = place.add_input("counts", [BLOCK_Q])
+        indices = place.add_input("indices", [BLOCK_Q, BLOCK_K])
+        expected = place.write_expected(())
         return Routed(q, k, v, bias, counts, indices, (counts, indices), (), expected, inverse)
-    place = (start, sizes.write(sparse.video), BLOCK_Q, BLOCK_K)
-    boost = _write_boost(gm, sparse, index, form)
-    search, arguments = _name_search(sparse, q, k, bias, place)
+    video = [place.sizes.write(size) for size in (sparse.start, sparse.video)]
+    boost = place.add_boost()
+    search, arguments = _name_search(sparse, q, k, bias, (*video, BLOCK_Q, BLOCK_K))
     found = graph.call_function(search, arguments, {} if boost is None else {"boost": boost})
     counts, indices, recall, density = unpack(graph, found, 4)
     statistics = (recall, density)
-    expected = _write_expected(gm, sparse, index, form, statistics)
+    expected = place.write_expected(statistics)
     return Routed(q, k, v, bias, counts, indices, (counts, indices), statistics, expected, inverse)
 
 
-def _name_search(sparse: SparseSite, q, k, bias, place) -> tuple:
-    """The operator of a searching router and its arguments."""
+def _name_search(
+    sparse: SparseSite, q: Node, k: Node, bias: Node | None, where: tuple[Any, ...]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The operator of a searching router and its arguments.
+
+    `where`: start and length of the video among the tokens, then both block sizes.
+    """
     ops, goal = torch.ops.ditopt, (sparse.scale, sparse.target)
     if sparse.router == "sol":
         by = "density" if sparse.by_density else "quality"
-        return ops.sol_plan_v1.default, (q, k, bias, *goal, by, *place, SPREAD)
-    goal = (*goal, sparse.by_density, *place)
+        return ops.sol_plan_v1.default, (q, k, bias, *goal, by, *where, SPREAD)
+    goal = (*goal, sparse.by_density, *where)
     if sparse.router == "subblock":
         return ops.subblock_plan_v1.default, (q, k, bias, *goal, CELL, SPREAD)
     step = {"adaspa": ROW_STEP, "oracle": 1}[sparse.router]
@@ -200,36 +248,3 @@ def _select(graph: Graph, x: Node, rows: Node) -> Node:
     turned = graph.call_method("transpose", (x, 1, 2))
     moved = graph.call_function(torch.index_select, (turned, 1, rows))
     return graph.call_method("transpose", (moved, 1, 2))
-
-
-def _write_boost(gm: GraphModule, sparse: SparseSite, index: int, form: SparseForm) -> Node | None:
-    if not form.guard:
-        return None
-    return _add_input(gm, f"ditopt_boost_{index}", sparse.site, dtype=torch.float32)
-
-
-def _write_expected(
-    gm: GraphModule, sparse: SparseSite, index: int, form: SparseForm, statistics: tuple[Node, ...]
-) -> Node | None:
-    """What a plan should keep: what it kept when it was made, or the quality that was asked for."""
-    if not form.guard:
-        return None
-    if form.reuse:
-        return _add_input(gm, f"ditopt_kept_{index}", sparse.site, dtype=torch.float32)
-    if sparse.by_density:
-        return None
-    return gm.graph.call_function(torch.full_like, (statistics[0], sparse.target))
-
-
-def _add_input(
-    gm: GraphModule,
-    name: str,
-    site: Site,
-    blocks: Sequence[int] = (),
-    dtype: torch.dtype = torch.int32,
-) -> Node:
-    """A placeholder for state: `[B, H, N / block, ...]`, sized as the query."""
-    example = site.query.meta["example_value"]
-    batch, heads = (example.shape[0], 1) if example.dim() == 3 else example.shape[:2]
-    axes = [(example.shape[-2] + block - 1) // block for block in blocks]
-    return append_placeholder(gm, name, example.new_empty((batch, heads, *axes), dtype=dtype))

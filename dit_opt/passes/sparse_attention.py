@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from dit_opt.kernels.routers.rainfusion import candidate_names
 from dit_opt.passes.graph_edit import append_outputs
-from dit_opt.passes.plan_nodes import unpack, write_plan
+from dit_opt.passes.plan_nodes import Place, unpack, write_plan
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SLACK, SparseForm, SparseSite
 from dit_opt.passes.symbolic_sizes import SizeWriter
 
@@ -88,7 +88,7 @@ def _replace(
     if flat:
         qkv = [graph.call_method("unsqueeze", (x, 1)) for x in qkv]
     bias = _write_key_bias(graph, sparse.key_mask)
-    routed = write_plan(gm, sparse, index, qkv, bias, sizes, form)
+    routed = write_plan(Place(gm, index, sparse, form, qkv, bias, sizes))
     searching = sparse.router != "full"
     state = [] if form.reuse or not searching else [*routed.plan, *routed.statistics]
     qkv, lists = (routed.q, routed.k, routed.v), (routed.counts, routed.indices)

@@ -124,3 +124,11 @@ def test_a_pipeline_that_is_not_there_ends_the_command_with_a_sentence(tmp_path)
         quality.main(argv)
     with pytest.raises(SystemExit):
         quality.main(argv[:2])
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    monkeypatch.setattr(quality, "load_subject", lambda args: pytest.fail("loaded"))
+    with pytest.raises(SystemExit):
+        quality.main(["--plot", "plot.png"])
+    assert "--plot needs matplotlib" in capsys.readouterr().err

@@ -44,7 +44,6 @@ def test_the_front_holds_what_nothing_beats():
 
 
 def test_the_plot_shows_a_point_for_each_configuration(tmp_path):
-    pytest.importorskip("matplotlib")
     asked = {"default": {}, "slow": {"router": "oracle", "tail": "centroid"}}
     result = aggregate([sample(30.0), sample(40.0)], asked)
     result |= {"prompts": 2, "steps": 3, "machine": {"cpu": "a processor"}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
@@ -33,16 +32,6 @@ class TinyPipeline(DiffusionPipeline):
             callback_on_step_end(self, index, timestep, {"latents": latents})
         frames = latents[:, :3].transpose(1, 2).sigmoid()
         return SimpleNamespace(frames=frames)
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    from dit_opt import backend
-
-    monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, inputs, patches: gm)
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def test_a_diffusers_pipeline_is_sampled_in_every_way(eager, tmp_path):

@@ -1,0 +1,22 @@
+"""Fixtures for everything that goes through `torch.compile`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_opt import backend
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing compiled before or after a test."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def eager(monkeypatch, fresh_dynamo):
+    """Runs the rewritten graphs as they are: the state is real, nothing is compiled."""
+    monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, inputs, patches: gm)

@@ -1,0 +1,34 @@
+"""Denoising runs of tiny models, and how far apart their outputs are."""
+
+from __future__ import annotations
+
+import torch
+
+from dit_opt.backend import ditopt
+from tests.tiny_models import wan
+
+TRAJECTORY = (999.0, 750.0, 500.0, 250.0)
+
+
+def big_wan(**kwargs):
+    """Long enough for lists that drop blocks: 4 x 12 x 16 tokens are 6 x 12 blocks."""
+    return wan(grid=(4, 12, 16), **kwargs)
+
+
+def compiled(model, dynamic=None, **options):
+    """The model under the backend."""
+    return torch.compile(model, backend=ditopt, dynamic=dynamic, options=options)
+
+
+def run_trajectory(model, inputs, timesteps=TRAJECTORY):
+    """The output at each timestep, on the same latents."""
+    with torch.no_grad():
+        return [
+            model(**{**inputs, "timestep": torch.full_like(inputs["timestep"], t)})[0].clone()
+            for t in timesteps
+        ]
+
+
+def relative_error(out, reference):
+    """L2 norm of the difference over that of the reference."""
+    return float((out - reference).norm() / reference.norm())
