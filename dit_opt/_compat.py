@@ -11,6 +11,9 @@ from typing import Any
 
 import sympy
 import torch
+
+# What Dynamo makes of an exception of a backend.
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.source import (
     ConstantSource,
     NNModuleSource,
@@ -26,6 +29,7 @@ from torch.fx import Graph, Node
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 __all__ = [
+    "BackendCompilerFailed",
     "FloorDiv",
     "Mod",
     "belongs_to_model",

@@ -38,6 +38,7 @@ from dit_opt.passes.sparse_site import SparseForm, SparseSite
 from dit_opt.passes.token_order import order_by_cubes
 from dit_opt.runtime.bound import Bound, Wiring, refuse_gradients
 from dit_opt.runtime.schedule import Phase, Schedule
+from dit_opt.runtime.state import running_grid
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def ditopt(
     """
     parsed = Options.parse(options, mode=mode)
     refuse_gradients(tuple(example_inputs))
-    analysis, passes = analyse(gm, parsed)
+    analysis, passes = analyse(gm, parsed, running_grid() if parsed.grid is None else None)
     dumper = Dumper(parsed.dump)
     dumper.graph("capture", gm)
     record = analysis.describe(passes)

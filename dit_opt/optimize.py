@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from dit_opt.analysis import read_grid
 from dit_opt.options import Options
 from dit_opt.runtime.schedule import Clock
-from dit_opt.runtime.state import Announcement, announce
+from dit_opt.runtime.state import Announcement, announce, set_running_grid
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ def optimize(
         pipe_or_model: a diffusers pipeline (its scheduler tells how long a trajectory is) or a
             module.
         regional: compile the repeated blocks one by one (`compile_repeated_blocks`), which is
-            quicker to compile. The step is then read by a hook around the model.
+            quicker to compile. A hook around the model then reads the step, and traces the whole
+            model once for each shape, without compiling it, for the grid that no block can know.
         fullgraph, dynamic: as in `torch.compile`.
         **options: see `Options`.
 
@@ -68,6 +70,8 @@ def optimize(
         }
         if regional:
             _announce_steps(model, announcement)
+            if "grid" not in options:
+                _announce_grid(model)
             model.compile_repeated_blocks(**settings)
         else:
             model.compile(**settings)
@@ -117,3 +121,22 @@ def _announce_steps(model: torch.nn.Module, announcement: Announcement) -> None:
         announcement.position = clock.tick(float(value), announcement.timesteps())
 
     model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _announce_grid(model: torch.nn.Module) -> None:
+    """Have the whole model tell its blocks (T, H, W), while they are compiled."""
+    grids: dict[tuple[tuple[int, ...], ...], tuple[int, int, int] | None] = {}
+
+    def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = (*args, *kwargs.values())
+        shapes = tuple(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor))
+        if shapes not in grids:
+            grids[shapes] = read_grid(module, args, kwargs)
+            log.info("the whole model tells the grid %s to its blocks", grids[shapes])
+        set_running_grid(grids[shapes])
+
+    def after(*_: Any) -> None:
+        set_running_grid(None)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, always_call=True)

@@ -183,3 +183,15 @@ def test_cache_counts():
         assert _compat.cache_counts() == (hits + 1, misses)
     finally:
         counters["aot_autograd"]["autograd_cache_hit"] -= 1
+
+
+def test_an_exception_of_a_backend_is_handed_on():
+    class Stop(Exception):
+        pass
+
+    def backend(gm, inputs):
+        raise Stop
+
+    with pytest.raises(_compat.BackendCompilerFailed) as caught:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert isinstance(caught.value.inner_exception, Stop)

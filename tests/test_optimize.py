@@ -39,8 +39,7 @@ def calls(model):
 @pytest.mark.parametrize("regional", [False, True])
 def test_a_share_of_the_trajectory_is_counted_in_the_schedulers_steps(regional):
     pipe, inputs = make_pipeline()
-    options = {**OPTIONS, "grid": (4, 12, 16)} if regional else OPTIONS
-    assert dit_opt.optimize(pipe, regional=regional, dense_steps=0.2, **options) is pipe
+    assert dit_opt.optimize(pipe, regional=regional, dense_steps=0.2, **OPTIONS) is pipe
     run(pipe, inputs, 10)
     layers = 2 if regional else 1
     assert calls(pipe.transformer) == {"observe": 2 * layers, "search": 8 * layers}

@@ -133,6 +133,42 @@ def test_routers_that_weigh_blocks_need_no_grid():
     assert "grid" in graph.record.order
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox", "ltx_video", "sd3", "dit"])
+@pytest.mark.parametrize("router", ["rainfusion", "subblock"])
+def test_the_whole_model_tells_its_blocks_the_grid(name, router):
+    tiny = getattr(tiny_models, name)()
+    tiny.model._repeated_blocks = sorted({type(b).__name__ for b in list_blocks(tiny.model)})
+    dit_opt.optimize(tiny.model, regional=True, router=router, **KEEP_ALL)
+    reference = tiny_models.__dict__[name]()
+    torch.testing.assert_close(tiny(), reference(), rtol=1e-5, atol=1e-5)
+    decisions = [d for g in dit_opt.report(tiny.model).graphs for d in g.record.decisions]
+    replaced = [d for d in decisions if d.replaced]
+    assert replaced and all(d.layout.grid == tiny.grid for d in replaced)
+    assert {d.layout.grid_source for d in replaced} == {"model"}
+
+
+def list_blocks(model):
+    """The repeated blocks: what the model's lists of modules hold."""
+    lists = [m for m in model.children() if isinstance(m, torch.nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]
+
+
+def test_a_grid_of_another_resolution_is_told_anew():
+    asked = {"router": "rainfusion", "density": 0.6, "min_tokens": 0, "dense_steps": 0}
+    tiny, other = big_wan(), wan(grid=(4, 10, 14))
+    dit_opt.optimize(tiny.model, regional=True, dynamic=False, **asked)
+    for case in (tiny, other, tiny):
+        with torch.no_grad():
+            tiny.model(**case.inputs)
+    found = {
+        d.layout.grid
+        for g in dit_opt.report(tiny.model).graphs
+        for d in g.record.decisions
+        if d.replaced
+    }
+    assert found == {(4, 12, 16), (4, 10, 14)}
+
+
 def test_the_tail_makes_up_for_some_of_what_is_dropped():
     """With the same plan, out of the same search: an error of each layer alone, on its inputs."""
     tiny = big_wan()
@@ -161,7 +197,7 @@ def test_repeated_blocks_keep_their_lists_apart():
     tiny = big_wan()
     reference = run_trajectory(compiled(tiny.model, **asked), tiny.inputs)
     torch.compiler.reset()
-    dit_opt.optimize(tiny.model, regional=True, grid=(4, 12, 16), **asked)
+    dit_opt.optimize(tiny.model, regional=True, **asked)
     outs = run_trajectory(tiny.model, tiny.inputs)
     for out, wanted in zip(outs, reference, strict=True):
         torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)

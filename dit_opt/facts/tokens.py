@@ -109,8 +109,8 @@ def find_tokens(graph: Graph, sites: Sequence[Site]) -> Tokens:
     return Tokens(layouts, labels)
 
 
-def declare_grid(layout: Layout, sizes: tuple[int, int, int]) -> Layout:
-    """The layout with a grid that the user gives, where the graph proves none.
+def declare_grid(layout: Layout, sizes: tuple[int, int, int], source: str = "option") -> Layout:
+    """The layout with a grid that the user gives, or the whole model, where the graph proves none.
 
     The one segment of T * H * W tokens becomes the latents. A layout with a grid of its own, or in
     which no segment or more than one has that many tokens, comes back as it is but for the reason.
@@ -136,7 +136,7 @@ def declare_grid(layout: Layout, sizes: tuple[int, int, int]) -> Layout:
     named = tuple(replace(s, kind=SegmentKind.LATENTS) if s is latents else s for s in layout.query)
     key = named if layout.key == layout.query else layout.key
     t, h, w = map(sympy.Integer, sizes)
-    return replace(layout, query=named, key=key, grid=Grid((t, h, w), "option"), reason="")
+    return replace(layout, query=named, key=key, grid=Grid((t, h, w), source), reason="")
 
 
 def _token_dims(labels: Labels, site: Site) -> tuple[Dim, Dim] | str:

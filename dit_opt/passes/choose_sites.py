@@ -51,13 +51,18 @@ def choose_sites(
     sites: Sequence[Site],
     tokens: Tokens,
     options: Options,
+    model_grid: tuple[int, int, int] | None = None,
 ) -> list[Choice]:
     """One Choice per site.
+
+    `model_grid` is what the whole model tells of a graph that is one of its blocks.
 
     Raises OptionError where a grid was given that fits no site, or where a router was asked for
     by name and can serve none of the sites.
     """
     layouts = [_apply_grid(tokens.layouts.get(site.node), options) for site in sites]
+    if model_grid is not None:
+        layouts = [layout and declare_grid(layout, model_grid, "model") for layout in layouts]
     choices = [_judge(site, layout, options) for site, layout in zip(sites, layouts, strict=True)]
     if options.grid and sites and not any(layout and layout.grid for layout in layouts):
         counts = sorted({str(_length(s)) for s in sites if s.query is not None})

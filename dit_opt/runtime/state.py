@@ -174,6 +174,19 @@ class Announcement:
         return values
 
 
+_running = threading.local()
+
+
+def set_running_grid(grid: tuple[int, int, int] | None) -> None:
+    """Tell the graphs that this thread compiles next what the whole model knows of its tokens."""
+    _running.grid = grid
+
+
+def running_grid() -> tuple[int, int, int] | None:
+    """(T, H, W) of the model that this thread runs, where its blocks are compiled one by one."""
+    return getattr(_running, "grid", None)
+
+
 _announcements: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
