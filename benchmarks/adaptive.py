@@ -151,7 +151,7 @@ def measure_searches(call: Call, density: float, seconds: float) -> dict[str, An
         ),
     }
     plan = rivals["subblock"]()
-    rivals["sparse"] = lambda: ops.block_sparse_attention_v2(
+    rivals["sparse"] = lambda: ops.block_sparse_attention_v3(
         q, k, v, *plan[:2], None, scale, BLOCK_Q, BLOCK_K
     )
     times = time_in_turns(rivals, seconds, q.device)

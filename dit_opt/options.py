@@ -25,6 +25,7 @@ ROUTERS = (
     "subblock",
     "sol",
     "frame_tile",
+    "headwise",
     "oracle",
 )
 # What `auto` stands for: the best in benchmarks/results.
@@ -57,6 +58,7 @@ class Options:
         router: how blocks are chosen: `auto` (the measured best), `dense` (replace nothing),
             `rainfusion` (a pattern for each head), `adaspa` (search by exact softmax mass of one
             row in sixteen), `subblock` and `sol` (search by pooled tokens, fine and coarse),
+            `headwise` (an order of the tokens for each head, and a search in it),
             `frame_tile` (own and reference frames) or `oracle` (exact search, as slow as dense
             attention: for measuring).
         density: mean kept share of the score matrix over sparse steps, in (0, 1]; 1 keeps

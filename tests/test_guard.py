@@ -38,7 +38,7 @@ def sample(tiny, model):
     return latents
 
 
-@pytest.mark.parametrize("router", ["rainfusion", "subblock", "frame_tile"])
+@pytest.mark.parametrize("router", ["rainfusion", "headwise", "subblock", "frame_tile"])
 def test_every_router_can_be_guarded(router):
     tiny = peaked_wan()
     options = {**ASKED, "density": 0.6, "router": router, "verify_every": 2}

@@ -9,6 +9,7 @@ import dit_opt
 from dit_opt import analysis
 from dit_opt.facts.order import OrderRefusal, OrderRegion
 from dit_opt.facts.order_modes import OrderReason
+from dit_opt.kernels.routers.headwise import ORDER_NAMES
 from tests import tiny_models
 from tests.tiny_models import wan
 from tests.trajectories import big_wan, compiled, relative_error, run_trajectory
@@ -47,6 +48,24 @@ def test_plans_live_from_search_to_search(router, tail):
         assert row.plan_bytes == 4 * 2 * (6 + 6 * 12)
 
 
+@pytest.mark.parametrize("tail", ["drop", "centroid"])
+def test_orders_of_heads_live_from_search_to_search(tail):
+    tiny = big_wan()
+    asked = {"router": "headwise", "tail": tail, "density": 0.5, "refresh_every": 2, **SPARSE}
+    model = compiled(tiny.model, **asked)
+    dense = run_trajectory(tiny.model, tiny.inputs)
+    outs = run_trajectory(model, tiny.inputs)
+    assert relative_error(outs[0], dense[0]) < 1e-6
+    assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
+    (graph,) = dit_opt.report(tiny.model).graphs
+    assert graph.calls == {"observe": 1, "search": 2, "reuse": 1} and graph.record.order == ""
+    for row in graph.layers:
+        assert 0.25 < row.density <= 0.5 + ROUNDING and row.density < row.recall <= 1
+        assert set(row.heads) <= set(ORDER_NAMES) and sum(row.heads.values()) == 2
+        # counts and lists of 2 heads with 6 x 12 blocks, and their orders, in int32
+        assert row.plan_bytes == 4 * 2 * (6 + 6 * 12 + 1)
+
+
 def test_frame_tiles_follow_from_shapes():
     tiny = big_wan()
     model = compiled(tiny.model, router="frame_tile", density=0.6, refresh_every=2, **SPARSE)
@@ -56,6 +75,15 @@ def test_frame_tiles_follow_from_shapes():
     (graph,) = dit_opt.report(tiny.model).graphs
     assert all(0 < row.density <= 0.6 and row.plan_bytes == 0 for row in graph.layers)
     assert '"recall": null' in dit_opt.report(tiny.model).to_json()
+
+
+@pytest.mark.parametrize("name", [f.__name__ for f in tiny_models.ALL])
+def test_keeping_everything_in_the_order_of_each_head_equals_dense(name):
+    tiny = getattr(tiny_models, name)()
+    out = tiny(compiled(tiny.model, router="headwise", tail="centroid", **KEEP_ALL))
+    torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
+    replaced = [d for d in dit_opt.report(tiny.model).decisions if d.replaced]
+    assert replaced and {d.router for d in replaced} == {"headwise"}
 
 
 @pytest.mark.parametrize("name", [f.__name__ for f in tiny_models.ALL])
@@ -181,8 +209,9 @@ def test_the_tail_makes_up_for_some_of_what_is_dropped():
     assert errors["centroid"] < errors["drop"]
 
 
-def test_dynamic_sizes_reach_plans_and_orders():
-    asked = {"router": "subblock", "tail": "centroid", "density": 0.5, "refresh_every": 2, **SPARSE}
+@pytest.mark.parametrize("router", ["headwise", "subblock"])
+def test_dynamic_sizes_reach_plans_and_orders(router):
+    asked = {"router": router, "tail": "centroid", "density": 0.5, "refresh_every": 2, **SPARSE}
     model = compiled(big_wan().model, dynamic=True, **asked)
     for grid in ((4, 12, 16), (4, 10, 14), (4, 12, 16)):
         case = wan(grid=grid)

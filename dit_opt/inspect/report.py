@@ -42,8 +42,8 @@ class LayerReport:
         density: realised mean kept share, over heads and sparse calls, in real tokens.
         recall: mean softmax mass inside the plans, as sampled at the searches; None where the
             router does not know it.
-        heads: how many heads had each type at the last search, over the batch; routers other than
-            `rainfusion` give them all their own name.
+        heads: how many heads had each type at the last search, over the batch: their patterns
+            under `rainfusion`, their orders of the tokens under `headwise`, else the router's name.
         density_by_type: mean density of the heads of each type at the last search.
         calls, searches: sparse calls, and those that searched.
         plan_bytes: memory of the plan that is kept between calls.
@@ -153,15 +153,14 @@ def _natural(name: str) -> list[Any]:
 
 
 def _describe(record: GraphRecord, name: str, key: Any, state: Any) -> LayerReport:
-    from dit_opt.passes.sparse_attention import name_choices
+    from dit_opt.passes.sparse_attention import name_heads
 
     index, (_, _, branch) = key
     searching = [d for d in record.decisions if d.replaced and d.router != "full"]
     decision = searching[index]
-    types = [decision.router] * state.last_density.numel()
-    if decision.router == "rainfusion":
-        names = name_choices(state.layout)
-        types = [names[c].split()[0] for c in state.plan[0].flatten().tolist()]
+    types = name_heads(decision.router, state.layout, state.plan)
+    if types is None:
+        types = [decision.router] * state.last_density.numel()
     densities = state.last_density.flatten().tolist()
     recall = float(state.recall.mean()) / state.searches
     by_type: dict[str, list[float]] = {}

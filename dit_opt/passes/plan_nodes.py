@@ -19,6 +19,8 @@ from dit_opt.passes.symbolic_sizes import SizeWriter
 
 # `adaspa`: one row of so many stands for its neighbours. A search of all costs 0.7 of a dense call.
 ROW_STEP = 16
+# `headwise`: one row of so many, drawn out of small boxes of the video.
+HEADWISE_CELL = 16
 # `subblock`: tokens in a cell.
 CELL = 16
 # The least mean square of what rows drop: peaked rows leave room for flat ones.
@@ -49,9 +51,9 @@ class Place:
         return self.gm.graph
 
     def write_grid(self) -> list[Any]:
-        """T, H, W and the first latent token."""
-        assert self.sparse.grid is not None
-        return [self.sizes.write(size) for size in (*self.sparse.grid, self.sparse.start)]
+        """T, H, W and the first latent token; a row of tokens where there is no grid."""
+        grid = self.sparse.grid or (1, 1, self.sparse.video)
+        return [self.sizes.write(size) for size in (*grid, self.sparse.start)]
 
     def add_input(
         self, name: str, blocks: Sequence[int] = (), dtype: torch.dtype = torch.int32
@@ -116,12 +118,12 @@ class Routed:
 
 def takes_cube_order(router: str) -> bool:
     """Whether a router weighs blocks of any tokens, which cubes make compact."""
-    return router not in ("full", "dense", "rainfusion", "frame_tile")
+    return router not in ("full", "dense", "rainfusion", "frame_tile", "headwise")
 
 
 def count_plan_tensors(router: str) -> int:
     """How many tensors a router keeps from one search to the next."""
-    return {"full": 0, "frame_tile": 0, "rainfusion": 1}.get(router, 2)
+    return {"full": 0, "frame_tile": 0, "rainfusion": 1, "headwise": 3}.get(router, 2)
 
 
 def write_plan(place: Place) -> Routed:
@@ -130,6 +132,7 @@ def write_plan(place: Place) -> Routed:
         "full": _write_full,
         "rainfusion": _write_rainfusion,
         "frame_tile": _write_frame_tile,
+        "headwise": _write_headwise,
     }.get(place.sparse.router, _write_search)
     return write(place)
 
@@ -184,6 +187,34 @@ def _write_frame_tile(place: Place) -> Routed:
         place.add_boost()
     expected = place.write_expected(statistics)
     return Routed(q, k, v, place.bias, counts, indices, (), statistics, expected, None)
+
+
+def _write_headwise(place: Place) -> Routed:
+    graph, sparse, bias = place.graph, place.sparse, place.bias
+    ops, call, (q, k, v) = torch.ops.ditopt, graph.call_function, place.qkv
+    where = (*place.write_grid(), BLOCK_Q, BLOCK_K)
+    statistics: tuple[Node, ...] = ()
+    if place.form.reuse:
+        counts = place.add_input("counts", [BLOCK_Q])
+        indices = place.add_input("indices", [BLOCK_Q, BLOCK_K])
+        order = place.add_input("order")
+    else:
+        goal = (sparse.scale, sparse.target, sparse.by_density)
+        found = call(
+            ops.headwise_plan_v1.default,
+            (q, k, bias, *goal, *where, HEADWISE_CELL, SPREAD, place.add_boost()),
+        )
+        counts, indices, order, *rest = unpack(graph, found, 5)
+        statistics = tuple(rest)
+    moves = call(ops.headwise_rows_v1.default, (order, _length(graph, q), *where))
+    rows, inverse = unpack(graph, moves, 2)
+    q, k, v = (call(ops.gather_tokens_v1.default, (x, rows)) for x in (q, k, v))
+    if bias is not None:
+        bias = call(ops.gather_bias_v1.default, (bias, rows))
+    plan, expected = (counts, indices, order), place.write_expected(statistics)
+    return Routed(
+        q, k, v, bias, counts, indices, plan, statistics, expected, inverse, per_head=True
+    )
 
 
 def _write_search(place: Place) -> Routed:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from dit_opt.kernels.routers.headwise import ORDER_NAMES
 from dit_opt.kernels.routers.rainfusion import candidate_names
 from dit_opt.passes.graph_edit import append_outputs
 from dit_opt.passes.plan_nodes import Place, unpack, write_plan
@@ -34,16 +35,21 @@ def sparse_attention(
         %choice, %recall, %density = rainfusion_recognize_v1(%q, %k, ..., T, H, W, start)
         %counts, %indices, %rows, %inverse = rainfusion_plan_v1(%choice, N, T, H, W, start, ...)
         %q1, %k1, %v1 = gather_tokens_v1(%q | %k | %v, %rows, H)
-        %out1, _ = block_sparse_attention_v2(%q1, %k1, %v1, %counts, %indices, ...)
+        %out1, _ = block_sparse_attention_v3(%q1, %k1, %v1, %counts, %indices, ...)
         %out = scatter_tokens_v1(%out1, %inverse)
 
-    and under those that weigh blocks, in one order for all heads::
+    under `headwise`, which finds lists and an order of the tokens for each head, alike::
+
+        %counts, %indices, %order, %recall, %density = headwise_plan_v1(%q, %k, ..., T, H, W, ...)
+        %rows, %inverse = headwise_rows_v1(%order, N, T, H, W, start, ...)
+
+    and under those that weigh blocks in one order for all heads::
 
         %rows, %inverse = cube_order_v1(%q, T, H, W, start, N)
         %q1, %k1, %v1 = index_select(%q | %k | %v, tokens, %rows)
         %counts, %indices, %recall, %density = subblock_plan_v1(%q1, %k1, ...)
         %tail = summarize_blocks_v1(%k1, %v1, ...)
-        %out1, _ = block_sparse_attention_v2(%q1, %k1, %v1, %counts, %indices, ..., *%tail)
+        %out1, _ = block_sparse_attention_v3(%q1, %k1, %v1, %counts, %indices, ..., *%tail)
         %out = index_select(%out1, tokens, %inverse)
 
     What a later call needs of the plan (the choice, or counts and indices), the recall and the
@@ -72,9 +78,20 @@ def sparse_attention(
     return len(sites)
 
 
-def name_choices(layout: tuple[int, ...]) -> tuple[str, ...]:
-    """What the choices of a site stand for, as "temporal 1x1", by its (T, H, W, start, N)."""
-    return candidate_names(*layout, BLOCK_Q, BLOCK_K)
+def name_heads(
+    router: str, layout: tuple[int, ...], plan: Sequence[torch.Tensor]
+) -> list[str] | None:
+    """What each head of a site is, from the plan in use; None where a router tells no heads apart.
+
+    Its pattern under `rainfusion` ("temporal", from T, H, W, start and N), its order of the tokens
+    under `headwise` ("columns").
+    """
+    if router == "rainfusion":
+        names = candidate_names(*layout, BLOCK_Q, BLOCK_K)
+        return [names[c].split()[0] for c in plan[0].flatten().tolist()]
+    if router == "headwise":
+        return [ORDER_NAMES[i] for i in plan[2].flatten().tolist()]
+    return None
 
 
 def _replace(
@@ -103,7 +120,9 @@ def _replace(
         summary = call(ops.summarize_blocks_v1.default, (routed.k, routed.v, routed.bias, BLOCK_K))
         tail = unpack(graph, summary, 3)
     pair = call(
-        ops.block_sparse_attention_v2.default, (*inputs, sparse.scale, BLOCK_Q, BLOCK_K, *tail)
+        ops.block_sparse_attention_v3.default,
+        (*inputs, sparse.scale, BLOCK_Q, BLOCK_K, *tail),
+        {"with_lse": False},
     )
     out = routed.restore(graph, call(operator.getitem, (pair, 0)))
     if sparse.mask_queries:

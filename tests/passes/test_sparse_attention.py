@@ -11,7 +11,7 @@ from dit_opt.facts.tokens import find_tokens
 from dit_opt.options import Options
 from dit_opt.passes.choose_sites import choose_sites
 from dit_opt.passes.graph_edit import copy_graph
-from dit_opt.passes.sparse_attention import name_choices, sparse_attention
+from dit_opt.passes.sparse_attention import name_heads, sparse_attention
 from dit_opt.passes.sparse_site import SparseForm
 from tests.graphs import capture_one, capture_tiny
 from tests.tiny_models import hunyuan_video, wan
@@ -51,7 +51,7 @@ def test_searching_sites_become_plan_gather_attention_scatter():
         (OPS.rainfusion_recognize_v1.default, 2),
         (OPS.rainfusion_plan_v1.default, 2),
         (OPS.gather_tokens_v1.default, 6),
-        (OPS.block_sparse_attention_v2.default, 2),
+        (OPS.block_sparse_attention_v3.default, 2),
         (OPS.scatter_tokens_v1.default, 2),
     ):
         assert count(new, op) == times
@@ -89,7 +89,7 @@ def test_a_key_padding_mask_becomes_a_bias_in_each_heads_order():
     assert changed == 2
     assert count(new, OPS.gather_bias_v1.default) == 2
     for node in new.graph.find_nodes(
-        op="call_function", target=OPS.block_sparse_attention_v2.default
+        op="call_function", target=OPS.block_sparse_attention_v3.default
     ):
         assert node.args[5] is not None
 
@@ -140,6 +140,9 @@ def test_attention_without_a_heads_dimension_is_served():
     torch.testing.assert_close(new(x)[0], attend(x), rtol=1e-5, atol=1e-5)
 
 
-def test_choices_have_names():
-    names = name_choices((3, 4, 5, 0, 60))
-    assert names[-1] == "dense"
+def test_heads_have_names():
+    layout = (3, 4, 5, 0, 60)
+    assert name_heads("rainfusion", layout, [torch.tensor([[-1, -1]])]) == ["dense", "dense"]
+    plan = [torch.empty(0), torch.empty(0), torch.tensor([[2, 0]])]
+    assert name_heads("headwise", layout, plan) == ["cubes", "raster"]
+    assert name_heads("subblock", layout, plan[:2]) is None

@@ -1,6 +1,6 @@
 """Attention over per-head lists of key blocks: one op, a specification, a CPU and a Triton path.
 
-Importing this package registers `torch.ops.ditopt.block_sparse_attention_v2`, so that no
+Importing this package registers `torch.ops.ditopt.block_sparse_attention_v3`, so that no
 registration ever happens while a model is being traced.
 """
 

@@ -77,15 +77,16 @@ def check_arguments(arguments: Arguments) -> None:
             raise rule.error(f"block_sparse_attention: {rule.message(arguments)}")
 
 
-def new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+def new_outputs(q: Tensor, with_lse: bool = True) -> tuple[Tensor, Tensor]:
     """Allocate `out` and `lse` for queries of shape [B, H, Nq, D].
 
     `out` has the shape of `q` over memory laid out as [B, Nq, H, D], so that the flattening of
-    heads that follows attention in every model is a view; `lse` is float32 [B, H, Nq].
+    heads that follows attention in every model is a view; `lse` is float32 [B, H, Nq], or [B, H, 0]
+    where nobody wants it.
     """
     batch, heads, tokens, dim = q.shape
     out = q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
-    lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    lse = q.new_empty((batch, heads, tokens if with_lse else 0), dtype=torch.float32)
     return out, lse
 
 

@@ -47,6 +47,7 @@ class _Call:
     group: int
     scale: float
     bounded: bool
+    with_lse: bool
 
 
 def attend(
@@ -60,14 +61,15 @@ def attend(
     block_q: int,
     block_k: int,
     tail: Tail | None = None,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `reference.attend`.
+    """Same arguments and results as `reference.attend`; lse is [B, H, 0] unless it is wanted.
 
     Gathered blocks go through two matrix products around a softmax, or through torch's flash
     attention where that is faster (long runs in float32) or more exact (bfloat16 with large
     scores). float16 has no fast arithmetic on processors and is computed in float32.
     """
-    out, lse = new_outputs(q)
+    out, lse = new_outputs(q, with_lse)
     if q.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     if q.dtype == torch.float16:
@@ -91,11 +93,14 @@ def attend(
         group=heads // k.shape[1],
         scale=scale,
         bounded=bound_scores(q, k, scale) <= SCORE_BOUND,
+        with_lse=with_lse or tail is not None,
     )
     if not counts.all():
         call.out.zero_()
         call.lse.fill_(-torch.inf)
-    for bucket in find_buckets(counts, indices, batch, queries, keys, block_q, block_k):
+    fill = call.bounded if q.dtype == torch.bfloat16 else block_q < FLASH_QUERIES
+    sizes = (batch, queries, keys, block_q, block_k)
+    for bucket in find_buckets(counts, indices, *sizes, fill):
         if bucket.contiguous and bucket.query_tokens > block_q:
             _attend_slices(call, bucket)
         else:
@@ -113,7 +118,8 @@ def attend(
             direct=call.bounded and key_bias is None,
         )
     out.copy_(call.out.view(batch, heads, -1, dim)[:, :, :queries])
-    lse.copy_(call.lse.view(batch, heads, -1)[:, :, :queries])
+    if with_lse:
+        lse.copy_(call.lse.view(batch, heads, -1)[:, :, :queries])
     SCRATCH.trim()
     return out, lse
 
@@ -173,11 +179,13 @@ def _attend_gathered(call: _Call, bucket: Bucket) -> None:
             _gather("keys", call.k, key).view(-1, kept * block_k, dim),
             _gather("values", call.v, key).view(-1, kept * block_k, dim),
             bias,
+            None if bucket.counts is None else bucket.counts[part],
         )
         if missing:
             out, lse = pad(out, (0, 0, 0, missing)), pad(lse, (0, missing))
         call.out.index_copy_(0, row, out.reshape(-1, block_q, dim))
-        call.lse.index_copy_(0, row, lse.reshape(-1, block_q))
+        if call.with_lse:
+            call.lse.index_copy_(0, row, lse.reshape(-1, block_q))
 
 
 def _choose_step(bucket: Bucket, keys: int, dim: int, item: int) -> int:
@@ -197,14 +205,20 @@ def _gather(name: str, blocks: Tensor, rows: Tensor) -> Tensor:
 
 
 def _attend_dense(
-    call: _Call, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    call: _Call,
+    bucket: Bucket,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    counts: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of each run, [runs, tokens, D] each, without the padding of ragged blocks."""
     q = q[:, : bucket.query_tokens]
     k, v = k[:, : bucket.key_tokens], v[:, : bucket.key_tokens]
     bias = None if bias is None else bias[:, None, : bucket.key_tokens]
     if call.bounded if q.dtype == torch.bfloat16 else bucket.query_tokens < FLASH_QUERIES:
-        out, lse = _multiply(call, q, k, v, bias)
+        out, lse = _multiply(call, q, k, v, bias, counts)
     else:
         out, lse = _flash(q, k, v, bias, call.scale)
     if bias is None:
@@ -226,11 +240,17 @@ def _flash(
 
 
 def _multiply(
-    call: _Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    call: _Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    counts: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """Dense attention by two matrix products, with scores in the dtype of q.
 
-    The results are scratch memory, valid until the next call.
+    What stands behind the first `counts` blocks of a run has no weight. The results are scratch
+    memory, valid until the next call.
     """
     out = SCRATCH.take("out", q.dtype, *q.shape)
     lse = SCRATCH.take("lse", torch.float32, *q.shape[:2])
@@ -245,18 +265,30 @@ def _multiply(
             # No weight can overflow, so the largest score need not be found and taken off.
             torch.baddbmm(scores, part, k.mT, beta=0, alpha=call.scale * LOG2_E, out=scores)
             torch.exp2(scores, out=scores)
+            _blank(call, scores, counts, 0.0)
             # Rounded to the dtype of the scores: summing bfloat16 to float32 costs a copy.
             total = scores.sum(-1)
-            lse[:, rows] = total.float().log()
+            if call.with_lse:
+                lse[:, rows] = total.float().log()
             torch.bmm(scores, v, out=out[:, rows]).div_(total.unsqueeze(-1))
             continue
         torch.baddbmm(scores, part, k.mT, beta=0, alpha=call.scale, out=scores)
         if bias is not None:
             scores += bias
-        # The largest score and its weight give the denominator. Copied, because the softmax
-        # overwrites the scores.
-        largest = scores.amax(-1).to(torch.float32, copy=True)
-        torch.softmax(scores, -1, out=scores)
-        lse[:, rows] = largest - scores.amax(-1).float().log()
+        _blank(call, scores, counts, -torch.inf)
+        if call.with_lse:
+            # The largest score and its weight give the denominator. Copied, because the softmax
+            # overwrites the scores.
+            largest = scores.amax(-1).to(torch.float32, copy=True)
+            torch.softmax(scores, -1, out=scores)
+            lse[:, rows] = largest - scores.amax(-1).float().log()
+        else:
+            torch.softmax(scores, -1, out=scores)
         torch.bmm(scores, v, out=out[:, rows])
     return out, lse
+
+
+def _blank(call: _Call, scores: Tensor, counts: list[int] | None, value: float) -> None:
+    """Overwrite what stands behind the blocks that each run keeps."""
+    for run, count in enumerate(counts or ()):
+        scores[run, :, count * call.k.shape[1] :] = value

@@ -1,4 +1,4 @@
-"""Registers `ditopt::block_sparse_attention_v2` for processors and GPUs, and its fake.
+"""Registers `ditopt::block_sparse_attention_v3` for processors and GPUs, and its fake.
 
 One opaque op keeps the graph the same on every device and hides nothing from it: the plan comes in
 as data, so CUDA graphs, caches and reordering stay correct.
@@ -20,11 +20,11 @@ from dit_opt.kernels.block_sparse_attention.contract import (
 from dit_opt.kernels.block_sparse_attention.tail import Tail, summarize_blocks
 
 # The version is part of the name because the fake's body is in no compile cache key.
-NAME = "block_sparse_attention_v2"
+NAME = "block_sparse_attention_v3"
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, Tensor? key_bias, "
     "float scale, int block_q, int block_k, Tensor? centroids=None, Tensor? values=None, "
-    "Tensor? log_lengths=None) -> (Tensor out, Tensor lse)"
+    "Tensor? log_lengths=None, bool with_lse=True) -> (Tensor out, Tensor lse)"
 )
 
 torch.library.define(f"ditopt::{NAME}", SCHEMA, tags=(torch.Tag.flexible_layout,))
@@ -71,7 +71,7 @@ def block_sparse_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
-    operator = torch.ops.ditopt.block_sparse_attention_v2
+    operator = torch.ops.ditopt.block_sparse_attention_v3
     if tail == "drop":
         return operator(*arguments)
     return operator(*arguments, *summarize_blocks(k, v, key_bias, block_k))
@@ -91,10 +91,11 @@ def _run_on_cpu(
     centroids: Tensor | None = None,
     values: Tensor | None = None,
     log_lengths: Tensor | None = None,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
     tail = _check(Arguments(*arguments, centroids, values, log_lengths))
-    return cpu.attend(*arguments, tail)
+    return cpu.attend(*arguments, tail, with_lse)
 
 
 @torch.library.impl(f"ditopt::{NAME}", "CUDA")
@@ -111,13 +112,15 @@ def _run_on_gpu(
     centroids: Tensor | None = None,
     values: Tensor | None = None,
     log_lengths: Tensor | None = None,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     # Imported here because Triton is absent where there is no GPU to run it on.
     from dit_opt.kernels.block_sparse_attention import triton
 
     arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
     tail = _check(Arguments(*arguments, centroids, values, log_lengths))
-    return triton.launch(*arguments, tail)
+    out, lse = triton.launch(*arguments, tail)
+    return out, lse if with_lse else lse.new_empty((*lse.shape[:2], 0))
 
 
 @torch.library.register_fake(f"ditopt::{NAME}")
@@ -134,10 +137,11 @@ def _fake(
     centroids: Tensor | None = None,
     values: Tensor | None = None,
     log_lengths: Tensor | None = None,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
     _check(Arguments(*arguments, centroids, values, log_lengths))
-    return new_outputs(q)
+    return new_outputs(q, with_lse)
 
 
 def _check(arguments: Arguments) -> Tail | None:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 
+# Fewer steps fill lists up more (on average 1 / 3 STEPS of the work), more leave smaller buckets.
+STEPS = 4
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -23,6 +26,8 @@ class Bucket:
         heads: int64 [runs], the position of each run's head among batch * heads.
         first: int64 [runs], the first query block of each run.
         lists: int64 [runs, blocks], the key blocks of each run, ascending.
+        counts: how many of its blocks each run really keeps, where some lists are filled up with
+            others to equal size; else None.
         contiguous: every list is one unbroken range, so that keys can be sliced, not gathered.
     """
 
@@ -31,17 +36,27 @@ class Bucket:
     heads: Tensor
     first: Tensor
     lists: Tensor
+    counts: list[int] | None
     contiguous: bool
 
 
 def find_buckets(
-    counts: Tensor, indices: Tensor, batch: int, queries: int, keys: int, block_q: int, block_k: int
+    counts: Tensor,
+    indices: Tensor,
+    batch: int,
+    queries: int,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    fill: bool = False,
 ) -> Iterator[Bucket]:
     """Group the rows of a plan by the size of their work; rows without keys are left out.
 
     Args:
         counts: int32 [1 or batch, H, nq]; indices: int32 [1 or batch, H, nq, capacity].
         queries, keys: numbers of tokens; the last block of either may be ragged.
+        fill: single rows share buckets with others that keep nearly as much, their lists filled
+            up. Rows with budgets of their own would else be multiplied one by one.
     """
     query_blocks = counts.shape[2]
     starts = _starts_run(counts, indices)
@@ -61,14 +76,22 @@ def find_buckets(
     missing = ceil_div(keys, block_k) * block_k - keys
     key_tokens = count * block_k - torch.where((last + 1) * block_k > keys, missing, 0)
     unbroken = (last - lists[:, 0] == count - 1).long()
+    room = count
+    if fill:
+        short = (query_tokens <= block_q) & (key_tokens == count * block_k)
+        room = torch.where(short, _round_up(count).clamp(max=lists.shape[1]), count)
+        key_tokens += (room - count) * block_k
+        unbroken[short] = 0
+        filled = torch.arange(lists.shape[1]) >= count.unsqueeze(1)
+        lists = torch.where(filled, lists[:, :1], lists)
 
-    size = (query_tokens * (keys + 1) + key_tokens) * 2 + unbroken
+    size = (query_tokens * (lists.shape[1] * block_k + 1) + key_tokens) * 2 + unbroken
     size, order = size.sort(stable=True)
     lengths = size.unique_consecutive(return_counts=True)[1]
-    columns = torch.stack([query_tokens, key_tokens, count, unbroken], 1)[order]
+    columns = torch.stack([query_tokens, key_tokens, room, unbroken], 1)[order]
     of_bucket = columns[lengths.cumsum(0) - 1].tolist()
-    heads, first, lists = (
-        x[order].split(lengths.tolist()) for x in (begin // query_blocks, first, lists)
+    heads, first, lists, counts = (
+        x[order].split(lengths.tolist()) for x in (begin // query_blocks, first, lists, count)
     )
     for number, (queries_each, keys_each, blocks, is_unbroken) in enumerate(of_bucket):
         yield Bucket(
@@ -77,8 +100,15 @@ def find_buckets(
             heads=heads[number],
             first=first[number],
             lists=lists[number][:, :blocks],
+            counts=counts[number].tolist() if int(counts[number].min()) < blocks else None,
             contiguous=bool(is_unbroken),
         )
+
+
+def _round_up(count: Tensor) -> Tensor:
+    """Up to the next of `STEPS` even steps between two powers of two."""
+    grain = (2 ** count.float().log2().floor() / STEPS).clamp(min=1).long()
+    return (count + grain - 1) // grain * grain
 
 
 def _starts_run(counts: Tensor, indices: Tensor) -> Tensor:

@@ -90,6 +90,18 @@ def allot_blocks(
     return list_blocks(kept, mass, blocks=blocks, capacity=capacity)
 
 
+def rate_recall(mass: Tensor, density: float, blocks: BlockLayout) -> Tensor:
+    """What the heaviest blocks of `density` keep of mass [..., nq, nk], float32 [...].
+
+    Each matrix has a budget of its own; for comparing, no list is made.
+    """
+    scores = _score_blocks(mass, blocks)
+    target = density * _ROUNDING
+    threshold = find_threshold(scores, _share_areas(blocks), target, (-2, -1), within=True)
+    kept = torch.where(scores >= threshold, mass, 0.0)
+    return (kept * _weigh_rows(blocks)[:, None]).sum((-2, -1))
+
+
 def list_blocks(
     kept: Tensor,
     mass: Tensor,

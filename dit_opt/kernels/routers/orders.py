@@ -116,11 +116,11 @@ def order_cubes(layout: VideoLayout, cube: tuple[int, int, int] = (4, 4, 4)) -> 
     if min(cube) < 1:
         raise ValueError(f"The cube {cube} has an empty axis; every axis needs a position.")
     t, h, w = locate_tokens(layout).unbind(1)
-    layer_of = _cut_evenly(layout.frames, cube[0])
+    layer_of = cut_evenly(layout.frames, cube[0])
     beams = 0
     beam_of = torch.empty((layout.frames, layout.height), dtype=torch.int64)
     for layer, thickness in enumerate(layer_of.bincount().tolist()):
-        rows = _cut_evenly(layout.height, cube[1] * (cube[0] / thickness) ** 0.5)
+        rows = cut_evenly(layout.height, cube[1] * (cube[0] / thickness) ** 0.5)
         # Every other layer is visited from below, so that it begins beside the end of the last.
         beam_of[layer_of == layer] = beams + (rows if layer % 2 == 0 else rows[-1] - rows)
         beams += int(rows[-1]) + 1
@@ -142,7 +142,7 @@ def _append_text(video: Tensor, layout: VideoLayout) -> Tensor:
     return torch.cat([video + layout.video_start, before, after])
 
 
-def _cut_evenly(length: int, size: float) -> Tensor:
+def cut_evenly(length: int, size: float) -> Tensor:
     """The part of each position when an axis is cut into parts of about `size`, int64 [length]."""
     parts = min(max(round(length / size), 1), length)
     return torch.arange(length) * parts // length

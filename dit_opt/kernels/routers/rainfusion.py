@@ -15,11 +15,8 @@ from torch import Tensor
 
 from dit_opt.kernels.routers.patterns import HeadKind
 from dit_opt.kernels.routers.sample import count_rows, draw_sample
+from dit_opt.kernels.routers.sampled_mass import measure_sampled_mass
 from dit_opt.kernels.routers.tables import Tables, build_tables
-
-# Scores held at once. On a CPU they should stay in the cache between matmul, softmax and sums.
-_CPU_SCORE_BYTES = 1 << 21
-_DEVICE_SCORE_BYTES = 1 << 28
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library = torch.library.Library("ditopt", "FRAGMENT")
@@ -51,44 +48,17 @@ def measure_recall(
     key_bias is additive, [B or 1, H or 1, N]; `rows` overrides m. Raises ValueError for shapes that
     do not fit.
     """
-    batch, heads, tokens, _ = q.shape
-    key_heads = k.shape[1]
+    batch, heads = q.shape[:2]
     _check_shapes(q, k, tables)
     sample = draw_sample(tables, count_rows(tables.layout) if rows is None else rows)
     count, blocks = sample.rows.numel(), sample.offsets.numel()
-    # Query heads that share a key head stand side by side, as columns of one matmul.
-    columns = heads // key_heads * count
-    # Half-precision products run in their own dtype: converting all keys would cost more than they
-    # do. Processors have no fast float16.
-    exact = torch.float32 if q.device.type == "cpu" and k.dtype == torch.float16 else k.dtype
-    queries = (q.index_select(2, sample.rows).float() * scale).to(exact)
-    # Contiguous factors, or the products run one by one, each on a copy.
-    queries = queries.view(batch, key_heads, columns, -1).transpose(2, 3).contiguous()
-    if key_bias is not None:
-        key_bias = key_bias.float().expand(batch, heads, tokens)
-
-    limit = _CPU_SCORE_BYTES if q.device.type == "cpu" else _DEVICE_SCORE_BYTES
-    step = max(1, limit // (4 * tokens * columns))
-    mass = q.new_empty((batch, key_heads, blocks, columns), dtype=torch.float32)
-    # one buffer for all parts: fresh memory costs a page fault for every 4 KiB
-    buffer = q.new_empty((min(step, key_heads), tokens, columns), dtype=torch.float32)
-    for item in range(batch):
-        for first in range(0, key_heads, step):
-            part = slice(first, first + step)
-            keys, scores = k[item, part].to(exact), buffer[: min(step, key_heads - first)]
-            if exact == torch.float32:
-                torch.bmm(keys, queries[item, part], out=scores)
-            else:
-                scores.copy_(torch.bmm(keys, queries[item, part]))
-            if key_bias is not None:
-                bias = key_bias[item].unflatten(0, (key_heads, -1))[part]
-                scores.unflatten(2, (-1, count)).add_(bias.transpose(1, 2).unsqueeze(-1))
-            mass[item, part] = _sum_blocks(
-                torch.softmax(scores, 1, out=scores), sample.gather, sample.offsets
-            )
-
-    by_row = mass.unflatten(3, (-1, count)).permute(4, 2, 0, 1, 3)
-    by_row = by_row.reshape(count, blocks, -1).contiguous()
+    by_row = q.new_empty(
+        (count, blocks, batch, k.shape[1], heads // k.shape[1]), dtype=torch.float32
+    )
+    where = (sample.rows, sample.gather, sample.offsets)
+    for part in measure_sampled_mass(q, k, *where, scale, key_bias):
+        by_row[part.rows, :, part.item, part.keys, part.group] = part.mass.permute(3, 1, 0, 2)
+    by_row = by_row.flatten(2)
     kept = torch.bmm(sample.kept, by_row).unflatten(2, (batch, heads)).permute(2, 3, 1, 0)
     # The dense candidate stands last and keeps everything.
     total = kept[:, :, -1:]
@@ -220,14 +190,3 @@ def _check_shapes(q: Tensor, k: Tensor, tables: Tables) -> None:
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly.")
-
-
-def _sum_blocks(values: Tensor, gather: Tensor, offsets: Tensor) -> Tensor:
-    """Sums [n, blocks, columns] of values [n, N, columns] over the tokens of each block."""
-    matrices = torch.arange(values.shape[0], device=values.device)[:, None]
-    indices = (gather + matrices * values.shape[1]).flatten()
-    starts = (offsets + matrices * gather.numel()).flatten()
-    # An embedding bag gathers and sums in one pass, without the permuted copy.
-    return torch.embedding_bag(values.flatten(0, 1), indices, starts)[0].unflatten(
-        0, (values.shape[0], -1)
-    )

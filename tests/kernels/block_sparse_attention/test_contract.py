@@ -76,7 +76,7 @@ BAD = {
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_arguments_are_refused(arguments, error, message):
-    operator = torch.ops.ditopt.block_sparse_attention_v2
+    operator = torch.ops.ditopt.block_sparse_attention_v3
     with pytest.raises(error, match=message):
         operator(*arguments())
 
@@ -84,7 +84,7 @@ def test_bad_arguments_are_refused(arguments, error, message):
 def test_grad_is_fine_under_no_grad():
     arguments = change(0, torch.Tensor.requires_grad_)
     with torch.no_grad():
-        out, _ = torch.ops.ditopt.block_sparse_attention_v2(*arguments)
+        out, _ = torch.ops.ditopt.block_sparse_attention_v3(*arguments)
     assert not out.requires_grad
 
 
@@ -98,12 +98,12 @@ def test_outputs_flatten_without_a_copy():
 @pytest.mark.parametrize("tail", [False, True])
 def test_symbolic_sizes_add_no_guard(tail):
     def attend(q, k, v, counts, indices, bias, *summaries):
-        operator = torch.ops.ditopt.block_sparse_attention_v2
+        operator = torch.ops.ditopt.block_sparse_attention_v3
         return operator(q, k, v, counts, indices, bias, 0.2, 64, 64, *summaries)
 
     arguments = flatten_tail(
         make_inputs(Case(batch=2, queries=150, keys=201, bias=True, tail=tail))
     )
     graph = make_fx(attend, tracing_mode="symbolic")(*arguments[:6], *arguments[9:])
-    assert "block_sparse_attention_v2" in graph.code
+    assert "block_sparse_attention_v3" in graph.code
     assert [str(guard.expr) for guard in graph.shape_env.guards] == []

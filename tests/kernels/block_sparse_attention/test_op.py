@@ -22,10 +22,23 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_opcheck(case, dtype):
-    operator = torch.ops.ditopt.block_sparse_attention_v2.default
+    operator = torch.ops.ditopt.block_sparse_attention_v3.default
     results = torch.library.opcheck(operator, flatten_tail(make_inputs(case, dtype)))
     assert set(results.values()) == {"SUCCESS"}
     assert "test_aot_dispatch_dynamic" in results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("peak", [1.0, 20.0])
+def test_what_nobody_wants_is_not_computed(case, dtype, peak):
+    operator = torch.ops.ditopt.block_sparse_attention_v3.default
+    q, *others = flatten_tail(make_inputs(case, dtype))
+    arguments = (q * peak, *others)
+    out, lse = operator(*arguments, with_lse=False)
+    assert lse.shape == (*q.shape[:2], 0)
+    torch.testing.assert_close(out, operator(*arguments)[0], rtol=0, atol=0, equal_nan=True)
+    torch.library.opcheck(operator, arguments, {"with_lse": False})
 
 
 def test_scale_and_blocks_have_defaults():
@@ -52,18 +65,18 @@ def test_a_compiled_graph_holds_one_op_and_gives_the_same(dynamic):
 
     @torch.compile(backend=keep, fullgraph=True, dynamic=dynamic)
     def attend(*arguments):
-        out, _ = torch.ops.ditopt.block_sparse_attention_v2(*arguments, None, 0.2, 64, 64)
+        out, _ = torch.ops.ditopt.block_sparse_attention_v3(*arguments, None, 0.2, 64, 64)
         return out.transpose(1, 2).flatten(2)
 
     arguments = make_inputs(Case(queries=150, keys=150, strided=True))[:5]
     compiled = attend(*arguments)
-    out, _ = torch.ops.ditopt.block_sparse_attention_v2(*arguments, None, 0.2, 64, 64)
+    out, _ = torch.ops.ditopt.block_sparse_attention_v3(*arguments, None, 0.2, 64, 64)
     torch.testing.assert_close(compiled, out.transpose(1, 2).flatten(2), atol=0, rtol=0)
     (graph,) = graphs
     names = [str(node.target) for node in graph.graph.nodes]
-    assert sum("block_sparse_attention_v2" in name for name in names) == 1
+    assert sum("block_sparse_attention_v3" in name for name in names) == 1
 
 
 def test_a_gpu_kernel_is_registered():
-    name = "ditopt::block_sparse_attention_v2"
+    name = "ditopt::block_sparse_attention_v3"
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")

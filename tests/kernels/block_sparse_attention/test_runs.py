@@ -35,6 +35,37 @@ def test_buckets_cover_a_ragged_plan_exactly_once():
     assert torch.equal(rebuild(buckets, 6, (5, 7), sizes), mask.flatten(0, 1).long())
 
 
+def test_lists_of_nearly_equal_length_share_a_bucket():
+    counts = torch.arange(1, 33, dtype=torch.int32).view(1, 1, 32)
+    indices = torch.rand(32, 64, generator=torch.Generator().manual_seed(0)).argsort(-1).int()
+    unused = torch.arange(64) >= counts.view(-1, 1)
+    indices = indices.masked_fill(unused, 2**30).sort(-1).values.view(1, 1, 32, 64)
+    sizes = (32 * 64, 64 * 64, 64, 64)
+    apart = list(find_buckets(counts, indices, 1, *sizes))
+    together = list(find_buckets(counts, indices, 1, *sizes, fill=True))
+    assert len(apart) == 32 and len(together) <= 16
+    seen = {}
+    for bucket in together:
+        kept = bucket.counts or [bucket.lists.shape[1]] * len(bucket.lists)
+        assert bucket.key_tokens == 64 * bucket.lists.shape[1]
+        assert max(kept) <= bucket.lists.shape[1] < 1.3 * min(kept) + 1
+        for row, count, blocks in zip(bucket.first.tolist(), kept, bucket.lists.tolist()):
+            seen[row] = blocks[:count]
+            # What fills a list up can be gathered.
+            assert max(blocks) < 64
+    assert seen == {row: indices[0, 0, row, : row + 1].tolist() for row in range(32)}
+
+
+def test_ragged_and_shared_rows_are_not_filled_up():
+    mask = torch.zeros(1, 1, 6, 12, dtype=torch.bool)
+    mask[0, 0, 0, :8] = mask[0, 0, 1, 3:] = mask[0, 0, 2, :11] = True
+    mask[0, 0, 3:, :9] = True
+    sizes = (6 * 64, 12 * 64 - 7, 64, 64)
+    buckets = list(find_buckets(*make_plan(mask), 1, *sizes, fill=True))
+    found = {(b.query_tokens, b.key_tokens, tuple(b.counts or ())) for b in buckets}
+    assert found == {(64, 512, ()), (64, 9 * 64 - 7, ()), (64, 768, (11,)), (192, 576, ())}
+
+
 def test_a_plan_for_one_batch_serves_all():
     mask = torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.6
     sizes = (192, 256, 64, 64)

@@ -1,0 +1,160 @@
+"""Each head gets the order that suits it, and the blocks that hold most mass in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_opt.kernels.block_sparse_attention.reference import expand_blocks
+from dit_opt.kernels.routers import headwise, oracle
+from dit_opt.kernels.routers.headwise import ORDER_NAMES, build_orders, list_orders, sample_cells
+from dit_opt.kernels.routers.orders import VideoLayout, invert_order, locate_tokens
+
+from .scenes import CPU, Scene, check_plan, make_inputs, weigh_tokens
+
+plan_operator = torch.ops.ditopt.headwise_plan_v1
+rows_operator = torch.ops.ditopt.headwise_rows_v1
+GRID = (4, 5, 6)
+SCENES = {
+    "video only": Scene(tokens=120, video_tokens=120),
+    "text before": Scene(tokens=141, video_start=21, video_tokens=120),
+    "text around": Scene(tokens=169, video_start=9, video_tokens=120),
+    "grouped heads, batch": Scene(batch=2, heads=4, key_heads=2, tokens=131, video_tokens=120),
+    "bias": Scene(batch=2, tokens=150, video_tokens=120, bias=True),
+}
+
+
+def lay(scene):
+    return VideoLayout(*GRID, scene.video_start, scene.tokens)
+
+
+def orders_of(scene, cell=1):
+    return build_orders(lay(scene), scene.block_q, scene.block_k, cell, CPU)
+
+
+def weigh_kept(scene, chosen, order):
+    """The share of each row's mass in the lists, [B, H, N] in the order of each head."""
+    q, k, bias, scale = make_inputs(scene)
+    orders = orders_of(scene)
+    mask = check_plan(chosen, orders.blocks)
+    kept = expand_blocks(mask, scene.tokens, scene.tokens, scene.block_q, scene.block_k)
+    weights = weigh_tokens(q, k, bias, scale)
+    rows = orders.orders[order.long()]
+    weights = weights.gather(2, rows.unsqueeze(-1).expand_as(weights))
+    weights = weights.gather(3, rows.unsqueeze(2).expand_as(weights))
+    return (weights * kept).sum(-1)
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_the_promised_mass_is_kept_in_the_order_of_each_head(name):
+    scene = SCENES[name]
+    q, k, bias, scale = make_inputs(scene)
+    orders = orders_of(scene)
+    chosen, order = headwise.plan(q, k, scale, orders, quality=0.8, key_bias=bias)
+    assert order.dtype == torch.int32 and order.shape == (scene.batch, scene.heads)
+    # Blocks with text are dense by rule and do not count; text stands behind the video.
+    dense = orders_of(scene).blocks.always_kept.all(-1).sum()
+    video = scene.tokens if dense == 0 else scene.video_tokens // scene.block_q * scene.block_q
+    share = weigh_kept(scene, chosen, order)[:, :, :video].mean(-1)
+    torch.testing.assert_close(chosen.recall.double(), share, rtol=1e-3, atol=1e-3)
+    assert (share >= 0.8 - 1e-3).all() and (chosen.density < 1).any()
+
+
+def test_heads_take_the_order_in_which_they_are_sparse():
+    grid = (8, 8, 8)
+    t, h, w = locate_tokens(VideoLayout(*grid, 0, 512)).unbind(1)
+    one_hot = torch.nn.functional.one_hot
+    same_frame = one_hot(t, 64).float()
+    same_place = one_hot(h * 8 + w, 64).float()
+    same_cube = one_hot((t // 4 * 2 + h // 4) * 2 + w // 4, 64).float()
+    q = torch.stack([same_frame, same_place, same_cube])[None] * 8
+    orders = build_orders(VideoLayout(*grid, 0, 512), 64, 64, 4, CPU)
+    chosen, order = headwise.plan(q, q, 1.0, orders, density=0.25)
+    assert [ORDER_NAMES[i] for i in order[0]] == ["raster", "columns", "cubes"]
+    assert (chosen.recall > 0.99).all() and (chosen.density <= 0.2501).all()
+
+
+def test_no_single_order_keeps_as_much():
+    scene = Scene(tokens=512, video_tokens=512, block_q=64, block_k=32, heads=6, key_heads=6)
+    q, k, _, scale = make_inputs(scene)
+    layout = VideoLayout(8, 8, 8, 0, 512)
+    orders = build_orders(layout, 64, 32, 1, CPU)
+    best, _ = headwise.plan(q, k, scale, orders, density=0.3)
+    for one in orders.orders:
+        rows = one.expand(1, 6, -1)[..., None].expand_as(q)
+        single = oracle.plan(
+            q.gather(2, rows), k.gather(2, rows), scale, orders.blocks, density=0.3, spread="even"
+        )
+        assert best.recall.mean() >= single.recall.mean() - 1e-3
+
+
+def test_one_row_is_drawn_from_each_box_and_every_block_gets_some():
+    layout = VideoLayout(16, 16, 16, 7, 4096 + 20)
+    rows = sample_cells(layout, 16)
+    assert len(rows) == 256 and bool((rows.diff() > 0).all())
+    positions = locate_tokens(layout)[rows - 7]
+    # No place in a box is preferred.
+    for axis in range(3):
+        assert (positions[:, axis] % 2).float().mean() == pytest.approx(0.5, abs=0.1)
+    for order in list_orders(layout, 128, 64, CPU)[0]:
+        blocks = (invert_order(order)[rows] // 128).bincount()
+        assert 3 <= blocks[:32].min() and blocks.max() <= 16
+
+
+def test_sampled_rows_find_nearly_what_all_rows_find():
+    scene = Scene(tokens=512, video_tokens=512, block_q=64, block_k=32)
+    q, k, _, scale = make_inputs(scene)
+    layout = VideoLayout(8, 8, 8, 0, 512)
+    weights = weigh_tokens(q, k, None, scale)
+    kept = {}
+    for cell in (1, 4):
+        orders = build_orders(layout, 64, 32, cell, CPU)
+        chosen, order = headwise.plan(q, k, scale, orders, density=0.4)
+        mask = check_plan(chosen, orders.blocks)
+        rows = orders.orders[order.long()]
+        moved = weights.gather(2, rows.unsqueeze(-1).expand_as(weights))
+        moved = moved.gather(3, rows.unsqueeze(2).expand_as(weights))
+        kept[cell] = float((moved * expand_blocks(mask, 512, 512, 64, 32)).sum(-1).mean())
+    assert 0.9 * kept[1] < kept[4] <= kept[1] + 1e-3
+
+
+def test_a_block_without_a_row_is_given_the_nearest():
+    layout = VideoLayout(1, 1, 60, 0, 100)
+    orders = build_orders(layout, 16, 16, 32, CPU)
+    assert torch.equal(orders.weights.sum(-1), torch.ones(3, 7))
+
+
+@pytest.mark.parametrize("name", ["text before", "bias"])
+def test_the_operators_return_the_plan_and_the_permutations(name):
+    scene = SCENES[name]
+    q, k, bias, scale = make_inputs(scene)
+    place = (*GRID, scene.video_start, scene.block_q, scene.block_k)
+    arguments = (q, k, bias, scale, 0.6, True, *place, 2)
+    expected, order = headwise.plan(q, k, scale, orders_of(scene, 2), density=0.6, key_bias=bias)
+    found = plan_operator(*arguments)
+    wanted = (expected.counts, expected.indices, order, expected.recall, expected.density)
+    for x, y in zip(found, wanted, strict=True):
+        assert torch.equal(x, y)
+    rows, inverse = rows_operator(order, scene.tokens, *place)
+    assert torch.equal(rows.gather(-1, inverse), torch.arange(scene.tokens).expand_as(rows))
+    torch.library.opcheck(plan_operator.default, arguments)
+    torch.library.opcheck(rows_operator.default, (order, scene.tokens, *place))
+
+
+def test_a_boost_gives_a_head_more():
+    scene = SCENES["video only"]
+    q, k, _, scale = make_inputs(scene)
+    boost = torch.tensor([[1.0, 4.0, torch.inf]])
+    plain, _ = headwise.plan(q, k, scale, orders_of(scene), quality=0.6)
+    raised, _ = headwise.plan(q, k, scale, orders_of(scene), quality=0.6, boost=boost)
+    assert raised.density[0, 0] == plain.density[0, 0]
+    assert raised.recall[0, 1] >= 0.9 - 1e-4 and raised.density[0, 2] > 0.9999
+
+
+def test_wrong_requests_are_refused():
+    scene = SCENES["video only"]
+    q, k, _, scale = make_inputs(scene)
+    with pytest.raises(ValueError, match="cell=3 is no power of two"):
+        orders_of(scene, 3)
+    with pytest.raises(ValueError, match="plans self-attention over 120 tokens"):
+        headwise.plan(q[:, :, 1:], k, scale, orders_of(scene), density=0.5)

@@ -1,0 +1,58 @@
+"""Sampled rows are weighed exactly, whatever the parts they are taken in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_opt.kernels.routers import sampled_mass
+from dit_opt.kernels.routers.sampled_mass import measure_sampled_mass
+
+from .scenes import SCENES, make_inputs, weigh_tokens
+
+ROWS = torch.tensor([0, 3, 17, 60, 98])
+
+
+def measure(scene, dtype=torch.float32):
+    """[B, H, rows, blocks] of blocks of 16 keys, in the given order and then backwards."""
+    q, k, bias, scale = make_inputs(scene)
+    order = torch.arange(scene.tokens)
+    gather = torch.cat([order, order.flip(0)])
+    starts = torch.arange(0, scene.tokens, 16)
+    offsets = torch.cat([starts, starts + scene.tokens])
+    group = scene.heads // scene.key_heads
+    mass = torch.full((scene.batch, scene.key_heads, group, len(ROWS), len(offsets)), torch.nan)
+    parts = 0
+    inputs = (q.to(dtype), k.to(dtype), ROWS, gather, offsets, scale, bias)
+    for part in measure_sampled_mass(*inputs):
+        mass[part.item, part.keys, part.group, part.rows] = part.mass.permute(0, 2, 3, 1)
+        parts += 1
+    weights = weigh_tokens(q, k, bias, scale)[:, :, ROWS]
+    both = [
+        torch.stack([x.sum(-1) for x in w.split(16, -1)], -1) for w in (weights, weights.flip(-1))
+    ]
+    return mass.flatten(1, 2), torch.cat(both, -1).float(), parts
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_the_mass_is_the_softmax_summed_over_blocks(name):
+    found, expected, _ = measure(SCENES[name])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grouped heads, batch", "bias"])
+@pytest.mark.parametrize("columns", [1, 3, 6, 10])
+def test_parts_make_the_same_whole(name, columns, monkeypatch):
+    scene = SCENES[name]
+    whole, _, fewest = measure(scene)
+    monkeypatch.setattr(sampled_mass, "_CPU_SCORE_BYTES", 4 * scene.tokens * columns)
+    found, _, parts = measure(scene)
+    assert parts > fewest
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_summed_in_float32(dtype):
+    found, expected, _ = measure(SCENES["video only"], dtype)
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.02)
+    torch.testing.assert_close(found.sum(-1), torch.full_like(found[..., 0], 2), rtol=1e-4, atol=0)
