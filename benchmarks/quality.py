@@ -2,13 +2,14 @@
 
     python -m benchmarks.quality --prompts N [--steps 12] [--json F] [--resume] [--plot F]
         [--option quality=0.95] [--routers adaspa sol --densities 0.25 0.4 --tails drop centroid]
+        [--also 'router=rainfusion density=0.2']
         [--pipeline NAME --prompt-file F]
 
-Each prompt is sampled with Inductor (`dense`), with ditopt (`default`, its options from --option)
-and with every combination of the other lists, from the same noise. On the demo model the samplings
-take turns step by step; those of a diffusers pipeline (--pipeline, from the hub or a folder) run
-one after the other. The JSON file is rewritten after every prompt, so a long run can be stopped and
-taken up again with `--resume`.
+Each prompt is sampled with Inductor (`dense`), with ditopt (`default`, its options from --option),
+with every combination of the other lists and as each --also says, from the same noise. On the demo
+model the samplings take turns step by step; those of a diffusers pipeline (--pipeline, from the hub
+or a folder) run one after the other. The JSON file is rewritten after every prompt, so a long run
+can be stopped and taken up again with `--resume`.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ def list_configurations(
     densities: Sequence[float] = (),
     tails: Sequence[str] = (),
     dense_steps: Sequence[float] = (),
+    others: Sequence[str] = (),
 ) -> list[Configuration]:
-    """`default`, which is `base`, and every combination of what the lists name on top of it.
+    """`default`, which is `base`, every combination of what the lists name on top of it, and
+    `others`, each a text of `name=value` pairs, also on top of it.
 
     Raises OptionError where one of them is not valid.
     """
@@ -82,6 +85,10 @@ def list_configurations(
         Options.parse(options)
         name = " ".join(f"{k}={v}" if k != "router" else v for k, v in zip(lists, values))
         found.append(Configuration(name, options))
+    for text in others:
+        options = {**base, **read_options(text.split())}
+        Options.parse(options)
+        found.append(Configuration(text, options))
     return found
 
 
@@ -149,6 +156,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--densities", nargs="+", default=[], type=float)
     parser.add_argument("--tails", nargs="+", default=[], choices=TAILS)
     parser.add_argument("--dense-steps", nargs="+", default=[], type=float)
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="'NAME=VALUE ...'", help="one more row"
+    )
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--pipeline", help="a diffusers pipeline instead of the demo model")
     parser.add_argument("--prompt-file", type=Path, help="for --pipeline: a prompt in each line")
@@ -170,7 +180,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def load_subject(args: argparse.Namespace) -> tuple[Subject, list[str], dict[str, Any]]:
     """The model, its prompts and the settings that a resumed run must share."""
     configurations = list_configurations(
-        read_options(args.option), args.routers, args.densities, args.tails, args.dense_steps
+        read_options(args.option),
+        args.routers,
+        args.densities,
+        args.tails,
+        args.dense_steps,
+        args.also,
     )
     settings: dict[str, Any] = {
         "steps": args.steps,

@@ -117,8 +117,11 @@ def _bind(
     phases = {Phase.OBSERVE}
     if sparse:
         phases.add(Phase.SEARCH)
-        if searching and options.refresh_every > 1:
-            _require_layers(searching, layers, options)
+        if (
+            searching
+            and options.effective_refresh_every > 1
+            and _tell_layers(searching, layers, options)
+        ):
             phases.add(Phase.REUSE)
             if options.verify_every:
                 phases.add(Phase.VERIFY)
@@ -159,7 +162,11 @@ def _bind(
         compile_variant,
         frozenset(phases),
         wiring,
-        Schedule(options.effective_dense_steps, options.refresh_every, options.verify_every or 0),
+        Schedule(
+            options.effective_dense_steps,
+            options.effective_refresh_every,
+            options.verify_every or 0,
+        ),
         record,
     )
     # While Dynamo traces, the symbols of a graph may still gain guards; later they may not. A
@@ -170,16 +177,24 @@ def _bind(
     return bound
 
 
-def _require_layers(
+def _tell_layers(
     searching: Sequence[SparseSite], layers: Sequence[int | None], options: Options
-) -> None:
+) -> bool:
+    """Whether a parameter tells the layer of each site, so that plans can be kept.
+
+    Raises OptionError where they cannot but the options ask for it.
+    """
     for sparse, layer in zip(searching, layers, strict=True):
-        if layer is None:
-            raise OptionError(
-                f"refresh_every={options.refresh_every} keeps plans between steps, but no "
-                f"parameter feeds the attention of {sparse.site.module or 'a site'}, so its plan "
-                "could not be told from another layer's. Use refresh_every=1."
-            )
+        if layer is not None:
+            continue
+        if options.refresh_every is None:
+            return False
+        raise OptionError(
+            f"refresh_every={options.refresh_every} keeps plans between steps, but no "
+            f"parameter feeds the attention of {sparse.site.module or 'a site'}, so its plan "
+            "could not be told from another layer's. Use refresh_every=1."
+        )
+    return True
 
 
 def _first_phase(bound: Bound) -> Phase:

@@ -15,7 +15,8 @@ from typing import Any
 from dit_opt._compat import expand_mode, inductor_settings
 
 DEFAULT_QUALITY = 0.9
-DEFAULT_DENSE_STEPS = 0.2
+DEFAULT_DENSE_STEPS = 0
+DEFAULT_REFRESH_EVERY = 10
 
 ROUTERS = (
     "auto",
@@ -29,10 +30,11 @@ ROUTERS = (
     "oracle",
 )
 # What `auto` stands for: the best in benchmarks/results.
-AUTO_ROUTER = "rainfusion"
-# Routers that know no recall, and so keep a density.
+AUTO_ROUTER = "headwise"
+# Routers that know no recall, and so can keep a density only.
 DENSITY_ROUTERS = ("frame_tile",)
-DEFAULT_DENSITY = 0.25
+# What routers keep where neither density nor quality is asked for; others aim at the quality.
+DEFAULT_DENSITIES = {"frame_tile": 0.25, "headwise": 0.125, "oracle": 0.125}
 TAILS = ("drop", "centroid")
 ON_NO_MATCH = ("warn", "error", "ignore")
 
@@ -59,16 +61,18 @@ class Options:
             `rainfusion` (a pattern for each head), `adaspa` (search by exact softmax mass of one
             row in sixteen), `subblock` and `sol` (search by pooled tokens, fine and coarse),
             `headwise` (an order of the tokens for each head, and a search in it),
-            `frame_tile` (own and reference frames) or `oracle` (exact search, as slow as dense
-            attention: for measuring).
+            `frame_tile` (own and reference frames) or `oracle` (`headwise` by every row, as slow
+            as dense attention: for measuring).
         density: mean kept share of the score matrix over sparse steps, in (0, 1]; 1 keeps
-            everything through the sparse kernel. Excludes `quality`.
+            everything through the sparse kernel. Excludes `quality`. Where neither is given,
+            routers with an entry in `DEFAULT_DENSITIES` keep that, others aim at a quality.
         quality: kept softmax mass to aim at, per head, in (0, 1).
         tail: what stands in for dropped blocks: `drop`, which is nothing, or `centroid`, their
             mean key and value.
         dense_steps: steps at the start of a trajectory that stay dense: an int counts steps, a
             float in [0, 1] is a share of the trajectory.
-        refresh_every: steps between two searches for a plan.
+        refresh_every: steps between two searches for a plan; None takes the default where plans can
+            be told apart by layer, and searches in each step elsewhere.
         verify_every: steps between two checks of plans on a few rows, in between searches and at
             each of them; a head whose plan keeps too little runs dense at once, and is searched
             anew with a larger budget in the next step. None checks nothing.
@@ -91,7 +95,7 @@ class Options:
     quality: float | None = None
     tail: str = "drop"
     dense_steps: int | float | None = None
-    refresh_every: int = 1
+    refresh_every: int | None = None
     verify_every: int | None = None
     verify: bool = False
     min_tokens: int | None = None
@@ -135,8 +139,8 @@ class Options:
     @property
     def effective_density(self) -> float | None:
         """The density to keep; None where `quality` decides instead."""
-        if self.density is None and self.effective_router in DENSITY_ROUTERS:
-            return DEFAULT_DENSITY
+        if self.density is None and self.quality is None:
+            return DEFAULT_DENSITIES.get(self.effective_router)
         return self.density
 
     @property
@@ -150,6 +154,11 @@ class Options:
     def effective_dense_steps(self) -> int | float:
         """`dense_steps`, or its default."""
         return DEFAULT_DENSE_STEPS if self.dense_steps is None else self.dense_steps
+
+    @property
+    def effective_refresh_every(self) -> int:
+        """`refresh_every`, or its default."""
+        return DEFAULT_REFRESH_EVERY if self.refresh_every is None else self.refresh_every
 
     def inductor_patches(self) -> dict[str, Any]:
         """What to patch Inductor's configuration with."""
@@ -303,7 +312,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "quality": _check_share(one_allowed=False),
     "tail": _check_choice(TAILS),
     "dense_steps": _check_dense_steps,
-    "refresh_every": _check_int(1, optional=False),
+    "refresh_every": _check_int(1, optional=True),
     "verify_every": _check_int(1, optional=True),
     "verify": _check_bool,
     "min_tokens": _check_int(0, optional=True),

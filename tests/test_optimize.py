@@ -12,7 +12,7 @@ from tests.tiny_models import wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-OPTIONS = {"density": 0.6, "min_tokens": 0}
+OPTIONS = {"density": 0.6, "min_tokens": 0, "refresh_every": 1}
 
 
 def make_pipeline(count: int = 1):

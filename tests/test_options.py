@@ -5,8 +5,11 @@ import dataclasses
 import pytest
 
 from dit_opt.options import (
+    AUTO_ROUTER,
     DEFAULT_DENSE_STEPS,
+    DEFAULT_DENSITIES,
     DEFAULT_QUALITY,
+    DEFAULT_REFRESH_EVERY,
     RESERVED_OPTIONS,
     ROUTERS,
     OptionError,
@@ -17,7 +20,11 @@ from dit_opt.options import (
 def test_defaults():
     options = Options.parse(None)
     assert options == Options()
-    assert options.effective_quality == DEFAULT_QUALITY
+    assert options.effective_density == DEFAULT_DENSITIES[AUTO_ROUTER]
+    assert options.effective_quality is None
+    assert Options(quality=0.8).effective_density is None
+    assert Options(router="rainfusion").effective_quality == DEFAULT_QUALITY
+    assert options.effective_refresh_every == DEFAULT_REFRESH_EVERY
     assert options.effective_dense_steps == DEFAULT_DENSE_STEPS
     assert options.inductor_patches() == {}
 
@@ -79,7 +86,6 @@ def test_auto_stands_for_a_router():
         ("dense_steps", 1.5),
         ("dense_steps", True),
         ("refresh_every", 0),
-        ("refresh_every", None),
         ("refresh_every", 2.0),
         ("min_tokens", -1),
         ("min_tokens", 10.5),

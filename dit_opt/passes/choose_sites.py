@@ -155,7 +155,8 @@ def _find_obstacle(site: Site, layout: Layout | None, options: Options) -> tuple
         return Reason.REPLACED, ""
     if layout.grid is None and options.effective_router in GRID_ROUTERS:
         return Reason.NO_GRID, layout.reason
-    return Reason.REPLACED, ""
+    # Served in the model's own order; why there is no grid may still matter to the user.
+    return Reason.REPLACED, "" if layout.grid is not None else layout.reason
 
 
 def _shape(site: Site):

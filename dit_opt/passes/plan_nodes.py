@@ -118,12 +118,12 @@ class Routed:
 
 def takes_cube_order(router: str) -> bool:
     """Whether a router weighs blocks of any tokens, which cubes make compact."""
-    return router not in ("full", "dense", "rainfusion", "frame_tile", "headwise")
+    return router not in ("full", "dense", "rainfusion", "frame_tile", "headwise", "oracle")
 
 
 def count_plan_tensors(router: str) -> int:
     """How many tensors a router keeps from one search to the next."""
-    return {"full": 0, "frame_tile": 0, "rainfusion": 1, "headwise": 3}.get(router, 2)
+    return {"full": 0, "frame_tile": 0, "rainfusion": 1, "headwise": 3, "oracle": 3}.get(router, 2)
 
 
 def write_plan(place: Place) -> Routed:
@@ -133,6 +133,7 @@ def write_plan(place: Place) -> Routed:
         "rainfusion": _write_rainfusion,
         "frame_tile": _write_frame_tile,
         "headwise": _write_headwise,
+        "oracle": _write_headwise,
     }.get(place.sparse.router, _write_search)
     return write(place)
 
@@ -200,9 +201,10 @@ def _write_headwise(place: Place) -> Routed:
         order = place.add_input("order")
     else:
         goal = (sparse.scale, sparse.target, sparse.by_density)
+        cell = 1 if sparse.router == "oracle" else HEADWISE_CELL
         found = call(
             ops.headwise_plan_v1.default,
-            (q, k, bias, *goal, *where, HEADWISE_CELL, SPREAD, place.add_boost()),
+            (q, k, bias, *goal, *where, cell, SPREAD, place.add_boost()),
         )
         counts, indices, order, *rest = unpack(graph, found, 5)
         statistics = tuple(rest)
@@ -261,8 +263,7 @@ def _name_search(
     goal = (*goal, sparse.by_density, *where)
     if sparse.router == "subblock":
         return ops.subblock_plan_v1.default, (q, k, bias, *goal, CELL, SPREAD)
-    step = {"adaspa": ROW_STEP, "oracle": 1}[sparse.router]
-    return ops.adaspa_plan_v1.default, (q, k, bias, None, *goal, step, SPREAD)
+    return ops.adaspa_plan_v1.default, (q, k, bias, None, *goal, ROW_STEP, SPREAD)
 
 
 def unpack(graph: Graph, node: Node, count: int) -> list[Node]:

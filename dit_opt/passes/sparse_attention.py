@@ -89,7 +89,7 @@ def name_heads(
     if router == "rainfusion":
         names = candidate_names(*layout, BLOCK_Q, BLOCK_K)
         return [names[c].split()[0] for c in plan[0].flatten().tolist()]
-    if router == "headwise":
+    if router in ("headwise", "oracle"):
         return [ORDER_NAMES[i] for i in plan[2].flatten().tolist()]
     return None
 

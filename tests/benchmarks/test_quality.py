@@ -66,6 +66,11 @@ def test_configurations_are_all_combinations_on_top_of_the_default():
     }
     with pytest.raises(OptionError, match="density"):
         list_configurations({}, densities=[1.5])
+    also = list_configurations(base, others=["router=sol density=0.2 quality=None"])[1]
+    assert also.name == "router=sol density=0.2 quality=None"
+    assert also.options == {**base, "router": "sol", "density": 0.2, "quality": None}
+    with pytest.raises(OptionError, match="must be written name=value"):
+        list_configurations({}, others=["sol"])
 
 
 def test_a_run_gives_every_figure_of_the_issue(tmp_path):

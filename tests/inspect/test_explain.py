@@ -32,8 +32,11 @@ def test_every_site_is_listed_once_with_its_grid(name):
     if tiny.grid:
         assert any(d.replaced and d.gain for d in decisions)
     else:
-        assert all(d.reason.name == "NO_GRID" and "img_ids" in d.detail for d in decisions)
-        assert "grid" in str(explanation)
+        assert all(d.replaced and "img_ids" in d.detail for d in decisions)
+        assert "img_ids" in str(explanation)
+        with pytest.raises(OptionError, match="NO_GRID"):
+            asked = {"router": "rainfusion", "min_tokens": 0}
+            dit_opt.explain(tiny.model, options=asked, **tiny.inputs)
 
 
 def test_an_explanation_is_json_and_a_table():

@@ -55,7 +55,9 @@ def test_a_density_is_handed_on_as_one():
 
 def test_keeping_everything_needs_no_grid():
     assert reasons({"density": 1, "min_tokens": 0}, flux) == [Reason.REPLACED] * 2
-    assert reasons({"min_tokens": 0}, flux) == [Reason.NO_GRID] * 2
+    assert reasons({"min_tokens": 0}, flux) == [Reason.REPLACED] * 2
+    with pytest.raises(OptionError, match="NO_GRID"):
+        reasons({"router": "rainfusion", "min_tokens": 0}, flux)
 
 
 def test_a_given_grid_serves_packed_tokens():

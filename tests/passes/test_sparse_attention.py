@@ -45,7 +45,7 @@ def outputs(gm):
 def test_searching_sites_become_plan_gather_attention_scatter():
     _, gm = capture_tiny(wan)
     assert sdpa(gm) == 4
-    new, changed = rewrite(gm)
+    new, changed = rewrite(gm, router="rainfusion")
     assert changed == 2 and sdpa(new) == 2
     for op, times in (
         (OPS.rainfusion_recognize_v1.default, 2),
@@ -60,12 +60,35 @@ def test_searching_sites_become_plan_gather_attention_scatter():
 
 def test_reused_plans_come_in_as_inputs():
     _, gm = capture_tiny(wan)
-    new, _ = rewrite(gm, SparseForm(reuse=True))
+    new, _ = rewrite(gm, SparseForm(reuse=True), router="rainfusion")
     assert count(new, OPS.rainfusion_recognize_v1.default) == 0
     added = len(new.graph.find_nodes(op="placeholder")) - len(gm.graph.find_nodes(op="placeholder"))
     assert added == 2 and len(outputs(new)) == len(outputs(gm))
     plan = new.graph.find_nodes(op="placeholder")[-1].meta["example_value"]
     assert plan.shape == (2, 2) and plan.dtype == torch.int32
+
+
+def test_orders_of_heads_become_plan_gather_attention_scatter():
+    _, gm = capture_tiny(wan)
+    new, changed = rewrite(gm, router="headwise")
+    assert changed == 2 and sdpa(new) == 2
+    for op, times in (
+        (OPS.headwise_plan_v1.default, 2),
+        (OPS.headwise_rows_v1.default, 2),
+        (OPS.gather_tokens_v1.default, 6),
+        (OPS.scatter_tokens_v1.default, 2),
+    ):
+        assert count(new, op) == times
+    assert len(outputs(new)) == len(outputs(gm)) + 5 * 2
+    reused, _ = rewrite(gm, SparseForm(reuse=True), router="headwise")
+    assert count(reused, OPS.headwise_plan_v1.default) == 0
+    assert count(reused, OPS.headwise_rows_v1.default) == 2
+    added = reused.graph.find_nodes(op="placeholder")[-3:]
+    assert [n.name.rsplit("_", 1)[0] for n in added] == [
+        "ditopt_counts",
+        "ditopt_indices",
+        "ditopt_order",
+    ]
 
 
 def test_keeping_everything_moves_no_tokens():

@@ -6,6 +6,7 @@ whose keys stay in the cache, and the libraries do the arithmetic.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -163,7 +164,6 @@ def _attend_gathered(call: _Call, bucket: Bucket) -> None:
     count = ceil_div(bucket.query_tokens, block_q)
     rows = (bucket.heads * call.query_blocks + bucket.first).unsqueeze(1) + torch.arange(count)
     keys = (bucket.heads // call.group * call.key_blocks).unsqueeze(1) + bucket.lists
-    biases = (bucket.heads * call.key_blocks).unsqueeze(1) + bucket.lists
     step = _choose_step(bucket, kept * block_k, dim, call.k.element_size())
     missing = count * block_q - bucket.query_tokens
     for begin in range(0, runs, step):
@@ -171,7 +171,8 @@ def _attend_gathered(call: _Call, bucket: Bucket) -> None:
         row, key = rows[part].flatten(), keys[part].flatten()
         bias = call.bias
         if bias is not None:
-            bias = bias.index_select(0, biases[part].flatten()).view(-1, kept * block_k)
+            biases = (bucket.heads[part] * call.key_blocks).unsqueeze(1) + bucket.lists[part]
+            bias = bias.index_select(0, biases.flatten()).view(-1, kept * block_k)
         out, lse = _attend_dense(
             call,
             bucket,
@@ -289,6 +290,9 @@ def _multiply(
 
 
 def _blank(call: _Call, scores: Tensor, counts: list[int] | None, value: float) -> None:
-    """Overwrite what stands behind the blocks that each run keeps."""
-    for run, count in enumerate(counts or ()):
-        scores[run, :, count * call.k.shape[1] :] = value
+    """Overwrite what stands behind the blocks that each run keeps, in ascending `counts`."""
+    first = 0
+    for count, equal in itertools.groupby(counts or ()):
+        end = first + len(list(equal))
+        scores[first:end, :, count * call.k.shape[1] :] = value
+        first = end

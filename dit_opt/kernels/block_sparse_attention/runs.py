@@ -86,8 +86,9 @@ def find_buckets(
         lists = torch.where(filled, lists[:, :1], lists)
 
     size = (query_tokens * (lists.shape[1] * block_k + 1) + key_tokens) * 2 + unbroken
-    size, order = size.sort(stable=True)
-    lengths = size.unique_consecutive(return_counts=True)[1]
+    # Within a bucket by count, so that what is filled up can be blanked a few runs at a time.
+    order = (size * (lists.shape[1] + 1) + count).argsort(stable=True)
+    lengths = size[order].unique_consecutive(return_counts=True)[1]
     columns = torch.stack([query_tokens, key_tokens, room, unbroken], 1)[order]
     of_bucket = columns[lengths.cumsum(0) - 1].tolist()
     heads, first, lists, counts = (

@@ -41,6 +41,9 @@ ORDER_NAMES = ("raster", "columns", "cubes")
 # The density at which orders are compared where a quality is asked for, and not a density.
 _COMPARED_DENSITY = 0.15
 
+# By how much recall an order must beat the one before it.
+_MARGIN = 1e-3
+
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 _library = torch.library.Library("ditopt", "FRAGMENT")
@@ -175,7 +178,9 @@ def plan(
         mass[part.item, part.keys, part.group] += orders.weights[..., part.rows] @ found
     mass = mass.flatten(1, 2)
     rated = rate_recall(mass, density or _COMPARED_DENSITY, orders.blocks)
-    order = rated.argmax(-1)
+    # Of orders that serve alike the first one, or rounding would choose.
+    handicap = _MARGIN * torch.arange(kinds, device=q.device)
+    order = (rated - handicap).argmax(-1)
     where = order[..., None, None, None].expand(-1, -1, 1, *mass.shape[3:])
     chosen = allot_blocks(
         mass.gather(2, where).squeeze(2),
