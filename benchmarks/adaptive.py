@@ -1,8 +1,9 @@
 """What budgets by need, the tail and the searches are worth, on the attention of the demo model.
 
-    python -m benchmarks.adaptive [--density 0.25] [--checkpoint F] [--seconds 5] [--json F]
+    python -m benchmarks.adaptive [--density 0.125] [--checkpoint F] [--seconds 5] [--json F]
 
-Queries, keys and values of every self-attention call are taken from dense forwards of noised clips.
+Queries, keys and values of every self-attention call are taken from dense forwards of noised clips,
+each head in the order that the default router picks for it.
 Recall is exact, per row of blocks; errors are of the output against dense attention; a search is
 timed in turns with dense attention over the same tokens.
 """
@@ -28,24 +29,27 @@ from dit_opt.demo import clips
 from dit_opt.demo.machine import describe_machine, list_versions, read_date
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.kernels.block_sparse_attention.op import block_sparse_attention
+from dit_opt.kernels.routers import headwise
 from dit_opt.kernels.routers.block_mass import measure_block_mass
 from dit_opt.kernels.routers.budgets import Spread, allot_blocks
-from dit_opt.kernels.routers.orders import VideoLayout, order_cubes
+from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.kernels.routers.plan import lay_blocks
-from dit_opt.passes.plan_nodes import CELL, ROW_STEP, SPREAD
+from dit_opt.kernels.token_order import gather_tokens
+from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES, DEFAULT_REFRESH_EVERY
+from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP, SPREAD
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
 
 TOKENS = GRID[0] * GRID[1] * GRID[2]
 NOISE_LEVELS = (0.9, 0.6, 0.3)
 SPREADS: tuple[Spread, ...] = ("equal", "need", "even")
 # a trajectory, and how often searches come, for the share of the searches in it
-STEPS, DENSE_STEPS = 50, 10
-REFRESH = (1, 2, 5, 10)
+STEPS, DENSE_STEPS = 50, 0
+REFRESH = (1, 2, 5, DEFAULT_REFRESH_EVERY)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One self-attention call: its layer, and q, k, v `[1, H, N, D]` in the cube order."""
+    """One self-attention call: its layer, and q, k, v `[1, H, N, D]` in the order of each head."""
 
     layer: int
     q: torch.Tensor
@@ -60,14 +64,22 @@ class RecordCalls(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self._layers = layers
-        self._order = order_cubes(VideoLayout(*GRID, 0, TOKENS))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and kwargs["key"].shape[-2] == TOKENS:
-            qkv = (kwargs[name][:, :, self._order] for name in ("query", "key", "value"))
-            self.calls.append(Call(len(self.calls) % self._layers, *qkv))
+            qkv = [kwargs[name] for name in ("query", "key", "value")]
+            self.calls.append(Call(len(self.calls) % self._layers, *order_heads(*qkv)))
         return func(*args, **kwargs)
+
+
+def order_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """q, k and v with the tokens of each head in the order that suits it."""
+    layout = VideoLayout(*GRID, 0, TOKENS)
+    orders = headwise.build_orders(layout, BLOCK_Q, BLOCK_K, HEADWISE_CELL, q.device)
+    density = DEFAULT_DENSITIES[AUTO_ROUTER]
+    _, order = headwise.plan(q, k, q.shape[-1] ** -0.5, orders, density=density)
+    return [gather_tokens(x, orders.orders[order.long()]) for x in (q, k, v)]
 
 
 @torch.no_grad()
@@ -132,13 +144,17 @@ def measure_searches(call: Call, density: float, seconds: float) -> dict[str, An
     """Time of one search as a share of dense attention, and of attention over a trajectory.
 
     In a trajectory of `STEPS` steps the first `DENSE_STEPS` are dense; the others pay for sparse
-    attention at `density`, and every few of them for a search.
+    attention at `density`, and every few of them for a search. Shares are of all attention, the
+    searches included.
     """
     q, k, v, scale = call.q, call.k, call.v, call.q.shape[-1] ** -0.5
     ops = torch.ops.ditopt
     place = (0, TOKENS, BLOCK_Q, BLOCK_K)
     rivals: dict[str, Callable[[], Any]] = {
         "dense": lambda: F.scaled_dot_product_attention(q, k, v),
+        "headwise": lambda: ops.headwise_plan_v1(
+            q, k, None, scale, density, True, *GRID, 0, BLOCK_Q, BLOCK_K, HEADWISE_CELL, SPREAD
+        ),
         "adaspa": lambda: ops.adaspa_plan_v1(
             q, k, None, None, scale, density, True, *place, ROW_STEP, SPREAD
         ),
@@ -163,10 +179,13 @@ def measure_searches(call: Call, density: float, seconds: float) -> dict[str, An
             name: t.median / dense for name, t in times.items() if name not in ("dense", "sparse")
         },
         "share_of_trajectory": {
-            name: {every: search * ((STEPS - DENSE_STEPS) / every) / attention for every in REFRESH}
+            name: {
+                every: searches / (attention + searches)
+                for every in REFRESH
+                for searches in [t.median * (STEPS - DENSE_STEPS) / every]
+            }
             for name, t in times.items()
             if name not in ("dense", "sparse")
-            for search in [t.median]
         },
     }
 
@@ -206,7 +225,7 @@ def render(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--density", type=float, default=DEFAULT_DENSITIES[AUTO_ROUTER])
     parser.add_argument("--seconds", type=float, default=5.0, help="how long searches are timed")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -34,9 +34,10 @@ def test_errors_are_those_of_each_layer(small):
 
 def test_searches_are_timed_beside_dense_attention(small):
     found = adaptive.measure_searches(small[0], 0.4, 0.01)
-    assert set(found["share_of_dense"]) == {"adaspa", "subblock", "sol", "rainfusion"}
+    assert set(found["share_of_dense"]) == {"headwise", "adaspa", "subblock", "sol", "rainfusion"}
     for row in found["share_of_trajectory"].values():
-        assert row[1] == pytest.approx(10 * row[10])
+        assert 1 > row[1] > row[2] > row[10] > 0
+        assert row[1] / (1 - row[1]) == pytest.approx(10 * row[10] / (1 - row[10]))
     result = {
         "density": 0.4,
         "recall": adaptive.measure_recalls(small, 0.4),
@@ -46,25 +47,26 @@ def test_searches_are_timed_beside_dense_attention(small):
     assert "subblock" in adaptive.render(result) and "layer 1" in adaptive.render(result)
 
 
-def test_calls_are_recorded_in_the_cube_order():
+def test_calls_are_recorded_in_the_order_of_each_head():
     class Block(torch.nn.Module):
         pass
 
     class Model(torch.nn.Module):
-        """One layer whose keys are the numbers of the tokens."""
+        """One layer that looks at its own place in all frames; values number the tokens."""
 
         def __init__(self):
             super().__init__()
             self.blocks = [Block()]
 
         def forward(self, hidden_states, timestep, encoder_hidden_states):
-            x = torch.arange(float(adaptive.TOKENS)).view(1, 1, -1, 1)
-            torch.nn.functional.scaled_dot_product_attention(query=x, key=x, value=x)
+            number = torch.arange(adaptive.TOKENS)
+            place = 16 * torch.nn.functional.one_hot(number % 256)[None, None].float()
+            v = number.float().view(1, 1, -1, 1).expand_as(place)
+            torch.nn.functional.scaled_dot_product_attention(query=place, key=place, value=v)
 
     calls = adaptive.record_calls(Model())
     assert len(calls) == len(adaptive.NOISE_LEVELS) and {c.layer for c in calls} == {0}
-    order = calls[0].k.flatten().long()
+    order = calls[0].v[0, 0, :, 0].long()
     assert torch.equal(order.sort().values, torch.arange(adaptive.TOKENS))
-    # the first 64 tokens are a cube of 4 x 4 x 4
-    t, h, w = order[:64] // 256, order[:64] // 16 % 16, order[:64] % 16
-    assert (t.max(), h.max(), w.max()) == (3, 3, 3)
+    # four columns through all sixteen frames
+    assert len((order[:64] % 256).unique()) == 4 and len((order[:64] // 256).unique()) == 16
