@@ -255,10 +255,13 @@ def _describe_flops(flops: Size | None) -> str:
 
 
 def _explain_reasons(decisions: Sequence[Decision]) -> list[str]:
-    """One line for each reason to leave a site alone, and for each detail."""
+    """One line for each reason to leave a site alone or without a grid, and for each detail."""
     lines: dict[str, None] = {}
     for decision in decisions:
         if decision.reason is Reason.REPLACED:
+            if decision.detail:
+                text = "Replaced without a grid, in the model's own order of tokens"
+                lines[f"{text} [{decision.detail}]"] = None
             continue
         detail = f" [{decision.detail}]" if decision.detail else ""
         lines[f"{decision.reason.name}: {decision.reason}{detail}"] = None
