@@ -144,6 +144,8 @@ def plot_pareto(result: dict[str, Any], path: Path) -> None:
         front = find_front([(better * row[key], row["psnr_db"]) for row in points])
         line = sorted((points[i][key], points[i]["psnr_db"]) for i in front)
         axes.plot(*zip(*line), "-", color="0.7", zorder=0, label="front")
+        # Room for the labels, which begin at their points.
+        axes.margins(x=0.25)
         axes.set(xlabel=key, ylabel="PSNR against dense (dB)")
         axes.legend()
     title = f"{result['prompts']} prompts, {result['steps']} steps, {result['machine']['cpu']}"
