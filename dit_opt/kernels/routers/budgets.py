@@ -93,13 +93,13 @@ def allot_blocks(
 def rate_recall(mass: Tensor, density: float, blocks: BlockLayout) -> Tensor:
     """What the heaviest blocks of `density` keep of mass [..., nq, nk], float32 [...].
 
-    Each matrix has a budget of its own; for comparing, no list is made.
+    Each matrix has a budget of its own, in whole blocks. For comparing: no list is made.
     """
-    scores = _score_blocks(mass, blocks)
-    target = density * _ROUNDING
-    threshold = find_threshold(scores, _share_areas(blocks), target, (-2, -1), within=True)
-    kept = torch.where(scores >= threshold, mass, 0.0)
-    return (kept * _weigh_rows(blocks)[:, None]).sum((-2, -1))
+    scores = _score_blocks(mass, blocks).flatten(-2)
+    count = max(1, round(density * scores.shape[-1]))
+    heaviest = scores.topk(count, sorted=False).indices
+    shares = (mass * _weigh_rows(blocks)[:, None]).flatten(-2)
+    return shares.gather(-1, heaviest).sum(-1)
 
 
 def list_blocks(
