@@ -70,7 +70,7 @@ def optimize(
         }
         if regional:
             _announce_steps(model, announcement)
-            if "grid" not in options:
+            if options.get("grid") is None:
                 _announce_grid(model)
             model.compile_repeated_blocks(**settings)
         else:

@@ -117,8 +117,8 @@ class Routed:
 
 
 def takes_cube_order(router: str) -> bool:
-    """Whether a router weighs blocks of any tokens, which cubes make compact."""
-    return router not in ("full", "dense", "rainfusion", "frame_tile", "headwise", "oracle")
+    """Whether a router weighs blocks in one order for all heads, which cubes make compact."""
+    return router in ("adaspa", "subblock", "sol")
 
 
 def count_plan_tensors(router: str) -> int:

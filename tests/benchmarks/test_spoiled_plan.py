@@ -13,6 +13,9 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 def test_lists_are_dealt_out_anew_and_stay_lists():
     tiny = big_wan()
+    for block in tiny.model.blocks:
+        # A peaked softmax, or every list keeps as much.
+        block.attn1.norm_q.weight.data *= 8
     asked = {"router": "headwise", "density": 0.4, "min_tokens": 0, "verify_every": 1}
     model = compiled(tiny.model, **asked)
     run_trajectory(model, tiny.inputs, [999.0])
@@ -22,9 +25,9 @@ def test_lists_are_dealt_out_anew_and_stay_lists():
     for state, (counts, indices) in zip(states, before):
         assert torch.equal(state.plan[0].sort(-1).values, counts.sort(-1).values)
         assert not torch.equal(state.plan[1], indices)
-    caught = spoiled_plan.count_caught()
+    assert spoiled_plan.count_caught() == 0
     run_trajectory(model, tiny.inputs, [750.0])
-    assert spoiled_plan.count_caught() >= caught
+    assert spoiled_plan.count_caught() > 0
     assert dit_opt.report(tiny.model).graphs[0].calls["verify"] == 1
 
 

@@ -26,8 +26,8 @@ class Bucket:
         heads: int64 [runs], the position of each run's head among batch * heads.
         first: int64 [runs], the first query block of each run.
         lists: int64 [runs, blocks], the key blocks of each run, ascending.
-        counts: how many of its blocks each run really keeps, where some lists are filled up with
-            others to equal size; else None.
+        counts: how many of its blocks each run really keeps, ascending, where some lists are
+            filled up with others to equal size; else None.
         contiguous: every list is one unbroken range, so that keys can be sliced, not gathered.
     """
 
@@ -95,13 +95,14 @@ def find_buckets(
         x[order].split(lengths.tolist()) for x in (begin // query_blocks, first, lists, count)
     )
     for number, (queries_each, keys_each, blocks, is_unbroken) in enumerate(of_bucket):
+        kept = counts[number].tolist()
         yield Bucket(
             query_tokens=queries_each,
             key_tokens=keys_each,
             heads=heads[number],
             first=first[number],
             lists=lists[number][:, :blocks],
-            counts=counts[number].tolist() if int(counts[number].min()) < blocks else None,
+            counts=kept if kept[0] < blocks else None,
             contiguous=bool(is_unbroken),
         )
 

@@ -20,6 +20,7 @@ from dit_opt.kernels.routers.plan import (
     describe_plan,
     lay_blocks,
 )
+from dit_opt.kernels.routers.sample import GOLDEN_RATIO
 
 _library = torch.library.Library("ditopt", "FRAGMENT")
 _library.define(
@@ -50,8 +51,9 @@ def plan(
 
     Args:
         key_bias, lse: as in `measure_block_mass`; a cached lse saves a GPU half of the search.
-        row_step: every `row_step`-th query stands for its neighbours, which divides the cost of the
-            search; 1 is exact. It must divide block_q.
+        row_step: one of so many neighbouring queries stands for them, which divides the cost of the
+            search; 1 is exact. It must divide block_q. Which one differs from group to group:
+            equal strides would meet one place of every cube of an order.
         quality, density, spread, capacity, boost: as in `allot_blocks`.
 
     Returns the plan, whose recall is exact for the searched rows (with a cached lse, up to how it
@@ -65,7 +67,8 @@ def plan(
             f"row_step={row_step} does not divide blocks of {blocks.block_q} queries; "
             "take a power of two."
         )
-    rows, block_q = q[:, :, ::row_step], blocks.block_q // row_step
+    block_q = blocks.block_q // row_step
+    rows = q if row_step == 1 else q.index_select(2, _draw_rows(q.shape[2], row_step, q.device))
     mass, found = measure_block_mass(rows, k, scale, block_q, blocks.block_k, key_bias, lse)
     if lse is not None:
         total = mass.sum(-1, keepdim=True)
@@ -80,6 +83,13 @@ def plan(
         boost=boost,
     )
     return chosen, found
+
+
+def _draw_rows(queries: int, step: int, device: torch.device) -> Tensor:
+    """One row of each `step` neighbours, int64 [ceil(queries / step)], ascending."""
+    group = torch.arange(ceil_div(queries, step), device=device)
+    place = ((group + 1) * GOLDEN_RATIO % 1 * step).long()
+    return (group * step + place).clamp(max=queries - 1)
 
 
 @torch.library.impl(_library, "adaspa_plan_v1", "CompositeExplicitAutograd")

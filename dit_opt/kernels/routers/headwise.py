@@ -32,6 +32,7 @@ from dit_opt.kernels.routers.plan import (
     describe_plan,
     lay_blocks,
 )
+from dit_opt.kernels.routers.sample import GOLDEN_RATIO
 from dit_opt.kernels.routers.sampled_mass import measure_sampled_mass
 from dit_opt.kernels.routers.tables import choose_strip
 
@@ -43,8 +44,6 @@ _COMPARED_DENSITY = 0.15
 
 # By how much recall an order must beat the one before it.
 _MARGIN = 1e-3
-
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 _library = torch.library.Library("ditopt", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -141,7 +140,7 @@ def sample_cells(layout: VideoLayout, cell: int) -> Tensor:
     counts = box.bincount()
     first = counts.cumsum(0) - counts
     number = torch.arange(len(counts))
-    drawn = ((number + 1) * _GOLDEN_RATIO % 1 * counts).long().clamp(max=counts - 1)
+    drawn = ((number + 1) * GOLDEN_RATIO % 1 * counts).long().clamp(max=counts - 1)
     return members[first + drawn].sort().values + layout.video_start
 
 
@@ -171,8 +170,8 @@ def plan(
     query_blocks, key_blocks = orders.weights.shape[1], len(orders.blocks.key_sizes)
     shape = (batch, k.shape[1], heads // k.shape[1], kinds, query_blocks, key_blocks)
     mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
-    where = (orders.rows, orders.gather, orders.offsets)
-    for part in measure_sampled_mass(q, k, *where, scale, key_bias):
+    sampled = (orders.rows, orders.gather, orders.offsets)
+    for part in measure_sampled_mass(q, k, *sampled, scale, key_bias):
         # [keys, O * nk, group, rows] as [keys, group, O, rows, nk]
         found = part.mass.unflatten(1, (kinds, key_blocks)).permute(0, 3, 1, 4, 2)
         mass[part.item, part.keys, part.group] += orders.weights[..., part.rows] @ found

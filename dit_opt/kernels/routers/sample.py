@@ -23,7 +23,8 @@ _MIN_ROWS, _MAX_ROWS = 32, 64
 # Share of the rows in the first frame, RainFusion's local sample.
 _LOCAL_SHARE = 1 / 8
 
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
+# Its multiples fill the unit interval evenly and resonate with no period.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,4 +86,4 @@ def draw_sample(tables: Tables, count: int) -> Sample:
 
 
 def _spread(count: int, length: int) -> list[int]:
-    return [int((i + (i + 1) * _GOLDEN_RATIO % 1) * length / count) for i in range(count)]
+    return [int((i + (i + 1) * GOLDEN_RATIO % 1) * length / count) for i in range(count)]
