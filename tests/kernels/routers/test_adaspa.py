@@ -90,3 +90,10 @@ def test_opcheck():
     torch.library.opcheck(
         operator.default, (q, k, None, lse, scale, 0.9, False, *scene.place, 2, "even", 4)
     )
+
+
+def test_sampled_rows_stand_at_every_place_of_their_groups():
+    rows = adaspa._draw_rows(4096, 16, torch.device("cpu"))
+    assert len(rows) == 256 and torch.equal(rows // 16, torch.arange(256))
+    assert (rows % 16).bincount(minlength=16).min() >= 15
+    assert torch.equal(adaspa._draw_rows(33, 16, torch.device("cpu"))[-1:], torch.tensor([32]))
