@@ -145,6 +145,12 @@ def _bind(
 
     # Dynamo changes and clears its graph once the backend has returned
     source = copy_graph(gm)
+    # A variant may be compiled long after: real inputs would stay alive until then, and would be
+    # given dynamic shapes outside of Dynamo's tracing. Its fake ones have the shapes it proved.
+    inputs = [
+        node.meta.get("example_value", given)
+        for node, given in zip(placeholders, inputs, strict=True)
+    ]
     patches = options.inductor_patches()
     lock = threading.Lock()
 

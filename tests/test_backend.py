@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -326,3 +328,23 @@ def test_graphs_are_dumped_before_and_after(eager, tmp_path):
     (diff,) = tmp_path.glob("graph_*/*sparse_attention.search.diff")
     text = diff.read_text()
     assert "-" in text and "ditopt.block_sparse_attention_v3" in text
+
+
+def test_a_variant_compiled_on_later_use_keeps_its_static_shapes_and_no_inputs():
+    seen = []
+
+    def look(graph):
+        values = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
+        seen.append(
+            [v for v in values if not isinstance(v, torch.Tensor)]
+            + [s for v in values for s in v.shape if not isinstance(s, int)]
+        )
+
+    tiny = big_wan()
+    model = compiled(tiny.model, **SPARSE, inductor={"post_grad_custom_pre_pass": look})
+    reference = weakref.ref(tiny.inputs["hidden_states"])
+    run_trajectory(model, tiny.inputs)
+    assert seen == [[], [], []]
+    del tiny.inputs["hidden_states"]
+    gc.collect()
+    assert reference() is None
