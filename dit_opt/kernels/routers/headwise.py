@@ -33,7 +33,7 @@ from dit_opt.kernels.routers.plan import (
     lay_blocks,
 )
 from dit_opt.kernels.routers.sample import GOLDEN_RATIO
-from dit_opt.kernels.routers.sampled_mass import measure_sampled_mass
+from dit_opt.kernels.routers.sampled_mass import Sums, lay_sums, measure_sampled_mass
 from dit_opt.kernels.routers.tables import choose_strip
 
 # Where candidates stand in `HeadOrders.orders`.
@@ -67,16 +67,15 @@ class HeadOrders:
 
     `orders` int64 [O, N], text behind the video in each. `blocks`: those of every order. `rows`
     int64 [m]: sampled queries, in the model's own order. `weights` float32 [O, nq, m]: each query
-    block's mean over its rows; the nearest row stands for a block without any. `gather` int64
-    [O * N] and `offsets` int64 [O * nk] name the tokens of all key blocks.
+    block's mean over its rows; the nearest row stands for a block without any. `sums` are those of
+    all key blocks.
     """
 
     orders: Tensor
     blocks: BlockLayout
     rows: Tensor
     weights: Tensor
-    gather: Tensor
-    offsets: Tensor
+    sums: tuple[Sums, ...]
 
 
 @functools.lru_cache(maxsize=8)
@@ -105,17 +104,14 @@ def build_orders(
     if cell < 1 or cell & (cell - 1):
         raise ValueError(f"cell={cell} is no power of two; one row stands for so many tokens.")
     blocks = lay_blocks(layout.tokens, 0, layout.video_tokens, block_q, block_k, device)
-    orders, inverses = list_orders(layout, block_q, block_k, device)
+    orders, inverses = list_orders(layout, block_q, block_k, torch.device("cpu"))
     rows = sample_cells(layout, cell)
-    starts = torch.arange(0, layout.tokens, block_k)
-    number = torch.arange(len(orders))[:, None]
     return HeadOrders(
-        orders=orders,
+        orders=orders.to(device),
         blocks=blocks,
         rows=rows.to(device),
-        weights=_weigh_rows(inverses.cpu()[:, rows], layout.tokens, block_q).to(device),
-        gather=orders.flatten(),
-        offsets=(starts + number * layout.tokens).flatten().to(device),
+        weights=_weigh_rows(inverses[:, rows], layout.tokens, block_q).to(device),
+        sums=lay_sums(orders, block_k, device),
     )
 
 
@@ -170,8 +166,7 @@ def plan(
     query_blocks, key_blocks = orders.weights.shape[1], len(orders.blocks.key_sizes)
     shape = (batch, k.shape[1], heads // k.shape[1], kinds, query_blocks, key_blocks)
     mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
-    sampled = (orders.rows, orders.gather, orders.offsets)
-    for part in measure_sampled_mass(q, k, *sampled, scale, key_bias):
+    for part in measure_sampled_mass(q, k, orders.rows, orders.sums, scale, key_bias):
         # [keys, O * nk, group, rows] as [keys, group, O, rows, nk]
         found = part.mass.unflatten(1, (kinds, key_blocks)).permute(0, 3, 1, 4, 2)
         mass[part.item, part.keys, part.group] += orders.weights[..., part.rows] @ found

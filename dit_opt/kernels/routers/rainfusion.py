@@ -51,12 +51,11 @@ def measure_recall(
     batch, heads = q.shape[:2]
     _check_shapes(q, k, tables)
     sample = draw_sample(tables, count_rows(tables.layout) if rows is None else rows)
-    count, blocks = sample.rows.numel(), sample.offsets.numel()
+    count, blocks = sample.rows.numel(), sample.kept.shape[-1]
     by_row = q.new_empty(
         (count, blocks, batch, k.shape[1], heads // k.shape[1]), dtype=torch.float32
     )
-    where = (sample.rows, sample.gather, sample.offsets)
-    for part in measure_sampled_mass(q, k, *where, scale, key_bias):
+    for part in measure_sampled_mass(q, k, sample.rows, tables.sums, scale, key_bias):
         by_row[part.rows, :, part.item, part.keys, part.group] = part.mass.permute(3, 1, 0, 2)
     by_row = by_row.flatten(2)
     kept = torch.bmm(sample.kept, by_row).unflatten(2, (batch, heads)).permute(2, 3, 1, 0)

@@ -33,14 +33,11 @@ class Sample:
 
     `rows` int64 [m]: token positions in the model's own order.
     `kept` float32 [m, C, orders * nk]: 1 where candidate C's list for that row's query block holds
-    the key block; block j of order o stands at o * nk + j. `gather` int64 [orders * N] and
-    `offsets` int64 [orders * nk] name the tokens of all those blocks, one after the other.
+    the key block; block j of order o stands at o * nk + j, as in `Tables.sums`.
     """
 
     rows: Tensor
     kept: Tensor
-    gather: Tensor
-    offsets: Tensor
 
 
 def count_rows(layout: VideoLayout) -> int:
@@ -76,12 +73,9 @@ def draw_sample(tables: Tables, count: int) -> Sample:
     )
     orders = torch.arange(len(tables.orders), device=device)
     kept = kept[:, :, None] & (orders == tables.order_of[:, None])[:, None, :, None]
-    starts = torch.arange(0, tables.layout.tokens, tables.block_k, device=device)
     return Sample(
         rows=rows,
         kept=kept.flatten(2).transpose(0, 1).float().contiguous(),
-        gather=tables.orders.flatten(),
-        offsets=(starts + orders[:, None] * tables.layout.tokens).flatten(),
     )
 
 

@@ -8,9 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_opt.kernels.routers.orders import invert_order
+
 # Scores held at once. On a CPU they should stay in the cache between matmul, softmax and sums.
 _CPU_SCORE_BYTES = 1 << 21
 _DEVICE_SCORE_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums of some values: `gather` int64 names what goes into each of them, one sum after the
+    other, and `offsets` int64 where each begins.
+    """
+
+    gather: Tensor
+    offsets: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,21 +40,48 @@ class Part:
     mass: Tensor
 
 
+def lay_sums(orders: Tensor, block: int, device: torch.device) -> tuple[Sums, ...]:
+    """How N values on a device are summed over the blocks of every order, int64 [O, N] on the CPU;
+    block j of order o is sum o * nk + j.
+
+    Tokens that share their block in all orders are summed first and once for all, where that reads
+    less than each block on its own would; the second sums are then over those.
+    """
+    kinds, tokens = orders.shape
+    starts = torch.arange(0, tokens, block)
+    number = torch.arange(kinds)[:, None]
+    levels = [(orders.flatten(), (starts + number * tokens).flatten())]
+    shared, cell = (invert_order(orders) // block).unique(dim=1, return_inverse=True)
+    cells = shared.shape[1]
+    if tokens + kinds * cells < kinds * tokens:
+        names = (shared + number * len(starts)).flatten()
+        levels = [
+            (cell.argsort(stable=True), _find_starts(cell)),
+            (names.argsort(stable=True) % cells, _find_starts(names)),
+        ]
+    return tuple(Sums(gather.to(device), offsets.to(device)) for gather, offsets in levels)
+
+
+def _find_starts(owners: Tensor) -> Tensor:
+    """Where the entries of each owner begin, once sorted by owner."""
+    counts = owners.bincount()
+    return counts.cumsum(0) - counts
+
+
 def measure_sampled_mass(
     q: Tensor,
     k: Tensor,
     rows: Tensor,
-    gather: Tensor,
-    offsets: Tensor,
+    sums: tuple[Sums, ...],
     scale: float,
     key_bias: Tensor | None = None,
 ) -> Iterator[Part]:
     """The mass of each of `rows` [m] in each block of keys, a few rows or heads at a time.
 
     By a float32 softmax over all keys, of scores in the dtype of the keys; a row without any key
-    has none. `gather` int64 names the tokens of all blocks, one after the other, `offsets` int64
-    [blocks] where each begins. q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides
-    H; key_bias is additive, [B or 1, H or 1, N].
+    has none. `sums` are those of `lay_sums`: each is of the sums before it, the first of tokens.
+    q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides H; key_bias is additive,
+    [B or 1, H or 1, N].
     """
     batch, heads, _, dim = q.shape
     key_heads, tokens = k.shape[1:3]
@@ -84,15 +123,17 @@ def measure_sampled_mass(
                         bias = key_bias[item, part, group].transpose(1, 2).unsqueeze(-1)
                         scores.unflatten(2, (bias.shape[2], -1)).add_(bias)
                     torch.softmax(scores, 1, out=scores)
-                    mass = _sum_blocks(scores, gather, offsets)
+                    mass = scores
+                    for level in sums:
+                        mass = _sum(mass, level)
                     yield Part(item, part, group, chunk, mass.unflatten(2, chosen.shape[2:]))
 
 
-def _sum_blocks(values: Tensor, gather: Tensor, offsets: Tensor) -> Tensor:
-    """Sums [n, blocks, columns] of values [n, N, columns] over the tokens of each block."""
+def _sum(values: Tensor, sums: Sums) -> Tensor:
+    """Sums [n, sums, columns] of values [n, N, columns]."""
     matrices = torch.arange(values.shape[0], device=values.device)[:, None]
-    indices = (gather + matrices * values.shape[1]).flatten()
-    starts = (offsets + matrices * gather.numel()).flatten()
+    indices = (sums.gather + matrices * values.shape[1]).flatten()
+    starts = (sums.offsets + matrices * sums.gather.numel()).flatten()
     # An embedding bag gathers and sums in one pass, without the permuted copy.
     return torch.embedding_bag(values.flatten(0, 1), indices, starts)[0].unflatten(
         0, (values.shape[0], -1)

@@ -22,6 +22,7 @@ from dit_opt.kernels.routers.orders import (
 )
 from dit_opt.kernels.routers.patterns import DENSE, HeadKind, Pattern, box_blocks, list_patterns
 from dit_opt.kernels.routers.plan import list_kept
+from dit_opt.kernels.routers.sampled_mass import Sums, lay_sums
 
 # Where each kind's order stands in `Tables.orders`.
 _ORDER_OF = {
@@ -43,7 +44,7 @@ class Tables:
     `orders`, `inverses` int64 [3, N]: raster, columns, lattice. `order_of` int64 [C]: the order of
     each candidate. `counts` int32 [C, nq], `indices` int32 [C, nq, nk]: key-block lists, ascending
     in the first `counts` entries. `density` float32 [C]: kept share of the score matrix in real
-    tokens, as executed.
+    tokens, as executed. `sums`: the key blocks of all orders.
 
     The lists take 4 * C * nq * nk bytes: 101 MB for 110k tokens, 17 candidates and blocks of 128
     x 64.
@@ -59,6 +60,7 @@ class Tables:
     counts: Tensor
     indices: Tensor
     density: Tensor
+    sums: tuple[Sums, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,6 +123,7 @@ def build_tables(
         counts=torch.stack([entry[2] for entry in entries]).to(device),
         indices=torch.stack([entry[3] for entry in entries]).to(device),
         density=torch.tensor([entry[0] for entry in entries], device=device),
+        sums=lay_sums(stacked, block_k, device),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_opt.kernels.routers import sampled_mass
-from dit_opt.kernels.routers.sampled_mass import measure_sampled_mass
+from dit_opt.kernels.routers.sampled_mass import lay_sums, measure_sampled_mass
 
 from .scenes import SCENES, make_inputs, weigh_tokens
 
@@ -17,13 +17,12 @@ def measure(scene, dtype=torch.float32):
     """[B, H, rows, blocks] of blocks of 16 keys, in the given order and then backwards."""
     q, k, bias, scale = make_inputs(scene)
     order = torch.arange(scene.tokens)
-    gather = torch.cat([order, order.flip(0)])
-    starts = torch.arange(0, scene.tokens, 16)
-    offsets = torch.cat([starts, starts + scene.tokens])
+    sums = lay_sums(torch.stack([order, order.flip(0)]), 16, q.device)
     group = scene.heads // scene.key_heads
-    mass = torch.full((scene.batch, scene.key_heads, group, len(ROWS), len(offsets)), torch.nan)
+    blocks = len(sums[-1].offsets)
+    mass = torch.full((scene.batch, scene.key_heads, group, len(ROWS), blocks), torch.nan)
     parts = 0
-    inputs = (q.to(dtype), k.to(dtype), ROWS, gather, offsets, scale, bias)
+    inputs = (q.to(dtype), k.to(dtype), ROWS, sums, scale, bias)
     for part in measure_sampled_mass(*inputs):
         mass[part.item, part.keys, part.group, part.rows] = part.mass.permute(0, 2, 3, 1)
         parts += 1
@@ -56,3 +55,16 @@ def test_half_precision_is_summed_in_float32(dtype):
     found, expected, _ = measure(SCENES["video only"], dtype)
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.02)
     torch.testing.assert_close(found.sum(-1), torch.full_like(found[..., 0], 2), rtol=1e-4, atol=0)
+
+
+def test_orders_that_share_no_tokens_are_summed_at_once_and_others_in_two_levels():
+    order = torch.arange(96)
+    values = torch.rand(1, 96, 3)
+    for other, levels in ((order.view(16, 6).t().flatten(), 1), (order.roll(8), 2)):
+        sums = lay_sums(torch.stack([order, other]), 4, values.device)
+        assert len(sums) == levels
+        found = values
+        for level in sums:
+            found = sampled_mass._sum(found, level)
+        expected = [values[0, rows].sum(0) for o in (order, other) for rows in o.split(4)]
+        torch.testing.assert_close(found[0], torch.stack(expected))
