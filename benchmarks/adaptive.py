@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.overrides import TorchFunctionMode
 
-import dit_opt.backend  # noqa: F401 - registers the operators
+from benchmarks.searches import list_searches, make_mover
 from benchmarks.timing import time_in_turns
 from dit_opt.demo import clips
 from dit_opt.demo.machine import describe_machine, list_versions, read_date
@@ -36,7 +36,7 @@ from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.kernels.routers.plan import lay_blocks
 from dit_opt.kernels.token_order import gather_tokens
 from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES, DEFAULT_REFRESH_EVERY
-from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP, SPREAD
+from dit_opt.passes.plan_nodes import HEADWISE_CELL, SPREAD
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
 
 TOKENS = GRID[0] * GRID[1] * GRID[2]
@@ -145,47 +145,34 @@ def measure_searches(call: Call, density: float, seconds: float) -> dict[str, An
 
     In a trajectory of `STEPS` steps the first `DENSE_STEPS` are dense; the others pay for sparse
     attention at `density`, and every few of them for a search. Shares are of all attention, the
-    searches included.
+    searches included. "order" is what every step of `headwise` pays beside the attention op, to
+    move tokens into the order of each head and back; it is in no other figure.
     """
     q, k, v, scale = call.q, call.k, call.v, call.q.shape[-1] ** -0.5
-    ops = torch.ops.ditopt
-    place = (0, TOKENS, BLOCK_Q, BLOCK_K)
     rivals: dict[str, Callable[[], Any]] = {
-        "dense": lambda: F.scaled_dot_product_attention(q, k, v),
-        "headwise": lambda: ops.headwise_plan_v1(
-            q, k, None, scale, density, True, *GRID, 0, BLOCK_Q, BLOCK_K, HEADWISE_CELL, SPREAD
-        ),
-        "adaspa": lambda: ops.adaspa_plan_v1(
-            q, k, None, None, scale, density, True, *place, ROW_STEP, SPREAD
-        ),
-        "subblock": lambda: ops.subblock_plan_v1(
-            q, k, None, scale, density, True, *place, CELL, SPREAD
-        ),
-        "sol": lambda: ops.sol_plan_v1(q, k, None, scale, density, "density", *place, SPREAD),
-        "rainfusion": lambda: ops.rainfusion_recognize_v1(
-            q, k, None, scale, density, True, *GRID, 0, BLOCK_Q, BLOCK_K
-        ),
+        "dense": lambda: F.scaled_dot_product_attention(q, k, v)
     }
+    rivals |= list_searches(q, k, GRID, density)
     plan = rivals["subblock"]()
-    rivals["sparse"] = lambda: ops.block_sparse_attention_v3(
+    rivals["sparse"] = lambda: torch.ops.ditopt.block_sparse_attention_v3(
         q, k, v, *plan[:2], None, scale, BLOCK_Q, BLOCK_K
     )
+    rivals["order"] = make_mover(q, k, v, GRID, rivals["headwise"]()[2])
     times = time_in_turns(rivals, seconds, q.device)
     dense, sparse = times["dense"].median, times["sparse"].median
+    searches = {n: t for n, t in times.items() if n not in ("dense", "sparse", "order")}
     attention = DENSE_STEPS * dense + (STEPS - DENSE_STEPS) * sparse
     return {
         "milliseconds": {name: dataclasses.asdict(t) for name, t in times.items()},
-        "share_of_dense": {
-            name: t.median / dense for name, t in times.items() if name not in ("dense", "sparse")
-        },
+        "order_share_of_sparse": times["order"].median / sparse,
+        "share_of_dense": {name: t.median / dense for name, t in searches.items()},
         "share_of_trajectory": {
             name: {
-                every: searches / (attention + searches)
+                every: spent / (attention + spent)
                 for every in REFRESH
-                for searches in [t.median * (STEPS - DENSE_STEPS) / every]
+                for spent in [t.median * (STEPS - DENSE_STEPS) / every]
             }
-            for name, t in times.items()
-            if name not in ("dense", "sparse")
+            for name, t in searches.items()
         },
     }
 
@@ -218,6 +205,8 @@ def render(result: dict[str, Any]) -> str:
             tabulate(tails, ["", "drop", "centroid"], floatfmt=".4f"),
             f"searches: share of a dense call; of all attention in {STEPS} steps, every ... steps",
             tabulate(searches, ["", "one", *map(str, REFRESH)], floatfmt=".3%"),
+            "moving tokens into the order of each head and back, beside each sparse call: "
+            f"{result['search']['order_share_of_sparse']:.1%} of it",
         ]
     )
 

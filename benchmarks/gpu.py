@@ -1,0 +1,193 @@
+"""Everything that is measured on a GPU, in one command that can be interrupted.
+
+    python -m benchmarks.gpu --out DIR [--parts attention models] [--dry-run] [--minutes 9]
+
+Parts run one after the other, each in a process of its own, so that a kernel that crashes takes
+only its part along. Every row is written as soon as it is known; a second call goes on where the
+first one stopped. No speed is shown for a kernel whose result is wrong. --dry-run lists what would
+run and compiles every kernel ahead of time, for which no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from benchmarks.gpu_attention import check_case, measure_case, measure_ceilings
+from benchmarks.gpu_cases import Case, list_cases
+from benchmarks.gpu_models import list_shapes, measure_model
+from benchmarks.gpu_routers import GRIDS, measure_grid
+from dit_opt.demo.machine import describe_machine, list_versions, read_date
+from dit_opt.kernels.aot import check_builds
+from dit_opt.kernels.block_sparse_attention.builds import list_builds as list_attention
+from dit_opt.kernels.routers.builds import list_builds as list_block_mass
+
+log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Seconds that each contest is timed for.
+SECONDS = 0.3
+CHECKED = tuple(
+    Case(dim, tokens, 3, density, block_k=block_k, plan=plan)
+    for dim in (64, 80, 128, 256)
+    for tokens, density, block_k, plan in (
+        (1000, 0.3, 64, "random"),
+        (2048, 0.5, 128, "one dense head"),
+        (4099, 0.1, 64, "video"),
+    )
+)
+HEADERS = {
+    "correctness": ("case", "dtype", "relative_error", "passed"),
+    "ceilings": ("case", "matmul_tflops", "memory_tb_per_s", "cache_tb_per_s"),
+    "attention": (
+        "case", "fastest_dense", "dense_tflops", "eta", "speedup", "speedup_vs_default",
+        "speedup_vs_flex", "refused",
+    ),
+    "routers": ("case", "fastest_dense", "share_of_dense", "speedup_with_search"),
+    "models": ("case", "milliseconds", "speedup_of_a_reuse_step", "speedup", "peak_gib"),
+}  # fmt: skip
+
+
+def list_rows(part: str, device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What a part measures: the name of each row, and a call that makes it."""
+    if part == "correctness":
+        return {
+            f"{case.name} {name}": partial(check_case, case, dtype, device)
+            for name, dtype in DTYPES.items()
+            for case in CHECKED
+        }
+    if part == "ceilings":
+        return {"device": partial(measure_ceilings, device)}
+    if part == "attention":
+        return {c.name: partial(measure_case, c, device, SECONDS) for c in list_cases()}
+    if part == "routers":
+        return {
+            "x".join(map(str, grid)): partial(measure_grid, grid, device, SECONDS) for grid in GRIDS
+        }
+    return {shape.case: partial(measure_model, shape, device) for shape in list_shapes()}
+
+
+def run_part(part: str, out: Path, device: torch.device) -> None:
+    """Measure the rows of a part that are not in its file yet, each written when it is known."""
+    file = out / f"{part}.jsonl"
+    done = {row["case"] for row in read_rows(file)}
+    for name, measure in list_rows(part, device).items():
+        if name in done:
+            continue
+        log.info("%s: %s", part, name)
+        try:
+            row = measure()
+        except Exception as error:
+            log.exception("%s: %s failed", part, name)
+            row = {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
+        with file.open("a") as stream:
+            stream.write(json.dumps({"case": name} | row) + "\n")
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows that a part has written so far."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def run_parts(parts: Sequence[str], out: Path, device: str, minutes: float) -> dict[str, str]:
+    """Each part in a process of its own; why a part is not complete, by part."""
+    end = time.monotonic() + 60 * minutes
+    stopped = {}
+    for part in parts:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--part-here", part]
+        left = end - time.monotonic()
+        try:
+            done = subprocess.run([*command, "--device", device], timeout=max(0.0, left))
+        except subprocess.TimeoutExpired:
+            stopped[part] = "the time is over; call again to go on"
+            continue
+        if done.returncode:
+            stopped[part] = f"its process ended with status {done.returncode}"
+    return stopped
+
+
+def render(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A table for each part; of a figure by name, all of it."""
+    tables = []
+    for part, rows in results.items():
+        names = HEADERS[part]
+        cells = [[_as_text(row.get(name)) for name in names] for row in rows]
+        tables.append(f"{part}\n{tabulate(cells, names)}")
+    return "\n\n".join(tables)
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_as_text(x)}" for name, x in value.items())
+    return value
+
+
+def compile_kernels(target: str = "sm_90") -> int:
+    """Compile every shipped kernel ahead of time; how many have faults."""
+    rows = list(check_builds([*list_attention(target), *list_block_mass(target)]))
+    faults = [(build.config, ", ".join(found)) for build, _, found in rows if found]
+    log.info("%d kernels compiled for %s, %d with faults", len(rows), target, len(faults))
+    if faults:
+        print(tabulate(faults, ["kernel", "faults"]))
+    return len(faults)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, write; the exit status is 1 where a part is not complete or a result is wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    options = read_arguments(arguments)
+    if options.dry_run:
+        rows = [[part, name] for part in options.parts for name in list_rows(part, CPU)]
+        print(tabulate(rows, ["part", "row"]))
+        return 1 if compile_kernels() else 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.part_here:
+        run_part(options.part_here, options.out, torch.device(options.device))
+        return 0
+    stopped = run_parts(options.parts, options.out, options.device, options.minutes)
+    results = {part: read_rows(options.out / f"{part}.jsonl") for part in options.parts}
+    report = {
+        "machine": describe_machine(options.device),
+        "versions": list_versions(),
+        "date": read_date(),
+        "incomplete": stopped,
+        "rows": results,
+    }
+    (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(render(results))
+    for part, reason in stopped.items():
+        print(f"{part} is not complete: {reason}.", file=sys.stderr)
+    wrong = [row for row in results.get("correctness", []) if not row.get("passed")]
+    return 1 if stopped or wrong else 0
+
+
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the results")
+    parser.add_argument("--parts", nargs="+", choices=list(HEADERS), default=list(HEADERS))
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--part-here", choices=list(HEADERS), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

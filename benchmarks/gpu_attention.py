@@ -1,0 +1,204 @@
+"""The attention part of the GPU benchmark: ceilings, correctness, and speed beside every rival."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.gpu_cases import Case, make_inputs, make_plan, measure_density
+from benchmarks.gpu_timing import time_captured
+from dit_opt.kernels.block_sparse_attention import block_sparse_attention
+
+OURS = "ditopt"
+FLEX = "flex_attention"
+# Allowed root-mean-square error of sampled rows against float64, relative to that of the result.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ROWS = 64
+BACKENDS = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def measure_ceilings(device: torch.device, seconds: float = 2.0) -> dict[str, float]:
+    """What the device does at best: bf16 products in TFLOP/s, copies in TB/s (read and written)
+    from its memory and from its second-level cache."""
+    size, large, small = (8192, 1 << 30, 4 << 20) if device.type == "cuda" else (512, 1 << 22, 4096)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(large // 2, device=device)
+    target = torch.empty_like(source)
+    times = time_captured(
+        {
+            "matmul": lambda: a @ b,
+            "memory": lambda: target.copy_(source),
+            "cache": lambda: target[:small].copy_(source[:small]),
+        },
+        seconds,
+        device,
+    )
+    return {
+        "matmul_tflops": 2 * size**3 / times["matmul"].median / 1e9,
+        "memory_tb_per_s": 2 * source.nbytes / times["memory"].median / 1e9,
+        "cache_tb_per_s": 2 * 4 * small / times["cache"].median / 1e9,
+    }
+
+
+def sample_rows(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, case: Case
+) -> tuple[list[tuple[int, int]], Tensor]:
+    """Some (head, query) and their outputs `[ROWS, D]` in float64, by the specification."""
+    generator = torch.Generator().manual_seed(2)
+    heads = torch.randint(case.heads, (ROWS,), generator=generator).tolist()
+    queries = torch.randint(case.tokens, (ROWS,), generator=generator).tolist()
+    # the ragged end is where kernels go wrong
+    queries[0] = case.tokens - 1
+    blocks = torch.arange(case.tokens, device=q.device) // case.block_k
+    outs = []
+    for head, query in zip(heads, queries, strict=True):
+        row = query // case.block_q
+        kept = indices[0, head, row, : int(counts[0, head, row])]
+        scores = k[0, head].double() @ q[0, head, query].double() * case.dim**-0.5
+        scores = scores.masked_fill(~torch.isin(blocks, kept), -torch.inf)
+        outs.append(scores.softmax(0) @ v[0, head].double())
+    return list(zip(heads, queries, strict=True)), torch.stack(outs)
+
+
+def bind_ours(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Our kernel on a plan, as a call without arguments."""
+    blocks = {"block_q": case.block_q, "block_k": case.block_k}
+    return lambda: block_sparse_attention(q, k, v, counts, indices, **blocks)
+
+
+def check_case(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Relative error of our kernel on sampled rows, with a poisoned allocator before it."""
+    q, k, v = make_inputs(case, dtype, device)
+    counts, indices = make_plan(case, device)
+    # Freed at once: what the kernel allocates next holds NaN where it does not write.
+    torch.full_like(q, torch.nan)
+    out, _ = bind_ours(case, q, k, v, counts, indices)()
+    places, expected = sample_rows(q, k, v, counts, indices, case)
+    found = torch.stack([out[0, head, query] for head, query in places]).double()
+    error = float((found - expected).norm() / expected.norm())
+    finite = bool(out.isfinite().all())
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "relative_error": error,
+        "passed": finite and error <= TOLERANCE[dtype],
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def measure_dense(
+    dim: int, tokens: int, heads: int, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Milliseconds of every dense kernel that takes the inputs, and why others do not."""
+    case = Case(dim, tokens, heads, 1.0)
+    rivals, failed = drop_failing(list_dense(*make_inputs(case, torch.bfloat16, device)))
+    times = time_captured(rivals, seconds, device)
+    return {"times": {n: dataclasses.asdict(t) for n, t in times.items()}, "failed": failed}
+
+
+def list_dense(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """torch's kernels, the default one and each by name."""
+
+    def pin(backend: SDPBackend) -> Callable[[], Tensor]:
+        def attend() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v)
+
+        return attend
+
+    default: dict[str, Callable[[], Tensor]] = {
+        "sdpa_default": lambda: scaled_dot_product_attention(q, k, v)
+    }
+    if q.device.type != "cuda":
+        return default
+    return default | {name: pin(backend) for name, backend in BACKENDS.items()}
+
+
+def drop_failing(
+    rivals: dict[str, Callable[[], Any]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The rivals that run; the first line of the error of each other one."""
+    failed = {}
+    for name, call in rivals.items():
+        try:
+            call()
+        except RuntimeError as error:
+            failed[name] = str(error).splitlines()[0]
+    return {name: call for name, call in rivals.items() if name not in failed}, failed
+
+
+def measure_case(
+    case: Case, device: torch.device, seconds: float, with_flex: bool = True
+) -> dict[str, Any]:
+    """Ours and flex_attention in turns with the dense kernel that was fastest on these sizes.
+
+    A kernel that is wrong has no speed but a reason.
+    """
+    dtype = torch.bfloat16
+    row = check_case(case, dtype, device)
+    if not row["passed"]:
+        return row | {"refused": f"wrong: relative error {row['relative_error']:.3g}"}
+    dense = measure_dense(case.dim, case.tokens, case.heads, device, seconds)
+    q, k, v = make_inputs(case, dtype, device)
+    counts, indices = make_plan(case, device)
+    baseline = dense["times"]
+    fastest = min(baseline, key=lambda name: baseline[name]["median"])
+    rivals: dict[str, Callable[[], Any]] = {
+        fastest: list_dense(q, k, v)[fastest],
+        OURS: bind_ours(case, q, k, v, counts, indices),
+    }
+    if with_flex:
+        rivals[FLEX] = _make_flex(case, q, k, v, counts, indices)
+    rivals, failed = drop_failing(rivals)
+    times = time_captured(rivals, seconds, device)
+    density = measure_density(case, counts)
+    speedup = times[fastest].median / times[OURS].median
+    return row | {
+        "settings": dataclasses.asdict(case),
+        "realised_density": density,
+        "fastest_dense": fastest,
+        "dense": dense,
+        "failed": failed,
+        "dense_tflops": case.dense_flops / times[fastest].median / 1e9,
+        "milliseconds": {name: dataclasses.asdict(t) for name, t in times.items()},
+        "speedup": speedup,
+        "speedup_vs_default": speedup
+        * baseline["sdpa_default"]["median"]
+        / baseline[fastest]["median"],
+        "speedup_vs_flex": times[FLEX].median / times[OURS].median if FLEX in times else None,
+        "eta": speedup * density,
+    }
+
+
+def _make_flex(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor
+) -> Callable[[], Tensor]:
+    mask = make_block_mask(case, counts, indices)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, block_mask=mask)
+
+
+def make_block_mask(case: Case, counts: Tensor, indices: Tensor) -> BlockMask:
+    """The plan as flex_attention's mask of full blocks."""
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(counts),
+        torch.zeros_like(indices),
+        counts,
+        indices,
+        BLOCK_SIZE=(case.block_q, case.block_k),
+        seq_lengths=(case.tokens, case.tokens),
+        compute_q_blocks=False,
+    )

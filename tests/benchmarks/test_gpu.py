@@ -1,0 +1,90 @@
+"""The one command for the GPU: it goes on where it stopped, and says what is missing."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu_cases import Case
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A part of two rows, of which the second fails at first."""
+    calls = []
+
+    def fail():
+        calls.append("second")
+        raise ValueError("out of shared memory\nmore of it")
+
+    def succeed():
+        calls.append("first")
+        return {"passed": True}
+
+    monkeypatch.setattr(gpu, "list_rows", lambda *_: {"first": succeed, "second": fail})
+    return calls
+
+
+def test_every_part_names_its_rows():
+    for part in gpu.HEADERS:
+        assert len(gpu.list_rows(part, CPU)) >= 1
+    assert len(gpu.list_rows("attention", CPU)) > 30
+
+
+def test_rows_are_written_one_by_one_and_not_measured_twice(small, tmp_path):
+    for _ in range(2):
+        gpu.run_part("correctness", tmp_path, CPU)
+    assert small == ["first", "second"]
+    rows = gpu.read_rows(tmp_path / "correctness.jsonl")
+    assert rows == [
+        {"case": "first", "passed": True},
+        {"case": "second", "refused": "ValueError: out of shared memory"},
+    ]
+
+
+def test_a_part_that_dies_is_named_and_its_rows_are_kept(monkeypatch, tmp_path, capsys):
+    (tmp_path / "correctness.jsonl").write_text('{"case": "a", "passed": true}\n')
+
+    died = SimpleNamespace(returncode=-11)
+    process = SimpleNamespace(run=lambda *_, **__: died, TimeoutExpired=TimeoutError)
+    monkeypatch.setattr(gpu, "subprocess", process)
+    options = ["--out", str(tmp_path), "--device", "cpu", "--parts", "correctness"]
+    assert gpu.main(options) == 1
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["rows"]["correctness"][0]["passed"] is True
+    assert "status -11" in report["incomplete"]["correctness"]
+    printed = capsys.readouterr()
+    assert "correctness is not complete" in printed.err and "True" in printed.out
+
+
+def test_a_wrong_result_fails_the_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "run_parts", lambda *_: {})
+    options = ["--out", str(tmp_path), "--device", "cpu", "--parts", "correctness"]
+    for passed, status in ((True, 0), (False, 1)):
+        row = json.dumps({"case": "a", "passed": passed})
+        (tmp_path / "correctness.jsonl").write_text(row + "\n")
+        assert gpu.main(options) == status
+
+
+def test_a_part_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
+    stopped = gpu.run_parts(["ceilings"], tmp_path, "cpu", minutes=0.0)
+    assert "time is over" in stopped["ceilings"]
+    monkeypatch.setattr(gpu, "CHECKED", (Case(16, 300, 1, 0.5),))
+    gpu.main(["--out", str(tmp_path), "--device", "cpu", "--part-here", "correctness"])
+    rows = gpu.read_rows(tmp_path / "correctness.jsonl")
+    assert len(rows) == 3 and all(row["passed"] for row in rows)
+
+
+def test_a_dry_run_lists_and_compiles_but_measures_nothing(monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(gpu, "check_builds", lambda builds: compiled.extend(builds) or [])
+    assert gpu.main(["--dry-run", "--parts", "routers", "models"]) == 0
+    printed = capsys.readouterr().out
+    assert "16x32x64" in printed and "HunyuanVideo 1+1 layers" in printed
+    assert len(compiled) > 30 and {build.target for build in compiled} == {"sm_90"}
