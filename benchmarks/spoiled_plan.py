@@ -49,10 +49,9 @@ def spoil_plans(seed: int = 0) -> int:
     generator = torch.Generator().manual_seed(seed)
     states = list_states()
     for state in states:
-        counts, indices = state.plan[:2]
-        dealt = torch.randperm(counts.shape[2], generator=generator).to(counts.device)
-        counts.copy_(counts[:, :, dealt])
-        indices.copy_(indices[:, :, dealt])
+        words = state.plan[0]
+        dealt = torch.randperm(words.shape[2], generator=generator).to(words.device)
+        words.copy_(words[:, :, dealt])
     return len(states)
 
 

@@ -83,6 +83,8 @@ def render_report(graphs: Sequence[GraphReport], density: float | None) -> str:
         parts.append(render_decisions(graph.record.decisions, title))
         if graph.layers:
             parts.append(_render_layers(graph.layers))
+            kept = sum(layer.plan_bytes for layer in graph.layers)
+            parts.append(f"Plans kept between steps take {kept / 1e6:.3g} MB.")
         if any(layer.differences for layer in graph.layers):
             parts.append(_render_differences(graph.layers))
     if density is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from dit_opt.kernels.routers.packing import WORD
 from dit_opt.passes.graph_edit import append_placeholder
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SparseForm, SparseSite
 from dit_opt.passes.symbolic_sizes import SizeWriter
@@ -123,7 +124,7 @@ def takes_cube_order(router: str) -> bool:
 
 def count_plan_tensors(router: str) -> int:
     """How many tensors a router keeps from one search to the next."""
-    return {"full": 0, "frame_tile": 0, "rainfusion": 1, "headwise": 3, "oracle": 3}.get(router, 2)
+    return {"full": 0, "frame_tile": 0, "headwise": 2, "oracle": 2}.get(router, 1)
 
 
 def write_plan(place: Place) -> Routed:
@@ -196,8 +197,7 @@ def _write_headwise(place: Place) -> Routed:
     where = (*place.write_grid(), BLOCK_Q, BLOCK_K)
     statistics: tuple[Node, ...] = ()
     if place.form.reuse:
-        counts = place.add_input("counts", [BLOCK_Q])
-        indices = place.add_input("indices", [BLOCK_Q, BLOCK_K])
+        words, counts, indices = _read_lists(place)
         order = place.add_input("order")
     else:
         goal = (sparse.scale, sparse.target, sparse.by_density)
@@ -207,13 +207,13 @@ def _write_headwise(place: Place) -> Routed:
             (q, k, bias, *goal, *where, cell, SPREAD, place.add_boost()),
         )
         counts, indices, order, *rest = unpack(graph, found, 5)
-        statistics = tuple(rest)
+        words, statistics = _write_lists(place, counts, indices), tuple(rest)
     moves = call(ops.headwise_rows_v1.default, (order, _length(graph, q), *where))
     rows, inverse = unpack(graph, moves, 2)
     q, k, v = (call(ops.gather_tokens_v1.default, (x, rows)) for x in (q, k, v))
     if bias is not None:
         bias = call(ops.gather_bias_v1.default, (bias, rows))
-    plan, expected = (counts, indices, order), place.write_expected(statistics)
+    plan, expected = (words, order), place.write_expected(statistics)
     return Routed(
         q, k, v, bias, counts, indices, plan, statistics, expected, inverse, per_head=True
     )
@@ -235,18 +235,35 @@ def _write_search(place: Place) -> Routed:
         if bias is not None:
             bias = graph.call_function(torch.index_select, (bias, 2, rows))
     if place.form.reuse:
-        counts = place.add_input("counts", [BLOCK_Q])
-        indices = place.add_input("indices", [BLOCK_Q, BLOCK_K])
+        words, counts, indices = _read_lists(place)
         expected = place.write_expected(())
-        return Routed(q, k, v, bias, counts, indices, (counts, indices), (), expected, inverse)
+        return Routed(q, k, v, bias, counts, indices, (words,), (), expected, inverse)
     video = [place.sizes.write(size) for size in (sparse.start, sparse.video)]
     boost = place.add_boost()
     search, arguments = _name_search(sparse, q, k, bias, (*video, BLOCK_Q, BLOCK_K))
     found = graph.call_function(search, arguments, {} if boost is None else {"boost": boost})
     counts, indices, recall, density = unpack(graph, found, 4)
-    statistics = (recall, density)
+    plan, statistics = (_write_lists(place, counts, indices),), (recall, density)
     expected = place.write_expected(statistics)
-    return Routed(q, k, v, bias, counts, indices, (counts, indices), statistics, expected, inverse)
+    return Routed(q, k, v, bias, counts, indices, plan, statistics, expected, inverse)
+
+
+def _write_lists(place: Place, counts: Node, indices: Node) -> Node:
+    """The lists as they are kept, one bit for each block."""
+    length = _length(place.graph, place.qkv[1])
+    arguments = (counts, indices, length, BLOCK_K)
+    return place.graph.call_function(torch.ops.ditopt.pack_plan_v1.default, arguments)
+
+
+def _read_lists(place: Place) -> tuple[Node, Node, Node]:
+    """The kept words as an input of the graph, and the counts and lists in them."""
+    words = place.add_input("words", [BLOCK_Q, BLOCK_K * WORD])
+    length = _length(place.graph, place.qkv[1])
+    lists = place.graph.call_function(
+        torch.ops.ditopt.unpack_plan_v1.default, (words, length, BLOCK_K)
+    )
+    counts, indices = unpack(place.graph, lists, 2)
+    return words, counts, indices
 
 
 def _name_search(

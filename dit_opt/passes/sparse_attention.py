@@ -52,9 +52,13 @@ def sparse_attention(
         %out1, _ = block_sparse_attention_v3(%q1, %k1, %v1, %counts, %indices, ..., *%tail)
         %out = index_select(%out1, tokens, %inverse)
 
-    What a later call needs of the plan (the choice, or counts and indices), the recall and the
-    density are also outputs of the graph. Under `form.reuse` the plan is an input instead. A site
-    without a grid stays in the model's own order. Under `form.guard` the lists pass a check first::
+    What a later call needs of the plan (the choice, or the lists in bits and the order), the recall
+    and the density are also outputs of the graph. Under `form.reuse` the plan is an input instead::
+
+        %counts, %indices = unpack_plan_v1(%words, N, ...)
+
+    A site without a grid stays in the model's own order. Under `form.guard` the lists pass a check
+    first::
 
         %counts1, %indices1, %kept, %error, %caught = guard_plan_v1(%q1, %k1, %v1, %counts, ...)
 
@@ -90,7 +94,7 @@ def name_heads(
         names = candidate_names(*layout, BLOCK_Q, BLOCK_K)
         return [names[c].split()[0] for c in plan[0].flatten().tolist()]
     if router in ("headwise", "oracle"):
-        return [ORDER_NAMES[i] for i in plan[2].flatten().tolist()]
+        return [ORDER_NAMES[i] for i in plan[1].flatten().tolist()]
     return None
 
 

@@ -36,8 +36,8 @@ class LayerState:
 
     Attributes:
         layout: (T, H, W, start, N) of the site, which gives the choices their meaning.
-        plan: what the last search found: each head's choice, int32 `[B, H]`, or the lists, int32
-            `[B, H, nq]` and `[B, H, nq, capacity]`; none where it follows from shapes.
+        plan: what the last search found: each head's choice, int32 `[B, H]`, or its lists, packed
+            (`kernels.routers.packing`), and its order; none where it follows from shapes.
         density: fp32 `[B, H]`, summed over sparse calls.
         recall: fp32 `[B, H]`, summed over searches.
         last_density: fp32 `[B, H]` of the plan in use.

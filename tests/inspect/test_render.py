@@ -111,7 +111,7 @@ def test_report():
         density_by_type={"spatial": 0.2, "temporal": 0.4},
         calls=40,
         searches=10,
-        plan_bytes=0,
+        plan_bytes=2_500_000,
         guard=None,
         differences={},
     )
@@ -123,7 +123,7 @@ def test_report():
     (row,) = [line for line in text.splitlines() if "to_q.weight" in line]
     for part in ("0.250", "0.960", "spatial 9, temporal 3", "spatial 0.200, temporal 0.400", "40"):
         assert part in row
-    assert text.endswith("Mean density over sparse steps: 0.250")
+    assert "take 2.5 MB" in text and text.endswith("Mean density over sparse steps: 0.250")
 
 
 def test_report_of_nothing():

@@ -79,16 +79,14 @@ def test_orders_of_heads_become_plan_gather_attention_scatter():
         (OPS.scatter_tokens_v1.default, 2),
     ):
         assert count(new, op) == times
-    assert len(outputs(new)) == len(outputs(gm)) + 5 * 2
+    assert count(new, OPS.pack_plan_v1.default) == 2
+    assert len(outputs(new)) == len(outputs(gm)) + 4 * 2
     reused, _ = rewrite(gm, SparseForm(reuse=True), router="headwise")
     assert count(reused, OPS.headwise_plan_v1.default) == 0
     assert count(reused, OPS.headwise_rows_v1.default) == 2
-    added = reused.graph.find_nodes(op="placeholder")[-3:]
-    assert [n.name.rsplit("_", 1)[0] for n in added] == [
-        "ditopt_counts",
-        "ditopt_indices",
-        "ditopt_order",
-    ]
+    assert count(reused, OPS.unpack_plan_v1.default) == 2
+    added = reused.graph.find_nodes(op="placeholder")[-2:]
+    assert [n.name.rsplit("_", 1)[0] for n in added] == ["ditopt_words", "ditopt_order"]
 
 
 def test_keeping_everything_moves_no_tokens():
@@ -166,6 +164,6 @@ def test_attention_without_a_heads_dimension_is_served():
 def test_heads_have_names():
     layout = (3, 4, 5, 0, 60)
     assert name_heads("rainfusion", layout, [torch.tensor([[-1, -1]])]) == ["dense", "dense"]
-    plan = [torch.empty(0), torch.empty(0), torch.tensor([[2, 0]])]
+    plan = [torch.empty(0), torch.tensor([[2, 0]])]
     assert name_heads("headwise", layout, plan) == ["cubes", "raster"]
     assert name_heads("subblock", layout, plan[:2]) is None

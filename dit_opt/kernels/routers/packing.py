@@ -1,0 +1,65 @@
+"""Plans as they are kept between calls: one bit for each block.
+
+Attention of 24 heads over 115k tokens has 39 million blocks: 156 MB of lists with room for all of
+them, 5 MB of bits, in each layer and guidance branch. Calls that use a plan make lists of it again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.block_sparse_attention.reference import expand_lists
+from dit_opt.kernels.routers.plan import list_kept
+
+# Bits of a word; the passes size their state by it.
+WORD = 32
+
+_library = torch.library.Library("ditopt", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_library.define(
+    "pack_plan_v1(Tensor counts, Tensor indices, SymInt N, int block_k) -> Tensor", tags=_TAGS
+)
+_library.define(
+    "unpack_plan_v1(Tensor words, SymInt N, int block_k) -> (Tensor counts, Tensor indices)",
+    tags=_TAGS,
+)
+
+
+def pack_plan(counts: Tensor, indices: Tensor, tokens: int, block_k: int) -> Tensor:
+    """Lists over the blocks of `tokens` keys as int32 words `[..., nq, ceil(nk / 32)]`.
+
+    Bit j % 32 of word j // 32 stands for block j. `counts` int32 `[..., nq]`, `indices` int32
+    `[..., nq, capacity]`.
+    """
+    kept = expand_lists(counts, indices, ceil_div(tokens, block_k))
+    kept = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % WORD))
+    bits = kept.unflatten(-1, (-1, WORD)).int() << _places(counts.device)
+    # No two bits of a word are the same, so their sum never carries, not even into the sign.
+    return bits.sum(-1, dtype=torch.int32)
+
+
+def unpack_plan(words: Tensor, tokens: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """Counts int32 `[..., nq]` and ascending lists int32 `[..., nq, nk]` of packed words."""
+    bits = (words.unsqueeze(-1) >> _places(words.device)) & 1
+    return list_kept(bits.flatten(-2)[..., : ceil_div(tokens, block_k)].bool())
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(WORD, dtype=torch.int32, device=device)
+
+
+_library.impl("pack_plan_v1", pack_plan, "CompositeExplicitAutograd")
+_library.impl("unpack_plan_v1", unpack_plan, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ditopt::pack_plan_v1", lib=_library)
+def _describe_words(counts: Tensor, indices: Tensor, N: int, block_k: int) -> Tensor:
+    return counts.new_empty((*counts.shape, ceil_div(ceil_div(N, block_k), WORD)))
+
+
+@torch.library.register_fake("ditopt::unpack_plan_v1", lib=_library)
+def _describe_lists(words: Tensor, N: int, block_k: int) -> tuple[Tensor, Tensor]:
+    shape = words.shape[:-1]
+    return words.new_empty(shape), words.new_empty((*shape, ceil_div(N, block_k)))
