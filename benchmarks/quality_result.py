@@ -134,18 +134,25 @@ def plot_pareto(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, key, better in zip(figure.subplots(1, 2), ("density", "speedup"), (-1, 1)):
         points = [row for row in result["rows"] if row[key] is not None]
+        middle = (max(row[key] for row in points) + min(row[key] for row in points)) / 2
         for row in points:
             color, marker = _style(row, points)
             axes.plot(row[key], row["psnr_db"], marker, color=color, ms=7)
             label = row["name"].replace(" density=", " ").replace(" tail=", " ")
+            # Away from the nearer edge.
+            left = row[key] > middle
             axes.annotate(
-                label, (row[key], row["psnr_db"]), (5, 4), textcoords="offset points", fontsize=7
+                label,
+                (row[key], row["psnr_db"]),
+                (-5 if left else 5, 4),
+                textcoords="offset points",
+                fontsize=7,
+                ha="right" if left else "left",
             )
         front = find_front([(better * row[key], row["psnr_db"]) for row in points])
         line = sorted((points[i][key], points[i]["psnr_db"]) for i in front)
         axes.plot(*zip(*line), "-", color="0.7", zorder=0, label="front")
-        # Room for the labels, which begin at their points.
-        axes.margins(x=0.25)
+        axes.margins(x=0.1)
         axes.set(xlabel=key, ylabel="PSNR against dense (dB)")
         axes.legend()
     title = f"{result['prompts']} prompts, {result['steps']} steps, {result['machine']['cpu']}"
