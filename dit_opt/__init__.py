@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from dit_opt.backend import reset as reset
     from dit_opt.inspect.explain import explain as explain
     from dit_opt.inspect.report import report as report
-    from dit_opt.optimize import optimize as optimize
     from dit_opt.options import Options as Options
+    from dit_opt.pipeline import optimize as optimize
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ __all__ = ["Options", "explain", "optimize", "report", "reset"]
 _HOMES = {
     "Options": "dit_opt.options",
     "explain": "dit_opt.inspect.explain",
-    "optimize": "dit_opt.optimize",
+    "optimize": "dit_opt.pipeline",
     "report": "dit_opt.inspect.report",
     "reset": "dit_opt.backend",
 }

@@ -26,12 +26,13 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, Node
 
 # Floor division and modulo of sizes: sympy has no exact integer forms of its own.
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 __all__ = [
     "BackendCompilerFailed",
     "FloorDiv",
     "Mod",
+    "PythonMod",
     "belongs_to_model",
     "compile_with_inductor",
     "emit_artifact",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +38,9 @@ from dit_opt.passes.sparse_attention import sparse_attention
 from dit_opt.passes.sparse_site import SparseForm, SparseSite
 from dit_opt.passes.token_order import order_by_cubes
 from dit_opt.runtime.bound import Bound, Wiring, refuse_gradients
+from dit_opt.runtime.by_grid import ByGrid
 from dit_opt.runtime.schedule import Phase, Schedule
-from dit_opt.runtime.state import running_grid
+from dit_opt.runtime.state import forget_clocks, running_grid
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,14 @@ class NothingReplaced(RuntimeError):
 
 
 _bounds: weakref.WeakSet[Bound] = weakref.WeakSet()
+
+# What torch writes sizes with; sympy has no exact integer forms of its own.
+_SIZE_FUNCTIONS = {
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+}
 
 
 def ditopt(
@@ -70,13 +80,27 @@ def ditopt(
         NothingReplaced: see there.
     """
     parsed = Options.parse(options, mode=mode)
-    refuse_gradients(tuple(example_inputs))
-    analysis, passes = analyse(gm, parsed, running_grid() if parsed.grid is None else None)
-    dumper = Dumper(parsed.dump)
+    inputs = list(example_inputs)
+    refuse_gradients(tuple(inputs))
+    grid = running_grid() if parsed.grid is None else None
+    if grid is None or _has_symbols(gm, inputs):
+        return _compile(gm, inputs, parsed, grid)
+    source = copy_graph(gm)
+    fakes = _fake_inputs(source, inputs)
+    first = _compile(gm, inputs, parsed, grid)
+    return ByGrid(lambda other: _compile(copy_graph(source), fakes, parsed, other), grid, first)
+
+
+def _compile(
+    gm: GraphModule, inputs: list[Any], options: Options, grid: tuple[int, int, int] | None
+) -> Bound:
+    """Facts, decisions and the bound graph; `grid` is what a whole model tells its blocks."""
+    analysis, passes = analyse(gm, options, grid)
+    dumper = Dumper(options.dump)
     dumper.graph("capture", gm)
     record = analysis.describe(passes)
-    _announce(record, parsed)
-    bound = _bind(gm, list(example_inputs), analysis, parsed, record, dumper)
+    _announce(record, options)
+    bound = _bind(gm, inputs, analysis, options, record, dumper)
     _bounds.add(bound)
     return bound
 
@@ -145,13 +169,7 @@ def _bind(
 
     # Dynamo changes and clears its graph once the backend has returned
     source = copy_graph(gm)
-    # A variant may be compiled long after: real inputs would stay alive until then, and would be
-    # given dynamic shapes outside of Dynamo's tracing. Its fake ones have the shapes it proved.
-    inputs = [
-        node.meta.get("example_value", given)
-        for node, given in zip(placeholders, inputs, strict=True)
-    ]
-    patches = options.inductor_patches()
+    examples, patches = inputs, options.inductor_patches()
     lock = threading.Lock()
 
     def compile_variant(phase: Phase) -> tuple[Callable[..., Any], bool]:
@@ -161,7 +179,7 @@ def _bind(
             if phase is not Phase.OBSERVE:
                 extra = _rewrite(copy, analysis, phase, forms[phase], dumper)
             hits, _ = cache_counts()
-            compiled = compile_with_inductor(copy, inputs + extra, patches)
+            compiled = compile_with_inductor(copy, examples + extra, patches)
             return compiled, cache_counts()[0] > hits
 
     bound = Bound(
@@ -177,10 +195,28 @@ def _bind(
     )
     # While Dynamo traces, the symbols of a graph may still gain guards; later they may not. A
     # static graph has none, so its variants can wait for their first use.
-    needed = phases if any(isinstance(i, torch.SymInt) for i in inputs) else {_first_phase(bound)}
+    needed = phases if _has_symbols(gm, inputs) else {_first_phase(bound)}
     for phase in sorted(needed, key=lambda p: p.value):
         bound.variant(phase)
+    # What waits is compiled outside of Dynamo's tracing, where real inputs would be given dynamic
+    # shapes; and they would stay alive until then. Fake ones have the shapes that Dynamo proved.
+    examples = _fake_inputs(source, inputs)
     return bound
+
+
+def _fake_inputs(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """What Dynamo traced with, in place of the inputs of its first call."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [
+        node.meta.get("example_value", given)
+        for node, given in zip(placeholders, inputs, strict=True)
+    ]
+
+
+def _has_symbols(gm: GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether a graph has sizes or numbers that are known only when it runs."""
+    reads = gm.graph.find_nodes(op="call_method", target="item")
+    return bool(reads) or any(isinstance(i, torch.SymInt) for i in inputs)
 
 
 def _tell_layers(
@@ -298,7 +334,7 @@ def _read_sizes(
     if not free:
         constants = [int(e) for e in wanted]
         return lambda args: constants
-    compute = sympy.lambdify(free, wanted, modules=[{"FloorDiv": int.__floordiv__}, "math"])
+    compute = sympy.lambdify(free, wanted, modules=[_SIZE_FUNCTIONS, "math"])
 
     def read(args: tuple[Any, ...]) -> list[int]:
         values = []
@@ -322,6 +358,7 @@ def reset() -> None:
     """Forget all plans, statistics and trajectories; `torch.compiler.reset()` calls it too."""
     for bound in live_bounds():
         bound.forget()
+    forget_clocks()
 
 
 ditopt.reset = reset  # type: ignore[attr-defined]

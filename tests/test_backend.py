@@ -348,3 +348,48 @@ def test_a_variant_compiled_on_later_use_keeps_its_static_shapes_and_no_inputs()
     del tiny.inputs["hidden_states"]
     gc.collect()
     assert reference() is None
+
+
+def test_a_number_that_changes_does_not_compile_anew_for_each_value():
+    tiny, compilations = big_wan(), []
+    base = tiny.model
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = base
+
+        def forward(self, strength: float, **inputs):
+            return self.model(**inputs)[0] * strength
+
+    def count(gm, inputs, **kwargs):
+        compilations.append(gm)
+        return ditopt(gm, inputs, **kwargs)
+
+    options = SPARSE | {"dense_steps": 0}
+    model = torch.compile(Scaled(), backend=count, options=options, fullgraph=True)
+    with torch.no_grad():
+        outs = [model(0.5 + i, **tiny.inputs) for i in range(5)]
+    assert len(compilations) <= 2
+    torch.testing.assert_close(outs[4] / outs[3], torch.full_like(outs[4], 4.5 / 3.5))
+
+
+def test_lengths_that_are_padded_in_the_graph(eager):
+    class Padded(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_qkv = torch.nn.Linear(32, 96).requires_grad_(False)
+
+        def forward(self, x):
+            x = torch.nn.functional.pad(x, (0, 0, 0, (-x.shape[1]) % 64))
+            q, k, v = (
+                y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, -1)
+            )
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    base = Padded()
+    model = compiled(base, dynamic=True, density=1, min_tokens=0)
+    for tokens in (130, 300):
+        x = torch.randn(1, tokens, 32)
+        assert relative_error(model(x), base(x)) < 1e-5
+    assert dit_opt.report(base).graphs

@@ -68,6 +68,7 @@ def test_floor_division_and_modulo():
     size = sympy.Symbol("s0", integer=True, positive=True)
     assert _compat.FloorDiv(size + 31, 32).subs(size, 33) == 2
     assert _compat.Mod(size, 32).subs(size, 33) == 1
+    assert _compat.PythonMod(-size, 32).subs(size, 33) == 31
 
 
 def test_modes():

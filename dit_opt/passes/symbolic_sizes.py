@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from dit_opt._compat import FloorDiv, Mod, size_expression
+from dit_opt._compat import FloorDiv, Mod, PythonMod, size_expression
 
 
 class SizeWriter:
@@ -69,7 +69,7 @@ class SizeWriter:
             function = operator.mul
         elif isinstance(expression, FloorDiv):
             function = operator.floordiv
-        elif isinstance(expression, Mod):
+        elif isinstance(expression, (Mod, PythonMod)):
             function = operator.mod
         else:
             raise KeyError(f"The size {expression} is not made of +, *, // and %.")

@@ -13,7 +13,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dit_opt.runtime.schedule import Clock, Phase, Position, Schedule, choose_phase
-from dit_opt.runtime.state import Announcement, LayerStates, announcement_for
+from dit_opt.runtime.state import Announcement, LayerStates, announcement_for, remember
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,11 @@ class Stream:
                 self._candidates = tuple(changed)
         self._values = values
         return self._clock.tick(values[self._candidates[0]], timesteps)
+
+
+def _number(position: Position | None) -> int:
+    """Of the trajectory; all calls are of one where nothing tells the step."""
+    return position.trajectory if position else 0
 
 
 def _read(timestep: Any) -> float:
@@ -157,16 +162,17 @@ class Bound:
             calls[Phase.OBSERVE] += 1
             return self.variant(Phase.OBSERVE)(*args)
         # a thread, and the sizes of a dynamic graph, have trajectories of their own
-        stream = (threading.get_ident(), tuple(a for a in args if isinstance(a, int)))
+        steps = self._wiring.timesteps
+        sizes = (a for i, a in enumerate(args) if isinstance(a, int) and i not in steps)
+        stream = (threading.get_ident(), tuple(sizes))
         position = self._locate(owner, stream, args)
         key = (*stream, position.branch if position else 0)
         phase = self._phase(owner, args, key, position)
         calls[phase] += 1
         if phase is Phase.OBSERVE:
             return self.variant(phase)(*args)
-        out = self.variant(phase)(*args, *self._state_inputs(phase, args, key))
-        step = position.step if position else 0
-        self._keep(owner, phase, args, key, step, out[self._wiring.outputs :])
+        out = self.variant(phase)(*args, *self._state_inputs(phase, args, key, position))
+        self._keep(owner, phase, args, key, position, out[self._wiring.outputs :])
         return out[: self._wiring.outputs]
 
     def _locate(
@@ -176,9 +182,9 @@ class Bound:
         if not self._wiring.timesteps:
             return announcement.position if announcement else None
         streams = self._streams.setdefault(owner, {})
-        if stream not in streams:
-            streams[stream] = Stream(self._wiring.timesteps)
-        return streams[stream].locate(args, announcement.timesteps() if announcement else None)
+        current = streams.get(stream) or Stream(self._wiring.timesteps)
+        remember(streams, stream, current)
+        return current.locate(args, announcement.timesteps() if announcement else None)
 
     def _phase(
         self, owner: torch.Tensor, args: tuple[Any, ...], key: Hashable, position: Position | None
@@ -189,10 +195,12 @@ class Bound:
             # nothing tells the step: the promise of a dense start is kept by staying dense
             self._warn_without_step()
             return Phase.OBSERVE
-        has_plans = all(
-            i is not None and self.states.get(args[i], (site, key)) is not None
+        states = [
+            None if i is None else self.states.get(args[i], (site, key))
             for site, i in enumerate(self._wiring.layers)
-        )
+        ]
+        trajectory = _number(position)
+        has_plans = all(s is not None and s.trajectory == trajectory for s in states)
         flag = self._caught.get(owner, {}).pop(key, None)
         # read beside the timestep, when the call that made it is over
         caught = flag is not None and bool(flag)
@@ -208,7 +216,7 @@ class Bound:
         self._warned = True
 
     def _state_inputs(
-        self, phase: Phase, args: tuple[Any, ...], key: Hashable
+        self, phase: Phase, args: tuple[Any, ...], key: Hashable, position: Position | None
     ) -> list[torch.Tensor]:
         """What a variant takes beside the graph's own arguments, site after site."""
         inputs: list[torch.Tensor] = []
@@ -216,6 +224,8 @@ class Bound:
         for site, i in enumerate(self._wiring.layers):
             owner = self._nobody if i is None else args[i]
             state = self.states.get(owner, (site, key))
+            if state is not None:
+                state.begin(_number(position))
             if phase is not Phase.SEARCH:
                 assert state is not None
                 # the state follows a model that was moved between calls
@@ -236,11 +246,12 @@ class Bound:
         phase: Phase,
         args: tuple[Any, ...],
         key: Hashable,
-        step: int,
+        position: Position | None,
         extra: tuple[Any, ...],
     ) -> None:
         """Record what the sites of a variant returned."""
         names, caught = self._wiring.state[phase], []
+        step = position.step if position else 0
         for site, (i, layout) in enumerate(
             zip(self._wiring.layers, self._wiring.layouts(args), strict=True)
         ):
@@ -249,9 +260,9 @@ class Bound:
             found = dict(zip(names, values, strict=True))
             if phase is Phase.SEARCH:
                 plan = tuple(v for n, v in zip(names, values) if n == "plan")
-                self.states.record_search(
-                    owner, place, layout, plan, found["recall"], found["density"]
-                )
+                statistics = found["recall"], found["density"]
+                trajectory = _number(position)
+                self.states.record_search(owner, place, trajectory, layout, plan, *statistics)
             else:
                 self.states.record_reuse(owner, place)
             if "caught" in found:
@@ -261,4 +272,4 @@ class Bound:
             if "difference" in found:
                 self.states.record_difference(owner, place, step, found["difference"])
         if caught:
-            self._caught.setdefault(model, {})[key] = torch.stack(caught).any()
+            remember(self._caught.setdefault(model, {}), key, torch.stack(caught).any())

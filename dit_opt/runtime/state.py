@@ -10,14 +10,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit_opt.runtime.schedule import Position
+from dit_opt.runtime.schedule import Clock, Position
 
-# A head that was caught so often stays dense.
+# A head that was caught so often in a trajectory stays dense to its end.
 CATCHES_TO_DENSE = 3
+
+# Streams of calls (threads, sizes, branches) whose state is kept, of each layer.
+KEPT_STREAMS = 16
+
+_lock = threading.Lock()
+
+
+def remember(entries: dict[Any, Any], key: Hashable, value: Any) -> None:
+    """Put an entry last, and forget those that were put longest ago."""
+    with _lock:
+        entries.pop(key, None)
+        entries[key] = value
+        while len(entries) > KEPT_STREAMS:
+            del entries[next(iter(entries))]
 
 
 @dataclass
@@ -35,6 +50,7 @@ class LayerState:
     """Plan and running statistics of one site of one layer, on the device.
 
     Attributes:
+        trajectory: the one that the plan was searched in; it is no plan for another one.
         layout: (T, H, W, start, N) of the site, which gives the choices their meaning.
         plan: what the last search found: each head's choice, int32 `[B, H]`, or its lists, packed
             (`kernels.routers.packing`), and its order; none where it follows from shapes.
@@ -48,6 +64,7 @@ class LayerState:
         differences: relative L2 difference to dense attention, fp32 `[B, H]`, by step.
     """
 
+    trajectory: int
     layout: tuple[int, ...]
     plan: tuple[torch.Tensor, ...]
     last_density: torch.Tensor
@@ -60,6 +77,12 @@ class LayerState:
     guard: GuardState | None = None
     differences: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def begin(self, trajectory: int) -> None:
+        """What the guard learned in another trajectory holds no longer."""
+        if trajectory != self.trajectory and self.boost is not None:
+            # in place, because a CUDA graph knows its inputs by their addresses
+            self.boost.fill_(1.0)
+
     @property
     def plan_bytes(self) -> int:
         """Memory that the plan takes."""
@@ -67,30 +90,46 @@ class LayerState:
 
 
 class LayerStates:
-    """The states of all layers that one compiled graph serves."""
+    """The states of all layers that one compiled graph serves.
+
+    By the parameter that identifies a layer, then by (site, key of the stream); of each site the
+    `KEPT_STREAMS` that searched last.
+    """
 
     def __init__(self) -> None:
         self._by_parameter: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def get(self, owner: torch.Tensor, key: Hashable) -> LayerState | None:
-        return self._by_parameter.get(owner, {}).get(key)
+    def get(self, owner: torch.Tensor, place: tuple[int, Hashable]) -> LayerState | None:
+        site, key = place
+        return self._by_parameter.get(owner, {}).get(site, {}).get(key)
+
+    def _at(self, owner: torch.Tensor, place: tuple[int, Hashable]) -> LayerState:
+        state = self.get(owner, place)
+        assert state is not None, place
+        return state
 
     def record_search(
         self,
         owner: torch.Tensor,
-        key: Hashable,
+        place: tuple[int, Hashable],
+        trajectory: int,
         layout: tuple[int, ...],
         plan: tuple[torch.Tensor, ...],
         recall: torch.Tensor,
         density: torch.Tensor,
     ) -> None:
         """Keep what a search returned. Copies: a CUDA graph reuses its output memory."""
-        states = self._by_parameter.setdefault(owner, {})
+        site, key = place
+        states = self._by_parameter.setdefault(owner, {}).setdefault(site, {})
         state = states.get(key)
         if state is None or [p.shape for p in state.plan] != [p.shape for p in plan]:
+            statistics = density.clone(), density.clone(), recall.clone()
             kept = tuple(part.clone() for part in plan)
-            states[key] = LayerState(layout, kept, density.clone(), density.clone(), recall.clone())
+            remember(states, key, LayerState(trajectory, layout, kept, *statistics))
             return
+        remember(states, key, state)
+        state.begin(trajectory)
+        state.trajectory = trajectory
         for part, new in zip(state.plan, plan):
             part.copy_(new)
         state.last_density.copy_(density)
@@ -102,15 +141,15 @@ class LayerStates:
     def record_check(
         self,
         owner: torch.Tensor,
-        key: Hashable,
+        place: tuple[int, Hashable],
         kept: torch.Tensor,
         error: torch.Tensor,
         caught: torch.Tensor,
         searched: bool,
     ) -> None:
         """Keep what the guard found: a head that was caught may drop half of what it might before,
-        and none at all after `CATCHES_TO_DENSE` times."""
-        state = self._by_parameter[owner][key]
+        and none at all after `CATCHES_TO_DENSE` times in a trajectory."""
+        state = self._at(owner, place)
         # in place, because a CUDA graph knows its inputs by their addresses
         if state.kept is None or state.boost is None:
             state.kept, state.boost = kept.clone(), torch.ones_like(kept)
@@ -128,31 +167,34 @@ class LayerStates:
         state.guard.checks += 1
 
     def record_difference(
-        self, owner: torch.Tensor, key: Hashable, step: int, difference: torch.Tensor
+        self, owner: torch.Tensor, place: tuple[int, Hashable], step: int, difference: torch.Tensor
     ) -> None:
-        self._by_parameter[owner][key].differences[step] = difference.clone()
+        self._at(owner, place).differences[step] = difference.clone()
 
-    def record_reuse(self, owner: torch.Tensor, key: Hashable) -> None:
-        state = self._by_parameter[owner][key]
+    def record_reuse(self, owner: torch.Tensor, place: tuple[int, Hashable]) -> None:
+        state = self._at(owner, place)
         state.density += state.last_density
         state.calls += 1
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, Hashable, LayerState]]:
-        for owner, states in list(self._by_parameter.items()):
-            for key, state in list(states.items()):
-                yield owner, key, state
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, tuple[int, Any], LayerState]]:
+        for owner, sites in list(self._by_parameter.items()):
+            for site, states in list(sites.items()):
+                for key, state in list(states.items()):
+                    yield owner, (site, key), state
 
 
 class Announcement:
     """What `optimize` knows of a model that its graphs cannot know.
 
     `timesteps` reads the scheduler's list. `position` is set, per thread, by a hook around the
-    model where its blocks are compiled one by one and see no timestep themselves.
+    model where its blocks are compiled one by one and see no timestep themselves; `clocks` are
+    those of the hook, by stream of calls.
     """
 
     def __init__(self, timesteps: Callable[[], torch.Tensor | Sequence[float] | None]) -> None:
         self._read = timesteps
         self._local = threading.local()
+        self.clocks: dict[Hashable, Clock] = {}
 
     @property
     def position(self) -> Position | None:
@@ -194,6 +236,12 @@ def announce(model: torch.nn.Module, announcement: Announcement) -> None:
     """Make an announcement known to every graph that holds a parameter of the model."""
     for parameter in model.parameters():
         _announcements[parameter] = announcement
+
+
+def forget_clocks() -> None:
+    """Have every announced model begin a new trajectory."""
+    for announcement in list(_announcements.values()):
+        announcement.clocks.clear()
 
 
 def announcement_for(parameter: torch.Tensor | None) -> Announcement | None:

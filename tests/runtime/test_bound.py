@@ -8,7 +8,7 @@ import torch
 
 from dit_opt.runtime.bound import Bound, GradientError, Wiring
 from dit_opt.runtime.schedule import Phase, Schedule
-from dit_opt.runtime.state import Announcement, announce
+from dit_opt.runtime.state import KEPT_STREAMS, Announcement, announce
 
 LAYOUT = (2, 2, 2, 0, 8)
 STATE = {Phase.SEARCH: ("plan", "recall", "density"), Phase.REUSE: ()}
@@ -137,6 +137,46 @@ def test_sizes_of_a_dynamic_graph_keep_their_own_steps():
         for size in (16, 32):
             bound(w, torch.tensor([float(t)]), size)
     assert graph.phases == ["observe", "observe", "search", "search"]
+
+
+def test_a_new_trajectory_does_not_use_the_plans_of_the_last_one():
+    graph = Graph()
+    bound, w = bind(graph, dense_steps=3, refresh_every=10), weight()
+    for _ in range(2):
+        run(bound, w, [1000, 900, 800, 700, 600])
+    assert graph.phases == ["observe", "observe", "observe", "search", "reuse"] * 2
+    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Phase.REUSE]
+    assert plans == [1, 2]
+
+
+def test_a_second_transformer_searches_in_every_trajectory():
+    graph, model = Graph(), torch.nn.ParameterList([weight()])
+    announce(model, Announcement(lambda: list(range(1000, 0, -100))))
+    bound = bind(graph, dense_steps=0, refresh_every=10)
+    for _ in range(2):
+        run(bound, model[0], [400, 300, 200])
+    assert graph.phases == ["search", "reuse", "reuse"] * 2
+
+
+def test_a_timestep_given_as_an_int_begins_no_stream_of_its_own():
+    graph = Graph()
+    bound, w = bind(graph), weight()
+    for t in (1000, 800, 600, 400):
+        bound(w, t, torch.zeros(1))
+    assert graph.phases == ["observe", "search", "search", "reuse"]
+
+
+def test_streams_that_were_not_used_for_long_are_forgotten():
+    graph = Graph()
+    bound, w = bind(graph, dense_steps=0, refresh_every=10), weight()
+    for size in range(KEPT_STREAMS + 4):
+        bound(w, torch.tensor(1000.0), size)
+        bound(w, torch.tensor(900.0), 0)
+    assert len(list(bound.states)) == KEPT_STREAMS == len(bound._streams[w])
+    phases = graph.phases[-2:]
+    assert phases == ["search", "search"]
+    bound(w, torch.tensor(800.0), KEPT_STREAMS + 3)
+    assert graph.phases[-1] == "reuse"
 
 
 def test_a_swapped_data_pointer_keeps_the_state():
@@ -284,6 +324,14 @@ def test_a_head_that_is_caught_again_and_again_stays_dense():
     boosts = [r[2].tolist()[0][0] for _, r in graph.runs]
     assert boosts == [1, 2, 4, float("inf")]
     assert state.boost.tolist() == [[float("inf"), 1]]
+
+
+def test_a_new_trajectory_begins_with_ordinary_budgets():
+    steps = [1000, 990, 980]
+    graph, state = run_guarded([[1, 0]] * 3 + [[0, 0]] * 3, steps * 2, refresh_every=1)
+    boosts = [r[2].tolist()[0][0] for _, r in graph.runs]
+    assert boosts == [1, 2, 4, 1, 1, 1]
+    assert state.boost.tolist() == [[1, 1]] and state.guard.caught.tolist() == [[3, 0]]
 
 
 def test_differences_are_kept_by_step():

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import copy
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dit_opt
+from dit_opt.backend import live_bounds
 from dit_opt.options import OptionError
+from dit_opt.runtime.state import announcement_for
 from tests.tiny_models import wan
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -78,3 +82,47 @@ def test_regional_needs_repeated_blocks():
     with pytest.raises(TypeError, match="regional"):
         dit_opt.optimize(model, regional=True)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("router", ["headwise", "rainfusion"])
+def test_regional_blocks_follow_the_grid_of_each_call(router):
+    # as many tokens in another aspect ratio, then more tokens
+    grids = [(4, 12, 16), (4, 16, 12), (4, 12, 20), (4, 12, 16)]
+    tiny = {grid: wan(grid=grid) for grid in grids}
+    options = {"router": router, "density": 0.6, "min_tokens": 0, "refresh_every": 1}
+    regional, whole = tiny[grids[0]].model, copy.deepcopy(tiny[grids[0]].model)
+    dit_opt.optimize(regional, regional=True, **options)
+    dit_opt.optimize(whole, **options)
+    for i, grid in enumerate(grids):
+        inputs = {**tiny[grid].inputs, "timestep": torch.tensor([999.0 - i])}
+        with torch.no_grad():
+            found, expected = (model(**inputs)[0] for model in (regional, whole))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    layouts = {
+        state.layout[:3]
+        for bound in live_bounds()
+        for owner, _, state in bound.states
+        if any(owner is p for p in regional.parameters())
+    }
+    assert layouts == set(grids)
+
+
+def test_threads_of_a_regional_model_keep_their_own_steps():
+    tiny = wan(grid=(4, 12, 16))
+    dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
+    announcement = announcement_for(next(tiny.model.parameters()))
+    (hook,) = [h for h in tiny.model._forward_pre_hooks.values() if "_announce_steps" in repr(h)]
+    seen = []
+
+    def step(timestep):
+        hook(tiny.model, (), {**tiny.inputs, "timestep": torch.tensor([timestep])})
+        seen.append((announcement.position.trajectory, announcement.position.step))
+
+    with ThreadPoolExecutor(1) as other:
+        for timestep in (999.0, 800.0):
+            step(timestep)
+            other.submit(step, timestep).result()
+    assert seen == [(0, 0), (0, 0), (0, 1), (0, 1)]
+    dit_opt.reset()
+    step(700.0)
+    assert seen[-1] == (0, 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import weakref
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ import torch
 from dit_opt.analysis import read_grid
 from dit_opt.options import Options
 from dit_opt.runtime.schedule import Clock
-from dit_opt.runtime.state import Announcement, announce, set_running_grid
+from dit_opt.runtime.state import Announcement, announce, remember, set_running_grid
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def optimize(
         regional: compile the repeated blocks one by one (`compile_repeated_blocks`), which is
             quicker to compile. A hook around the model then reads the step, and traces the whole
             model once for each shape, without compiling it, for the grid that no block can know.
-        fullgraph, dynamic: as in `torch.compile`.
+        fullgraph, dynamic: as in `torch.compile`. But regional compilation is static unless asked
+            otherwise: the grid of a block is a fact of one shape.
         **options: see `Options`.
 
     Returns:
@@ -72,6 +74,7 @@ def optimize(
             _announce_steps(model, announcement)
             if options.get("grid") is None:
                 _announce_grid(model)
+                settings["dynamic"] = bool(dynamic)
             model.compile_repeated_blocks(**settings)
         else:
             model.compile(**settings)
@@ -103,10 +106,9 @@ def _timestep_reader(scheduler: Any):
 def _announce_steps(model: torch.nn.Module, announcement: Announcement) -> None:
     """Tell the blocks where the run stands, from the model's own `timestep` argument.
 
-    One clock for each shape of the first tensor argument, as in a whole graph.
+    One clock for each thread and each shape of the first tensor argument, as in a whole graph.
     """
     signature = inspect.signature(model.forward)
-    clocks: dict[tuple[int, ...], Clock] = {}
 
     def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind_partial(*args, **kwargs).arguments
@@ -116,7 +118,9 @@ def _announce_steps(model: torch.nn.Module, announcement: Announcement) -> None:
             return
         first = next((a for a in bound.values() if isinstance(a, torch.Tensor)), None)
         shape = tuple(first.shape) if first is not None else ()
-        clock = clocks.setdefault(shape, Clock())
+        stream = (threading.get_ident(), shape)
+        clock = announcement.clocks.get(stream) or Clock()
+        remember(announcement.clocks, stream, clock)
         value = timestep.max() if isinstance(timestep, torch.Tensor) else timestep
         announcement.position = clock.tick(float(value), announcement.timesteps())
 
