@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import GraphModule
 
@@ -22,8 +20,9 @@ import dit_opt.kernels.block_sparse_attention
 import dit_opt.kernels.routers
 import dit_opt.kernels.token_order  # noqa: F401
 from dit_opt import cost
-from dit_opt._compat import cache_counts, compile_with_inductor, size_expression
+from dit_opt._compat import cache_counts, compile_with_inductor
 from dit_opt.analysis import Analysis, analyse
+from dit_opt.call_sizes import count_heads, count_outputs, count_tokens, read_sizes
 from dit_opt.decisions import GraphRecord
 from dit_opt.facts.order import OrderRegion
 from dit_opt.facts.provenance import layer_anchor, model_anchor
@@ -50,14 +49,6 @@ class NothingReplaced(RuntimeError):
 
 
 _bounds: weakref.WeakSet[Bound] = weakref.WeakSet()
-
-# What torch writes sizes with; sympy has no exact integer forms of its own.
-_SIZE_FUNCTIONS = {
-    "FloorDiv": operator.floordiv,
-    "CleanDiv": operator.floordiv,
-    "Mod": operator.mod,
-    "PythonMod": operator.mod,
-}
 
 
 def ditopt(
@@ -151,19 +142,19 @@ def _bind(
                 phases.add(Phase.VERIFY)
     forms = {phase: _choose_form(phase, options) for phase in phases - {Phase.OBSERVE}}
     plan_tensors = count_plan_tensors(options.effective_router)
-    heads = _read_sizes([e for s in searching for e in _count_heads(s)], placeholders)
-    lengths = [_count_tokens(s) for s in sparse]
-    layouts = [(*(s.grid or (0, 0, 0)), s.start, _count_tokens(s)) for s in searching]
-    flat = _read_sizes([e for layout in layouts for e in layout], placeholders)
+    heads = read_sizes([e for s in searching for e in count_heads(s)], placeholders)
+    lengths = [count_tokens(s) for s in sparse]
+    layouts = [(*(s.grid or (0, 0, 0)), s.start, count_tokens(s)) for s in searching]
+    flat = read_sizes([e for layout in layouts for e in layout], placeholders)
     wiring = Wiring(
-        outputs=_count_outputs(gm),
+        outputs=count_outputs(gm),
         timesteps=analysis.timesteps if sparse else (),
         model=position[model] if model is not None else None,
         layers=layers,
         state={phase: form.name_outputs(plan_tensors) for phase, form in forms.items()},
         heads=lambda args: list(zip(*[iter(heads(args))] * 2)),
         layouts=lambda args: list(zip(*[iter(flat(args))] * 5)),
-        lengths=_read_sizes(lengths, placeholders),
+        lengths=read_sizes(lengths, placeholders),
         min_tokens=_min_tokens(sparse, options),
     )
 
@@ -261,9 +252,7 @@ def _rewrite(
     chosen = {s.site.index: s for s in analysis.sparse}
     if isinstance(analysis.order, OrderRegion):
         with dumper.around("order_tokens", copy, phase.value):
-            at |= order_by_cubes(
-                copy, analysis.order.moved(at), _example(analysis.sparse[0]).device
-            )
+            at |= order_by_cubes(copy, analysis.order.moved(at), analysis.sparse[0].example.device)
     sites = find_sites(copy.graph)
     decomposed = [s for s in sites if s.index in chosen and s.form is Form.DECOMPOSED]
     if decomposed:
@@ -288,65 +277,7 @@ def _replace_site(sparse: SparseSite, site: Site, at: dict[str, Any]) -> SparseS
 def _min_tokens(sparse: Sequence[SparseSite], options: Options) -> int:
     if not sparse:
         return 0
-    return cost.min_tokens(options.min_tokens, _example(sparse[0]).device.type)
-
-
-def _example(sparse: SparseSite) -> torch.Tensor:
-    assert sparse.site.query is not None
-    return sparse.site.query.meta["example_value"]
-
-
-def _count_heads(sparse: SparseSite) -> tuple[sympy.Expr, sympy.Expr]:
-    """Batch and heads; the pass sees `[B * H, N, D]` as B * H items of one head."""
-    shape = _example(sparse).shape
-    if len(shape) == 3:
-        return size_expression(shape[0]), sympy.Integer(1)
-    return size_expression(shape[0]), size_expression(shape[1])
-
-
-def _count_tokens(sparse: SparseSite) -> sympy.Expr:
-    return size_expression(_example(sparse).shape[-2])
-
-
-def _count_outputs(gm: GraphModule) -> int:
-    (output,) = gm.graph.find_nodes(op="output")
-    return len(output.args[0])
-
-
-def _read_sizes(
-    expressions: Sequence[Any], placeholders: list
-) -> Callable[[tuple[Any, ...]], list[int]]:
-    """A function from the arguments of a call to the values of size expressions."""
-    symbols = {
-        size_expression(value): i
-        for i, n in enumerate(placeholders)
-        if isinstance(value := n.meta.get("example_value"), torch.SymInt)
-    }
-    shapes = {
-        size_expression(size): (i, dim)
-        for i, n in enumerate(placeholders)
-        if isinstance(value := n.meta.get("example_value"), torch.Tensor)
-        for dim, size in enumerate(value.shape)
-        if isinstance(size, torch.SymInt)
-    }
-    wanted = [sympy.sympify(e) for e in expressions]
-    free = sorted(set().union(*(e.free_symbols for e in wanted)), key=str)
-    if not free:
-        constants = [int(e) for e in wanted]
-        return lambda args: constants
-    compute = sympy.lambdify(free, wanted, modules=[_SIZE_FUNCTIONS, "math"])
-
-    def read(args: tuple[Any, ...]) -> list[int]:
-        values = []
-        for symbol in free:
-            if symbol in symbols:
-                values.append(int(args[symbols[symbol]]))
-            else:
-                i, dim = shapes[symbol]
-                values.append(args[i].shape[dim])
-        return [int(v) for v in compute(*values)]
-
-    return read
+    return cost.min_tokens(options.min_tokens, sparse[0].example.device.type)
 
 
 def live_bounds() -> list[Bound]:

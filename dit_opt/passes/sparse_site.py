@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch.fx import Node
 
 from dit_opt.facts.sites import Site
@@ -72,3 +73,9 @@ class SparseSite:
     scale: float
     target: float
     by_density: bool
+
+    @property
+    def example(self) -> torch.Tensor:
+        """The query as Dynamo traced it, `[B, H, N, D]` or `[B * H, N, D]`."""
+        assert self.site.query is not None
+        return self.site.query.meta["example_value"]
