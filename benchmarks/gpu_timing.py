@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Mapping
 
 import torch
 
-from benchmarks.timing import Milliseconds, time_in_turns
+from benchmarks.timing import Milliseconds, summarise_times, time_in_turns
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +34,7 @@ def time_captured(
             once = _time_events(call, repeats[name])
             times[name].append(once)
             spent += once * repeats[name]
-    return {
-        name: Milliseconds(
-            round(statistics.median(values), 5),
-            round(min(values), 5),
-            round(max(values), 5),
-            len(values),
-        )
-        for name, values in times.items()
-    }
+    return summarise_times(times)
 
 
 def _capture(name: str, call: Callable[[], object]) -> Callable[[], object]:

@@ -39,11 +39,14 @@ def time_in_turns(
     while time.perf_counter() < end or min(map(len, times.values())) < min_rounds:
         for name, call in rivals.items():
             times[name].append(_time_once(call, device))
+    return summarise_times(times)
+
+
+def summarise_times(times: Mapping[str, list[float]]) -> dict[str, Milliseconds]:
+    """By name, from all its times in milliseconds; rounded to 10 ns."""
     return {
         name: Milliseconds(
-            round(statistics.median(spent), 4),
-            round(min(spent), 4),
-            round(max(spent), 4),
+            *(round(value, 5) for value in (statistics.median(spent), min(spent), max(spent))),
             len(spent),
         )
         for name, spent in times.items()
