@@ -32,6 +32,7 @@ from dit_opt.inspect.render import render_decisions, summarise
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.passes.graph_edit import copy_graph
+from dit_opt.passes.held_tables import hold_tables
 from dit_opt.passes.plan_nodes import count_plan_tensors
 from dit_opt.passes.sparse_attention import sparse_attention
 from dit_opt.passes.sparse_site import SparseForm, SparseSite
@@ -146,6 +147,9 @@ def _bind(
     lengths = [count_tokens(s) for s in sparse]
     layouts = [(*(s.grid or (0, 0, 0)), s.start, count_tokens(s)) for s in searching]
     flat = read_sizes([e for layout in layouts for e in layout], placeholders)
+    # without a grid, a site is a row of tokens to its ops
+    places = [(*(s.grid or (1, 1, s.video)), s.start, count_tokens(s)) for s in searching]
+    where = read_sizes([e for place in places for e in place], placeholders)
     wiring = Wiring(
         outputs=count_outputs(gm),
         timesteps=analysis.timesteps if sparse else (),
@@ -154,6 +158,10 @@ def _bind(
         state={phase: form.name_outputs(plan_tensors) for phase, form in forms.items()},
         heads=lambda args: list(zip(*[iter(heads(args))] * 2)),
         layouts=lambda args: list(zip(*[iter(flat(args))] * 5)),
+        hold=lambda args, device: [
+            hold_tables(s, place, device)
+            for s, place in zip(searching, zip(*[iter(where(args))] * 5), strict=True)
+        ],
         lengths=read_sizes(lengths, placeholders),
         min_tokens=_min_tokens(sparse, options),
     )

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dit_opt._compat import allow_recompiles
 from dit_opt.analysis import read_grid
 from dit_opt.options import Options
 from dit_opt.runtime.schedule import Clock
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 # what diffusers pipelines call their denoisers; Wan 2.2 has two
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+
+# Dynamo runs a block eagerly, and dense, after so many different shapes; its own limit is 8.
+REGIONAL_SHAPES = 64
 
 T = TypeVar("T")
 
@@ -43,7 +47,8 @@ def optimize(
             quicker to compile. A hook around the model then reads the step, and traces the whole
             model once for each shape, without compiling it, for the grid that no block can know.
         fullgraph, dynamic: as in `torch.compile`. But regional compilation is static unless asked
-            otherwise: the grid of a block is a fact of one shape.
+            otherwise: the grid of a block is a fact of one shape. Dynamo's `recompile_limit` is
+            raised to 64 shapes for it.
         **options: see `Options`.
 
     Returns:
@@ -75,6 +80,7 @@ def optimize(
             if options.get("grid") is None:
                 _announce_grid(model)
                 settings["dynamic"] = bool(dynamic)
+                allow_recompiles(REGIONAL_SHAPES)
             model.compile_repeated_blocks(**settings)
         else:
             model.compile(**settings)
@@ -128,19 +134,31 @@ def _announce_steps(model: torch.nn.Module, announcement: Announcement) -> None:
 
 
 def _announce_grid(model: torch.nn.Module) -> None:
-    """Have the whole model tell its blocks (T, H, W), while they are compiled."""
-    grids: dict[tuple[tuple[int, ...], ...], tuple[int, int, int] | None] = {}
+    """Have the whole model tell its blocks (T, H, W) in each call."""
+    signature = inspect.signature(model.forward)
+    grids: dict[Any, tuple[int, int, int] | None] = {}
 
     def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = (*args, *kwargs.values())
-        shapes = tuple(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor))
-        if shapes not in grids:
-            grids[shapes] = read_grid(module, args, kwargs)
-            log.info("the whole model tells the grid %s to its blocks", grids[shapes])
-        set_running_grid(grids[shapes])
+        inputs = signature.bind_partial(*args, **kwargs).arguments
+        sizes = _describe_sizes({k: x for k, x in inputs.items() if k != "timestep"})
+        if sizes not in grids:
+            grids[sizes] = read_grid(module, args, kwargs)
+            log.info("the whole model tells the grid %s to its blocks", grids[sizes])
+        set_running_grid(grids[sizes])
 
     def after(*_: Any) -> None:
         set_running_grid(None)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, always_call=True)
+
+
+def _describe_sizes(value: Any) -> Any:
+    """What of the arguments of a call may tell a grid: shapes and whole numbers, hashable."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return tuple((name, _describe_sizes(x)) for name, x in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_describe_sizes, value))
+    return value if isinstance(value, int) else None

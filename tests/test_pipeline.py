@@ -12,7 +12,7 @@ import dit_opt
 from dit_opt.backend import live_bounds
 from dit_opt.options import OptionError
 from dit_opt.runtime.state import announcement_for
-from tests.tiny_models import wan
+from tests.tiny_models import ltx_video, wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -84,11 +84,12 @@ def test_regional_needs_repeated_blocks():
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("make", [wan, ltx_video])
 @pytest.mark.parametrize("router", ["headwise", "rainfusion"])
-def test_regional_blocks_follow_the_grid_of_each_call(router):
+def test_regional_blocks_follow_the_grid_of_each_call(router, make):
     # as many tokens in another aspect ratio, then more tokens
     grids = [(4, 12, 16), (4, 16, 12), (4, 12, 20), (4, 12, 16)]
-    tiny = {grid: wan(grid=grid) for grid in grids}
+    tiny = {grid: make(grid=grid) for grid in grids}
     options = {"router": router, "density": 0.6, "min_tokens": 0, "refresh_every": 1}
     regional, whole = tiny[grids[0]].model, copy.deepcopy(tiny[grids[0]].model)
     dit_opt.optimize(regional, regional=True, **options)
@@ -126,3 +127,13 @@ def test_threads_of_a_regional_model_keep_their_own_steps():
     dit_opt.reset()
     step(700.0)
     assert seen[-1] == (0, 0)
+
+
+def test_regional_blocks_are_compiled_for_more_shapes_than_dynamo_allows():
+    tiny = wan(grid=(4, 12, 16))
+    dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
+    for i in range(10):
+        with torch.no_grad():
+            tiny.model(**{**wan(grid=(2, 8, 8 + i)).inputs, "timestep": torch.tensor([900.0 - i])})
+    searched = [bound for bound in live_bounds() if len(list(bound.states))]
+    assert len(searched) == 10

@@ -68,9 +68,10 @@ def gather_bias(bias: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _build_cube_order(
+def build_cube_order(
     layout: VideoLayout, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`make_cube_order` of a layout; cached, so not to be written over."""
     video = order_cubes(layout)[: layout.video_tokens]
     rows = torch.arange(layout.tokens)
     rows[layout.video_start : layout.video_start + layout.video_tokens] = video
@@ -84,7 +85,7 @@ def make_cube_order(
 
     Text stays where it is, so that one order may serve a whole model.
     """
-    order = _build_cube_order(VideoLayout(T, H, W, video_start, N), like.device)
+    order = build_cube_order(VideoLayout(T, H, W, video_start, N), like.device)
     # Copies, because whoever gets an order may write over it.
     return order[0].clone(), order[1].clone()
 

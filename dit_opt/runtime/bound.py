@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,13 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dit_opt.runtime.schedule import Clock, Phase, Position, Schedule, choose_phase
-from dit_opt.runtime.state import Announcement, LayerStates, announcement_for, remember
+from dit_opt.runtime.state import (
+    Announcement,
+    LayerState,
+    LayerStates,
+    announcement_for,
+    remember,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ class Wiring:
             outputs stand before.
         heads: batch and heads of each searching site, from the arguments of a call.
         layouts: (T, H, W, start, N) of each searching site, from the arguments of a call.
+        hold: makes the tables that the sites of a call look up on a device.
         lengths: tokens of each replaced site, from the arguments of a call.
         min_tokens: a call in which every site is shorter stays dense.
     """
@@ -59,6 +66,7 @@ class Wiring:
     state: Mapping[Phase, tuple[str, ...]]
     heads: Callable[[tuple[Any, ...]], list[tuple[int, ...]]]
     layouts: Callable[[tuple[Any, ...]], list[tuple[int, ...]]]
+    hold: Callable[[tuple[Any, ...], torch.device], Any]
     lengths: Callable[[tuple[Any, ...]], list[int]]
     min_tokens: int
 
@@ -78,16 +86,11 @@ class Stream:
             changed = [i for i in values if values[i] != self._values[i]]
             if changed and len(changed) < len(values):
                 if changed[0] != self._candidates[0]:
-                    self._clock = Clock()
+                    self._clock = Clock(self._clock.run)
                     self._clock.tick(self._values[changed[0]], timesteps)
                 self._candidates = tuple(changed)
         self._values = values
         return self._clock.tick(values[self._candidates[0]], timesteps)
-
-
-def _number(position: Position | None) -> int:
-    """Of the trajectory; all calls are of one where nothing tells the step."""
-    return position.trajectory if position else 0
 
 
 def _read(timestep: Any) -> float:
@@ -130,6 +133,7 @@ class Bound:
         self._caught: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._variants: dict[Phase, Callable[..., Any]] = {}
         self._streams: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._held: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()
         self._warned = False
         # stands in for the model where a graph has no parameters
@@ -167,12 +171,19 @@ class Bound:
         stream = (threading.get_ident(), tuple(sizes))
         position = self._locate(owner, stream, args)
         key = (*stream, position.branch if position else 0)
-        phase = self._phase(owner, args, key, position)
+        states = [
+            self.states.get(self._nobody if i is None else args[i], site, key)
+            for site, i in enumerate(self._wiring.layers)
+        ]
+        phase = self._phase(owner, args, key, position, states)
         calls[phase] += 1
         if phase is Phase.OBSERVE:
             return self.variant(phase)(*args)
-        out = self.variant(phase)(*args, *self._state_inputs(phase, args, key, position))
-        self._keep(owner, phase, args, key, position, out[self._wiring.outputs :])
+        if owner.device.type != "cpu" and stream[1] not in self._held:
+            # A CUDA graph knows tables by their addresses, for as long as it is replayed.
+            self._held[stream[1]] = self._wiring.hold(args, owner.device)
+        out = self.variant(phase)(*args, *self._state_inputs(phase, args, position, states))
+        self._keep(owner, phase, args, key, position, states, out[self._wiring.outputs :])
         return out[: self._wiring.outputs]
 
     def _locate(
@@ -187,7 +198,12 @@ class Bound:
         return current.locate(args, announcement.timesteps() if announcement else None)
 
     def _phase(
-        self, owner: torch.Tensor, args: tuple[Any, ...], key: Hashable, position: Position | None
+        self,
+        owner: torch.Tensor,
+        args: tuple[Any, ...],
+        key: Hashable,
+        position: Position | None,
+        states: Sequence[LayerState | None],
     ) -> Phase:
         if max(self._wiring.lengths(args)) < self._wiring.min_tokens:
             return Phase.OBSERVE
@@ -195,12 +211,10 @@ class Bound:
             # nothing tells the step: the promise of a dense start is kept by staying dense
             self._warn_without_step()
             return Phase.OBSERVE
-        states = [
-            None if i is None else self.states.get(args[i], (site, key))
-            for site, i in enumerate(self._wiring.layers)
-        ]
-        trajectory = _number(position)
-        has_plans = all(s is not None and s.trajectory == trajectory for s in states)
+        run = position.run if position else 0
+        has_plans = None not in self._wiring.layers and all(
+            s is not None and s.run == run for s in states
+        )
         flag = self._caught.get(owner, {}).pop(key, None)
         # read beside the timestep, when the call that made it is over
         caught = flag is not None and bool(flag)
@@ -216,16 +230,19 @@ class Bound:
         self._warned = True
 
     def _state_inputs(
-        self, phase: Phase, args: tuple[Any, ...], key: Hashable, position: Position | None
+        self,
+        phase: Phase,
+        args: tuple[Any, ...],
+        position: Position | None,
+        states: Sequence[LayerState | None],
     ) -> list[torch.Tensor]:
         """What a variant takes beside the graph's own arguments, site after site."""
         inputs: list[torch.Tensor] = []
         heads = self._wiring.heads(args)
-        for site, i in enumerate(self._wiring.layers):
+        for site, (i, state) in enumerate(zip(self._wiring.layers, states, strict=True)):
             owner = self._nobody if i is None else args[i]
-            state = self.states.get(owner, (site, key))
             if state is not None:
-                state.begin(_number(position))
+                state.begin(position.run if position else 0)
             if phase is not Phase.SEARCH:
                 assert state is not None
                 # the state follows a model that was moved between calls
@@ -247,29 +264,30 @@ class Bound:
         args: tuple[Any, ...],
         key: Hashable,
         position: Position | None,
+        states: Sequence[LayerState | None],
         extra: tuple[Any, ...],
     ) -> None:
         """Record what the sites of a variant returned."""
         names, caught = self._wiring.state[phase], []
-        step = position.step if position else 0
-        for site, (i, layout) in enumerate(
-            zip(self._wiring.layers, self._wiring.layouts(args), strict=True)
+        step, run = (position.step, position.run) if position else (0, 0)
+        for site, (i, layout, state) in enumerate(
+            zip(self._wiring.layers, self._wiring.layouts(args), states, strict=True)
         ):
-            owner, place = self._nobody if i is None else args[i], (site, key)
+            owner = self._nobody if i is None else args[i]
             values = extra[site * len(names) : (site + 1) * len(names)]
             found = dict(zip(names, values, strict=True))
             if phase is Phase.SEARCH:
                 plan = tuple(v for n, v in zip(names, values) if n == "plan")
-                statistics = found["recall"], found["density"]
-                trajectory = _number(position)
-                self.states.record_search(owner, place, trajectory, layout, plan, *statistics)
+                search = (run, plan, found["recall"], found["density"])
+                state = self.states.add_search(owner, site, key, layout, *search)
             else:
-                self.states.record_reuse(owner, place)
+                assert state is not None
+                state.record_reuse()
             if "caught" in found:
                 check = (found["kept"], found["error"], found["caught"])
-                self.states.record_check(owner, place, *check, searched=phase is Phase.SEARCH)
+                state.record_check(*check, searched=phase is Phase.SEARCH)
                 caught.append(found["caught"].any())
             if "difference" in found:
-                self.states.record_difference(owner, place, step, found["difference"])
+                state.differences[step] = found["difference"].clone()
         if caught:
             remember(self._caught.setdefault(model, {}), key, torch.stack(caught).any())

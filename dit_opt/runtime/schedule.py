@@ -7,6 +7,7 @@ the other way), stays equal for the next guidance branch, and jumps back for a n
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,8 @@ class Position:
     """Where one call stands.
 
     Attributes:
-        trajectory: how many denoising runs this clock saw before.
+        trajectory: how many denoising runs this clock saw before. run: a number that no other run
+            of the process has, whichever clock saw it.
         step: timesteps seen since the run began, or the scheduler's own index where it is known.
         branch: 0 for the first call of a step, 1 for the second (unconditional) one, and so on.
         level: noise level in [0, 1]; 1 is pure noise.
@@ -49,15 +51,22 @@ class Position:
     level: float
     from_start: bool
     total: int | None = None
+    run: int = 0
+
+
+_runs = itertools.count(1)
 
 
 class Clock:
     """Turns the timesteps of successive calls into positions.
 
-    One clock follows one stream of calls: one model, thread and shape.
+    One clock follows one stream of calls: one model, thread and shape. One that takes over from
+    another goes on with its `run`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: int | None = None) -> None:
+        self._next_run = run
+        self.run = 0
         self._trajectory = -1
         self._step = 0
         self._branch = 0
@@ -83,7 +92,7 @@ class Clock:
         index = _find(timestep, timesteps)
         if index is not None:
             step, total, from_start = index, len(timesteps), True
-        return Position(self._trajectory, step, self._branch, level, from_start, total)
+        return Position(self._trajectory, step, self._branch, level, from_start, total, self.run)
 
     def _continues(self, timestep: float) -> bool:
         """Whether a new timestep is the next step of the run (else a new run begins)."""
@@ -97,6 +106,8 @@ class Clock:
 
     def _begin(self, timestep: float) -> None:
         self._trajectory += 1
+        self.run = next(_runs) if self._next_run is None else self._next_run
+        self._next_run = None
         self._step = self._branch = 0
         self._first = timestep
         self._scale = 1000.0 if timestep > 1 else 1.0

@@ -21,7 +21,7 @@ from dit_opt.runtime.schedule import Clock, Position
 CATCHES_TO_DENSE = 3
 
 # Streams of calls (threads, sizes, branches) whose state is kept, of each layer.
-KEPT_STREAMS = 16
+KEPT_STREAMS = 64
 
 _lock = threading.Lock()
 
@@ -50,7 +50,7 @@ class LayerState:
     """Plan and running statistics of one site of one layer, on the device.
 
     Attributes:
-        trajectory: the one that the plan was searched in; it is no plan for another one.
+        run: of the schedule, in which the plan was searched; it is no plan for another one.
         layout: (T, H, W, start, N) of the site, which gives the choices their meaning.
         plan: what the last search found: each head's choice, int32 `[B, H]`, or its lists, packed
             (`kernels.routers.packing`), and its order; none where it follows from shapes.
@@ -64,7 +64,7 @@ class LayerState:
         differences: relative L2 difference to dense attention, fp32 `[B, H]`, by step.
     """
 
-    trajectory: int
+    run: int
     layout: tuple[int, ...]
     plan: tuple[torch.Tensor, ...]
     last_density: torch.Tensor
@@ -77,11 +77,49 @@ class LayerState:
     guard: GuardState | None = None
     differences: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def begin(self, trajectory: int) -> None:
-        """What the guard learned in another trajectory holds no longer."""
-        if trajectory != self.trajectory and self.boost is not None:
+    def begin(self, run: int) -> None:
+        """What the guard learned in another run holds no longer."""
+        if run != self.run and self.boost is not None:
             # in place, because a CUDA graph knows its inputs by their addresses
             self.boost.fill_(1.0)
+
+    def record_search(
+        self, run: int, plan: tuple[torch.Tensor, ...], recall: torch.Tensor, density: torch.Tensor
+    ) -> None:
+        """Take over the plan of a search, of the same shapes as the one before."""
+        self.begin(run)
+        self.run = run
+        for part, new in zip(self.plan, plan):
+            part.copy_(new)
+        self.last_density.copy_(density)
+        self.density += density
+        self.recall += recall
+        self.calls += 1
+        self.searches += 1
+
+    def record_reuse(self) -> None:
+        self.density += self.last_density
+        self.calls += 1
+
+    def record_check(
+        self, kept: torch.Tensor, error: torch.Tensor, caught: torch.Tensor, searched: bool
+    ) -> None:
+        """Keep what the guard found: a head that was caught may drop half of what it might before,
+        and none at all after `CATCHES_TO_DENSE` times in a run."""
+        if self.kept is None or self.boost is None:
+            self.kept, self.boost = kept.clone(), torch.ones_like(kept)
+        elif searched:
+            self.kept.copy_(kept)
+        dense = self.boost >= 2.0 ** (CATCHES_TO_DENSE - 1)
+        raised = torch.where(dense, torch.inf, 2 * self.boost)
+        self.boost.copy_(torch.where(caught > 0, raised, self.boost))
+        if self.guard is None:
+            self.guard = GuardState(kept.clone(), error.clone(), caught.clone())
+            return
+        self.guard.kept += kept
+        self.guard.error += error
+        self.guard.caught += caught
+        self.guard.checks += 1
 
     @property
     def plan_bytes(self) -> int:
@@ -92,89 +130,41 @@ class LayerState:
 class LayerStates:
     """The states of all layers that one compiled graph serves.
 
-    By the parameter that identifies a layer, then by (site, key of the stream); of each site the
-    `KEPT_STREAMS` that searched last.
+    By the parameter that identifies a layer, then by site and stream; of each site the
+    `KEPT_STREAMS` that were used last.
     """
 
     def __init__(self) -> None:
         self._by_parameter: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def get(self, owner: torch.Tensor, place: tuple[int, Hashable]) -> LayerState | None:
-        site, key = place
-        return self._by_parameter.get(owner, {}).get(site, {}).get(key)
-
-    def _at(self, owner: torch.Tensor, place: tuple[int, Hashable]) -> LayerState:
-        state = self.get(owner, place)
-        assert state is not None, place
+    def get(self, owner: torch.Tensor, site: int, key: Hashable) -> LayerState | None:
+        """The state of a stream, which is now the last one used."""
+        states = self._by_parameter.get(owner, {}).get(site, {})
+        state = states.get(key)
+        if state is not None:
+            remember(states, key, state)
         return state
 
-    def record_search(
+    def add_search(
         self,
         owner: torch.Tensor,
-        place: tuple[int, Hashable],
-        trajectory: int,
+        site: int,
+        key: Hashable,
         layout: tuple[int, ...],
+        run: int,
         plan: tuple[torch.Tensor, ...],
         recall: torch.Tensor,
         density: torch.Tensor,
-    ) -> None:
+    ) -> LayerState:
         """Keep what a search returned. Copies: a CUDA graph reuses its output memory."""
-        site, key = place
-        states = self._by_parameter.setdefault(owner, {}).setdefault(site, {})
-        state = states.get(key)
-        if state is None or [p.shape for p in state.plan] != [p.shape for p in plan]:
-            statistics = density.clone(), density.clone(), recall.clone()
-            kept = tuple(part.clone() for part in plan)
-            remember(states, key, LayerState(trajectory, layout, kept, *statistics))
-            return
-        remember(states, key, state)
-        state.begin(trajectory)
-        state.trajectory = trajectory
-        for part, new in zip(state.plan, plan):
-            part.copy_(new)
-        state.last_density.copy_(density)
-        state.density += density
-        state.recall += recall
-        state.calls += 1
-        state.searches += 1
-
-    def record_check(
-        self,
-        owner: torch.Tensor,
-        place: tuple[int, Hashable],
-        kept: torch.Tensor,
-        error: torch.Tensor,
-        caught: torch.Tensor,
-        searched: bool,
-    ) -> None:
-        """Keep what the guard found: a head that was caught may drop half of what it might before,
-        and none at all after `CATCHES_TO_DENSE` times in a trajectory."""
-        state = self._at(owner, place)
-        # in place, because a CUDA graph knows its inputs by their addresses
-        if state.kept is None or state.boost is None:
-            state.kept, state.boost = kept.clone(), torch.ones_like(kept)
-        elif searched:
-            state.kept.copy_(kept)
-        dense = state.boost >= 2.0 ** (CATCHES_TO_DENSE - 1)
-        raised = torch.where(dense, torch.inf, 2 * state.boost)
-        state.boost.copy_(torch.where(caught > 0, raised, state.boost))
-        if state.guard is None:
-            state.guard = GuardState(kept.clone(), error.clone(), caught.clone())
-            return
-        state.guard.kept += kept
-        state.guard.error += error
-        state.guard.caught += caught
-        state.guard.checks += 1
-
-    def record_difference(
-        self, owner: torch.Tensor, place: tuple[int, Hashable], step: int, difference: torch.Tensor
-    ) -> None:
-        self._at(owner, place).differences[step] = difference.clone()
-
-    def record_reuse(self, owner: torch.Tensor, place: tuple[int, Hashable]) -> None:
-        state = self._at(owner, place)
-        state.density += state.last_density
-        state.calls += 1
+        state = self.get(owner, site, key)
+        if state is not None and [p.shape for p in state.plan] == [p.shape for p in plan]:
+            state.record_search(run, plan, recall, density)
+            return state
+        kept = tuple(part.clone() for part in plan)
+        state = LayerState(run, layout, kept, density.clone(), density.clone(), recall.clone())
+        remember(self._by_parameter.setdefault(owner, {}).setdefault(site, {}), key, state)
+        return state
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, tuple[int, Any], LayerState]]:
         for owner, sites in list(self._by_parameter.items()):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dit_opt.runtime.bound import Bound, GradientError, Wiring
-from dit_opt.runtime.schedule import Phase, Schedule
+from dit_opt.runtime.schedule import Clock, Phase, Schedule
 from dit_opt.runtime.state import KEPT_STREAMS, Announcement, announce
 
 LAYOUT = (2, 2, 2, 0, 8)
@@ -51,6 +51,7 @@ def bind(graph, timesteps=(1,), phases=frozenset(Phase), dense_steps=1, refresh_
         state=kwargs.pop("state", STATE),
         heads=lambda args: [(1, graph.heads)],
         layouts=lambda args: [LAYOUT],
+        hold=kwargs.pop("hold", None),
         lengths=kwargs.pop("lengths", lambda args: [8]),
         min_tokens=4,
     )
@@ -149,6 +150,15 @@ def test_a_new_trajectory_does_not_use_the_plans_of_the_last_one():
     assert plans == [1, 2]
 
 
+def test_plans_of_a_forgotten_stream_are_not_taken_for_its_own():
+    graph = Graph()
+    bound, w = bind(graph, dense_steps=3, refresh_every=10), weight()
+    for _ in range(2):
+        run(bound, w, [1000, 900, 800, 700])
+        bound._streams.clear()
+    assert graph.phases == ["observe", "observe", "observe", "search"] * 2
+
+
 def test_a_second_transformer_searches_in_every_trajectory():
     graph, model = Graph(), torch.nn.ParameterList([weight()])
     announce(model, Announcement(lambda: list(range(1000, 0, -100))))
@@ -169,14 +179,14 @@ def test_a_timestep_given_as_an_int_begins_no_stream_of_its_own():
 def test_streams_that_were_not_used_for_long_are_forgotten():
     graph = Graph()
     bound, w = bind(graph, dense_steps=0, refresh_every=10), weight()
-    for size in range(KEPT_STREAMS + 4):
+    sizes = range(KEPT_STREAMS + 1)
+    for size in sizes:
         bound(w, torch.tensor(1000.0), size)
-        bound(w, torch.tensor(900.0), 0)
     assert len(list(bound.states)) == KEPT_STREAMS == len(bound._streams[w])
-    phases = graph.phases[-2:]
-    assert phases == ["search", "search"]
-    bound(w, torch.tensor(800.0), KEPT_STREAMS + 3)
-    assert graph.phases[-1] == "reuse"
+    # those that are used stay
+    for size in (1, KEPT_STREAMS + 1, 2, 1):
+        bound(w, torch.tensor(900.0 - len(graph.phases) / 10), size)
+    assert graph.phases[-4:] == ["reuse", "search", "search", "reuse"]
 
 
 def test_a_swapped_data_pointer_keeps_the_state():
@@ -239,6 +249,24 @@ def test_an_announced_position_stands_in_for_a_missing_timestep():
         announcement.position = clock.tick(t)
         bound(model.weight, torch.zeros(1), torch.zeros(1))
     assert graph.phases == ["observe", "search"]
+
+
+def test_tables_of_a_device_are_made_before_its_graphs_and_kept():
+    graph, held = Graph(), []
+
+    def hold(args, device):
+        held.append((device.type, len(graph.runs)))
+        return args
+
+    bound = bind(graph, hold=hold, dense_steps=1, timesteps=())
+    w = torch.nn.Parameter(torch.zeros(2, device="meta"), requires_grad=False)
+    announcement = Announcement(lambda: None)
+    announce(torch.nn.ParameterList([w]), announcement)
+    clock = Clock()
+    for t in (1000.0, 800.0, 600.0):
+        announcement.position = clock.tick(t)
+        bound(w, 7)
+    assert graph.phases == ["observe", "search", "search"] and held == [("meta", 1)]
 
 
 def test_forget_begins_anew():

@@ -78,7 +78,8 @@ class HeadOrders:
     sums: tuple[Sums, ...]
 
 
-@functools.lru_cache(maxsize=8)
+# A grid has entries for the processor and for a device.
+@functools.lru_cache(maxsize=16)
 def list_orders(
     layout: VideoLayout, block_q: int, block_k: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,44 @@
+"""What is held is all that the ops of a site look up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_opt.backend import live_bounds
+from dit_opt.kernels import token_order
+from dit_opt.kernels.routers import frame_tile, headwise, plan, sample, tables
+from tests.tiny_models import flux, wan
+from tests.trajectories import compiled, run_trajectory
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+CACHES = (
+    token_order.build_cube_order,
+    frame_tile.build_tiles,
+    headwise.build_orders,
+    headwise.list_orders,
+    plan.lay_blocks,
+    sample.draw_sample,
+    tables.build_tables,
+)
+
+
+@pytest.mark.parametrize("make", [wan, flux])
+@pytest.mark.parametrize(
+    "router", ["headwise", "oracle", "rainfusion", "frame_tile", "adaspa", "subblock", "sol"]
+)
+def test_a_call_builds_no_table_that_is_not_held(router, make):
+    if make is flux and router in ("rainfusion", "frame_tile"):
+        pytest.skip("its graph holds no grid")
+    tiny = make()
+    model = compiled(tiny.model, router=router, min_tokens=0, refresh_every=1)
+    run_trajectory(model, tiny.inputs, [999.0])
+    (bound,) = live_bounds()
+    for cache in CACHES:
+        cache.cache_clear()
+    held = bound._wiring.hold((), torch.device("cpu"))
+    assert held and all(held)
+    built = [cache.cache_info().misses for cache in CACHES]
+    run_trajectory(model, tiny.inputs, [500.0])
+    assert [cache.cache_info().misses for cache in CACHES] == built
