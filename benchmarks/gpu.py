@@ -11,6 +11,7 @@ run and compiles every kernel ahead of time, for which no GPU is needed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import subprocess
@@ -80,9 +81,13 @@ def list_rows(part: str, device: torch.device) -> dict[str, Callable[[], dict[st
 
 
 def run_part(part: str, out: Path, device: torch.device) -> None:
-    """Measure the rows of a part that are not in its file yet, each written when it is known."""
+    """Measure the rows of a part that are not in its file yet, each written when it is known.
+
+    What was refused is tried again. Raises where the device takes no more calls after a failure:
+    an illegal access fails all that come after it.
+    """
     file = out / f"{part}.jsonl"
-    done = {row["case"] for row in read_rows(file)}
+    done = {row["case"] for row in read_rows(file) if "refused" not in row}
     for name, measure in list_rows(part, device).items():
         if name in done:
             continue
@@ -94,13 +99,16 @@ def run_part(part: str, out: Path, device: torch.device) -> None:
             row = {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
         with file.open("a") as stream:
             stream.write(json.dumps({"case": name} | row) + "\n")
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows that a part has written so far."""
+    """The rows that a part has written so far, of each case the last one."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    rows = map(json.loads, file.read_text().splitlines())
+    return list({row["case"]: row for row in rows}.values())
 
 
 def run_parts(parts: Sequence[str], out: Path, device: str, minutes: float) -> dict[str, str]:
@@ -149,7 +157,7 @@ def compile_kernels(target: str = "sm_90") -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print, write; the exit status is 1 where a part is not complete or a result is wrong."""
+    """Run, print, write; the exit status is 1 where a part is not complete or a row is refused."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options = read_arguments(arguments)
     if options.dry_run:
@@ -173,8 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(render(results))
     for part, reason in stopped.items():
         print(f"{part} is not complete: {reason}.", file=sys.stderr)
-    wrong = [row for row in results.get("correctness", []) if not row.get("passed")]
-    return 1 if stopped or wrong else 0
+    rows = itertools.chain(*results.values())
+    refused = [row for row in rows if "refused" in row or row.get("passed") is False]
+    return 1 if stopped or refused else 0
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

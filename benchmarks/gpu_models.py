@@ -14,10 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_opt
 from dit_opt.backend import ditopt
+from dit_opt.options import DEFAULT_REFRESH_EVERY
 
 DENSITY = 0.25
-# Step 0 and 1 compile, step 10 searches again, the others use plans.
-STEPS, SEARCHES = 13, (10,)
+# Steps 0 and 1 compile, and a CUDA graph is recorded in the second call of each kind; the search
+# of step 20 and the steps after the first search again are warm.
+STEPS, WARM, SEARCH = 24, 12, 20
 # What Inductor's baseline may use, best first; the default never picks cuDNN.
 PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
@@ -133,7 +135,7 @@ def measure_model(shape: Shape, device: torch.device) -> dict[str, Any]:
             with fastest if name == "dense" else contextlib.nullcontext():
                 spent, peak = _run(lambda c=call, t=timestep: c(**inputs, timestep=t), device)
             times[name].append(spent)
-            peaks[name] = max(peaks[name], peak if step > 1 else 0.0)
+            peaks[name] = max(peaks[name], peak if step >= WARM else 0.0)
     return summarise(times) | {
         "tokens": shape.grid[0] * shape.grid[1] * shape.grid[2],
         "density": dit_opt.report(model).density,
@@ -144,11 +146,9 @@ def measure_model(shape: Shape, device: torch.device) -> dict[str, Any]:
 def summarise(times: Mapping[str, list[float]]) -> dict[str, Any]:
     """Medians over the warm steps, searches apart; speedups of a step that uses a plan, and of the
     mean over the steps of a plan's life."""
-    reuses = [i for i in range(2, STEPS) if i not in SEARCHES]
-    dense = statistics.median(times["dense"][i] for i in range(2, STEPS))
-    reuse = statistics.median(times["ditopt"][i] for i in reuses)
-    search = statistics.median(times["ditopt"][i] for i in SEARCHES)
-    life = SEARCHES[0]
+    dense = statistics.median(times["dense"][WARM:])
+    reuse = statistics.median(times["ditopt"][i] for i in range(WARM, STEPS) if i != SEARCH)
+    search, life = times["ditopt"][SEARCH], DEFAULT_REFRESH_EVERY
     return {
         "milliseconds": {"dense": dense, "reuse": reuse, "search": search},
         "cold_seconds": {name: sum(values[:2]) / 1e3 for name, values in times.items()},

@@ -40,7 +40,8 @@ def test_every_part_names_its_rows():
 def test_rows_are_written_one_by_one_and_not_measured_twice(small, tmp_path):
     for _ in range(2):
         gpu.run_part("correctness", tmp_path, CPU)
-    assert small == ["first", "second"]
+    # what was refused is tried again, and has one row
+    assert small == ["first", "second", "second"]
     rows = gpu.read_rows(tmp_path / "correctness.jsonl")
     assert rows == [
         {"case": "first", "passed": True},
@@ -63,13 +64,19 @@ def test_a_part_that_dies_is_named_and_its_rows_are_kept(monkeypatch, tmp_path, 
     assert "correctness is not complete" in printed.err and "True" in printed.out
 
 
-def test_a_wrong_result_fails_the_command(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "row", "status"),
+    [
+        ("correctness", {"passed": True}, 0),
+        ("correctness", {"passed": False}, 1),
+        ("attention", {"eta": 0.8}, 0),
+        ("attention", {"refused": "wrong: relative error 0.2"}, 1),
+    ],
+)
+def test_a_wrong_result_fails_the_command(monkeypatch, tmp_path, part, row, status):
     monkeypatch.setattr(gpu, "run_parts", lambda *_: {})
-    options = ["--out", str(tmp_path), "--device", "cpu", "--parts", "correctness"]
-    for passed, status in ((True, 0), (False, 1)):
-        row = json.dumps({"case": "a", "passed": passed})
-        (tmp_path / "correctness.jsonl").write_text(row + "\n")
-        assert gpu.main(options) == status
+    (tmp_path / f"{part}.jsonl").write_text(json.dumps({"case": "a"} | row) + "\n")
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--parts", part]) == status
 
 
 def test_a_part_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
