@@ -122,8 +122,8 @@ def render(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--spoil-at", type=int, default=7, help="after so many steps")
-    parser.add_argument("--verify-every", type=int, default=2)
+    parser.add_argument("--spoil-at", type=int, default=10, help="after so many steps")
+    parser.add_argument("--verify-every", type=int, default=1)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
