@@ -44,8 +44,8 @@ def test_plans_live_from_search_to_search(router, tail):
     for row in graph.layers:
         assert 0.25 < row.density <= 0.5 + ROUNDING and row.density < row.recall <= 1
         assert row.heads == {router: 2} and (row.calls, row.searches) == (3, 2)
-        # counts and lists of 2 heads with 6 x 12 blocks, in int32
-        assert row.plan_bytes == 4 * 2 * (6 + 6 * 12)
+        # the lists of 2 heads with 6 x 12 blocks: a word of bits for each row
+        assert row.plan_bytes == 4 * 2 * 6
 
 
 @pytest.mark.parametrize("router", ["headwise", "oracle"])
@@ -63,8 +63,8 @@ def test_orders_of_heads_live_from_search_to_search(router, tail):
     for row in graph.layers:
         assert 0.25 < row.density <= 0.5 + ROUNDING and row.density < row.recall <= 1
         assert set(row.heads) <= set(ORDER_NAMES) and sum(row.heads.values()) == 2
-        # counts and lists of 2 heads with 6 x 12 blocks, and their orders, in int32
-        assert row.plan_bytes == 4 * 2 * (6 + 6 * 12 + 1)
+        # the lists of 2 heads with 6 x 12 blocks, a word of bits for each row, and their orders
+        assert row.plan_bytes == 4 * 2 * (6 + 1)
 
 
 def test_frame_tiles_follow_from_shapes():

@@ -35,7 +35,7 @@ def test_each_contestant_is_set_up_as_its_name_says(contestant, monkeypatch):
 
     def optimize(model, regional, **options):
         calls.append("ditopt regional" if regional else "ditopt whole")
-        assert options == {"dense_steps": 1, "router": "sol"}
+        assert options == {"router": "sol"}
 
     monkeypatch.setattr(compile_time.dit_opt, "optimize", optimize)
     compile_time.compile_model(Model(), contestant, {"router": "sol"})
