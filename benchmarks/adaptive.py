@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.searches import list_searches, make_mover
 from benchmarks.timing import time_in_turns
 from dit_opt.demo import clips
-from dit_opt.demo.machine import describe_machine, list_versions, read_date
+from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.kernels.block_sparse_attention.op import block_sparse_attention
 from dit_opt.kernels.routers import headwise
@@ -224,9 +224,7 @@ def main() -> None:
         "recall": measure_recalls(calls, args.density),
         "tail": measure_tails(calls, args.density),
         "search": measure_searches(calls[0], args.density, args.seconds),
-        "machine": describe_machine(),
-        "versions": list_versions(),
-        "date": read_date(),
+        **describe_run(),
     }
     print(render(result))
     if args.json:

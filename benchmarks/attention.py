@@ -21,19 +21,16 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.problems import Problem, make_problem
+from benchmarks.problems import DTYPES, TOLERANCE, Problem, make_block_mask, make_problem
 from benchmarks.timing import Milliseconds, time_in_turns
 from dit_opt.demo.machine import describe_machine, list_versions, read_date
 from dit_opt.kernels.block_sparse_attention import block_sparse_attention, reference
 from dit_opt.kernels.routers import rainfusion
 from dit_opt.kernels.routers.tables import build_tables
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Allowed root-mean-square error, relative to that of the result.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 OURS = "block_sparse_attention"
 FLEX = "flex_attention"
 DENSE = ("dense_sdpa", "dense_chunked")
@@ -61,7 +58,8 @@ def list_kernels(problem: Problem, with_flex: bool) -> dict[str, Callable[[], Te
     if q.device.type == "cuda":
         kernels["dense_cudnn"] = lambda: _attend_with_cudnn(q, k, v)
     if with_flex:
-        mask = make_block_mask(problem)
+        blocks = (problem.block, problem.block)
+        mask = make_block_mask(*plan, blocks, q.shape[2])
         compiled = torch.compile(flex_attention, dynamic=False)
         kernels[FLEX] = lambda: compiled(q, k, v, block_mask=mask)
     return kernels
@@ -85,20 +83,6 @@ def make_chunked(problem: Problem) -> Callable[[], Tensor]:
         return out.unsqueeze(0)
 
     return attend
-
-
-def make_block_mask(problem: Problem) -> BlockMask:
-    """The plan as flex_attention's mask of full blocks."""
-    none = torch.zeros_like(problem.counts)
-    return BlockMask.from_kv_blocks(
-        none,
-        torch.zeros_like(problem.indices),
-        problem.counts,
-        problem.indices,
-        BLOCK_SIZE=problem.block,
-        seq_lengths=(problem.q.shape[2], problem.k.shape[2]),
-        compute_q_blocks=False,
-    )
 
 
 def check_results(problem: Problem, kernels: dict[str, Callable[[], Tensor]]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from tabulate import tabulate
 import dit_opt
 from benchmarks.quality import read_options
 from dit_opt.demo import clips
-from dit_opt.demo.machine import describe_machine, list_versions, read_date
+from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import load_model
 
 CONTESTANTS = ("inductor whole", "inductor regional", "ditopt whole", "ditopt regional")
@@ -140,9 +140,7 @@ def main() -> None:
             seconds[name].append(spent)
     result = summarise(seconds, outputs) | {
         "options": args.option,
-        "machine": describe_machine(),
-        "versions": list_versions(),
-        "date": read_date(),
+        **describe_run(),
     }
     print(render(result))
     if args.json:

@@ -29,7 +29,8 @@ from benchmarks.gpu_attention import check_case, measure_case, measure_ceilings
 from benchmarks.gpu_cases import Case, list_cases
 from benchmarks.gpu_models import list_shapes, measure_model
 from benchmarks.gpu_routers import GRIDS, measure_grid
-from dit_opt.demo.machine import describe_machine, list_versions, read_date
+from benchmarks.problems import DTYPES
+from dit_opt.demo.machine import describe_run
 from dit_opt.kernels.aot import check_builds
 from dit_opt.kernels.block_sparse_attention.builds import list_builds as list_attention
 from dit_opt.kernels.routers.builds import list_builds as list_block_mass
@@ -37,7 +38,6 @@ from dit_opt.kernels.routers.builds import list_builds as list_block_mass
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Seconds that each contest is timed for.
 SECONDS = 0.3
 CHECKED = tuple(
@@ -171,9 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopped = run_parts(options.parts, options.out, options.device, options.minutes)
     results = {part: read_rows(options.out / f"{part}.jsonl") for part in options.parts}
     report = {
-        "machine": describe_machine(options.device),
-        "versions": list_versions(),
-        "date": read_date(),
+        **describe_run(options.device),
         "incomplete": stopped,
         "rows": results,
     }

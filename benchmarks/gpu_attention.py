@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.attention import FLEX
 from benchmarks.gpu_cases import Case, make_inputs, make_plan, measure_density
 from benchmarks.gpu_timing import time_captured
+from benchmarks.problems import TOLERANCE, make_block_mask
 from dit_opt.kernels.block_sparse_attention import block_sparse_attention
 
 OURS = "ditopt"
-FLEX = "flex_attention"
-# Allowed root-mean-square error of sampled rows against float64, relative to that of the result.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Rows of an output that are compared with float64.
 ROWS = 64
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -200,21 +200,8 @@ def _make_flex(
 ) -> Callable[[], Tensor]:
     """flex_attention on the same lists; compiled anew, since its uncompiled form ignores them."""
     torch.compiler.reset()
-    mask = make_block_mask(case, counts, indices)
+    mask = make_block_mask(counts, indices, (case.block_q, case.block_k), case.tokens)
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     # its default tiles do not fit all of our blocks
     tiles = {"BLOCK_M": min(case.block_q, 128), "BLOCK_N": min(case.block_k, 64)}
     return lambda: compiled(q, k, v, block_mask=mask, kernel_options=tiles)
-
-
-def make_block_mask(case: Case, counts: Tensor, indices: Tensor) -> BlockMask:
-    """The plan as flex_attention's mask of full blocks."""
-    return BlockMask.from_kv_blocks(
-        torch.zeros_like(counts),
-        torch.zeros_like(indices),
-        counts,
-        indices,
-        BLOCK_SIZE=(case.block_q, case.block_k),
-        seq_lengths=(case.tokens, case.tokens),
-        compute_q_blocks=False,
-    )

@@ -1,4 +1,4 @@
-"""Random attention problems: inputs and a plan of a given density."""
+"""Random attention problems: inputs, a plan of a given density, and what rivals may be off."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from dit_opt.kernels.block_sparse_attention import reference
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Allowed root-mean-square error, relative to that of the result.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,18 @@ def make_problem(
     indices = dropped.argsort(dim=-1, stable=True).int()
     q, k, v = (x.to(device, dtype) for x in (q, k, v))
     return Problem(q, k, v, counts.to(device), indices.to(device), block)
+
+
+def make_block_mask(
+    counts: Tensor, indices: Tensor, blocks: tuple[int, int], tokens: int
+) -> BlockMask:
+    """A plan over `blocks` of queries and keys as flex_attention's mask of full blocks."""
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(counts),
+        torch.zeros_like(indices),
+        counts,
+        indices,
+        BLOCK_SIZE=blocks,
+        seq_lengths=(tokens, tokens),
+        compute_q_blocks=False,
+    )

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from dit_opt.backend import live_bounds
 from dit_opt.demo import clips
 from dit_opt.demo.images import compare_clips
-from dit_opt.demo.machine import describe_machine, list_versions, read_date
+from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import CHECKPOINT
 from dit_opt.demo.side_by_side import Task, compile_pipeline
 from dit_opt.runtime.state import LayerState
@@ -135,9 +135,7 @@ def main() -> None:
         "steps": args.steps,
         "spoil_at": args.spoil_at,
         "verify_every": args.verify_every,
-        "machine": describe_machine(),
-        "versions": list_versions(),
-        "date": read_date(),
+        **describe_run(),
     }
     print(render(result))
     if args.json:

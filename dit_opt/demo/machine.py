@@ -54,6 +54,11 @@ def read_date() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
+def describe_run(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What every file of results ends with: machine, versions and date."""
+    return {"machine": describe_machine(device), "versions": list_versions(), "date": read_date()}
+
+
 def _name_cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

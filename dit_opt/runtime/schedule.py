@@ -36,8 +36,7 @@ class Position:
     """Where one call stands.
 
     Attributes:
-        trajectory: how many denoising runs this clock saw before. run: a number that no other run
-            of the process has, whichever clock saw it.
+        run: a number of the denoising run that no other one of the process has.
         step: timesteps seen since the run began, or the scheduler's own index where it is known.
         branch: 0 for the first call of a step, 1 for the second (unconditional) one, and so on.
         level: noise level in [0, 1]; 1 is pure noise.
@@ -45,13 +44,12 @@ class Position:
         total: number of steps of the run, where a scheduler told it.
     """
 
-    trajectory: int
+    run: int
     step: int
     branch: int
     level: float
     from_start: bool
     total: int | None = None
-    run: int = 0
 
 
 _runs = itertools.count(1)
@@ -67,7 +65,6 @@ class Clock:
     def __init__(self, run: int | None = None) -> None:
         self._next_run = run
         self.run = 0
-        self._trajectory = -1
         self._step = 0
         self._branch = 0
         self._last: float | None = None
@@ -92,7 +89,7 @@ class Clock:
         index = _find(timestep, timesteps)
         if index is not None:
             step, total, from_start = index, len(timesteps), True
-        return Position(self._trajectory, step, self._branch, level, from_start, total, self.run)
+        return Position(self.run, step, self._branch, level, from_start, total)
 
     def _continues(self, timestep: float) -> bool:
         """Whether a new timestep is the next step of the run (else a new run begins)."""
@@ -105,7 +102,6 @@ class Clock:
         return timestep > self._last if self._rising else timestep < self._last
 
     def _begin(self, timestep: float) -> None:
-        self._trajectory += 1
         self.run = next(_runs) if self._next_run is None else self._next_run
         self._next_run = None
         self._step = self._branch = 0

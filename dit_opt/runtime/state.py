@@ -87,7 +87,6 @@ class LayerState:
         self, run: int, plan: tuple[torch.Tensor, ...], recall: torch.Tensor, density: torch.Tensor
     ) -> None:
         """Take over the plan of a search, of the same shapes as the one before."""
-        self.begin(run)
         self.run = run
         for part, new in zip(self.plan, plan):
             part.copy_(new)

@@ -6,7 +6,7 @@ import json
 import torch
 
 import dit_opt
-from dit_opt.demo.machine import describe_machine, list_versions, read_date
+from dit_opt.demo.machine import describe_machine, describe_run, list_versions, read_date
 
 
 def test_a_machine_is_described_in_json():
@@ -24,3 +24,8 @@ def test_versions_name_what_a_figure_depends_on():
 
 def test_the_date_has_a_time_zone():
     assert datetime.datetime.fromisoformat(read_date()).utcoffset() == datetime.timedelta(0)
+
+
+def test_a_file_of_results_says_where_and_when():
+    assert list(describe_run()) == ["machine", "versions", "date"]
+    assert describe_run()["machine"] == describe_machine()

@@ -11,7 +11,8 @@ def positions(calls, timesteps=None):
 
 
 def places(timesteps):
-    return [(p.trajectory, p.step, p.branch) for p in positions(timesteps)]
+    seen = positions(timesteps)
+    return [(p.run - seen[0].run, p.step, p.branch) for p in seen]
 
 
 def test_batched_branches_are_one_call_a_step():
@@ -24,6 +25,14 @@ def test_two_calls_a_step_are_two_branches():
 
 def test_a_jump_back_begins_a_trajectory():
     assert places([1000, 500, 1000, 500])[2:] == [(1, 0, 0), (1, 1, 0)]
+
+
+def test_no_two_clocks_share_a_run_but_one_may_take_over_from_another():
+    first, second = Clock(), Clock()
+    assert first.tick(1000).run != second.tick(1000).run
+    heir = Clock(first.run)
+    assert heir.tick(1000).run == heir.tick(500).run == first.run
+    assert heir.tick(1000).run not in (first.run, second.run)
 
 
 def test_an_interrupted_trajectory_does_not_leak_into_the_next():
@@ -42,8 +51,8 @@ def test_noise_level_in_both_conventions(scale):
 
 
 def test_the_last_timesteps_of_a_thousand_scale_stay_on_that_scale():
-    last = positions([1000, 400, 1.0, 0.5])[-1]
-    assert (last.trajectory, last.step) == (0, 3)
+    first, *_, last = positions([1000, 400, 1.0, 0.5])
+    assert last.run == first.run and last.step == 3
     assert last.level == pytest.approx(0.0005)
 
 
@@ -55,7 +64,8 @@ def test_rising_timesteps_count_from_noise_at_zero():
     seen = positions([0.0, 0.25, 0.75, 0.0, 0.25])
     assert [p.level for p in seen] == pytest.approx([1.0, 0.75, 0.25, 1.0, 0.75])
     assert is_dense(seen[0], 1) and not is_dense(seen[1], 1)
-    assert [(p.trajectory, p.step) for p in seen] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    runs = [(p.run - seen[0].run, p.step) for p in seen]
+    assert runs == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
 def test_a_second_transformer_is_not_at_the_start():
