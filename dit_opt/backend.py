@@ -17,9 +17,7 @@ from torch.fx import GraphModule
 
 # registering ops is a side effect that must happen before any tracing
 import dit_opt.kernels.block_sparse_attention
-import dit_opt.kernels.ordered_attention
 import dit_opt.kernels.routers
-import dit_opt.kernels.token_moves
 import dit_opt.kernels.token_order  # noqa: F401
 from dit_opt import cost
 from dit_opt._compat import cache_counts, compile_with_inductor

@@ -327,7 +327,7 @@ def test_graphs_are_dumped_before_and_after(eager, tmp_path):
     assert any(f.startswith("00_capture") for f in files)
     (diff,) = tmp_path.glob("graph_*/*sparse_attention.search.diff")
     text = diff.read_text()
-    assert "-" in text and "ditopt.ordered_attention_v1" in text
+    assert "-" in text and "ditopt.block_sparse_attention_v3" in text
 
 
 def test_a_variant_compiled_on_later_use_keeps_its_static_shapes_and_no_inputs():

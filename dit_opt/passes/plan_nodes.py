@@ -51,11 +51,6 @@ class Place:
     def graph(self) -> Graph:
         return self.gm.graph
 
-    @property
-    def attention_reads_alone(self) -> bool:
-        """Nothing but attention wants the tokens in the order of their heads."""
-        return not self.form.guard and self.sparse.tail == "drop"
-
     def write_grid(self) -> list[Any]:
         """T, H, W and the first latent token; a row of tokens where there is no grid."""
         grid = self.sparse.grid or (1, 1, self.sparse.video)
@@ -91,12 +86,11 @@ class Routed:
     """What `write_plan` wrote for one site.
 
     Attributes:
-        q, k, v, bias: the inputs of attention, in the plan's order unless there are `rows`.
+        q, k, v, bias: the inputs of attention, in the plan's order.
         counts, indices: the lists.
         plan: what a later call needs to do without a search.
         statistics: recall and density, each `[B or 1, H]`; none without a search.
         expected: the mass that the guard wants kept, `[B, H]`; None catches no head.
-        rows: the order that attention has to read its inputs in, one for each head, or None.
         inverse: the permutation that moves the output back, or None. per_head: it has one for
             each head, and not one for all.
     """
@@ -112,7 +106,6 @@ class Routed:
     expected: Node | None
     inverse: Node | None
     per_head: bool = False
-    rows: Node | None = None
 
     def restore(self, graph: Graph, out: Node) -> Node:
         """The output of attention in the model's own order."""
@@ -157,7 +150,7 @@ def _write_full(place: Place) -> Routed:
 
 def _write_rainfusion(place: Place) -> Routed:
     graph, sparse, bias = place.graph, place.sparse, place.bias
-    ops, call, (q, k, _) = torch.ops.ditopt, graph.call_function, place.qkv
+    ops, call, (q, k, v) = torch.ops.ditopt, graph.call_function, place.qkv
     where = place.write_grid()
     statistics: tuple[Node, ...] = ()
     if place.form.reuse:
@@ -174,9 +167,13 @@ def _write_rainfusion(place: Place) -> Routed:
         ops.rainfusion_plan_v1.default, (choice, _length(graph, q), *where, BLOCK_Q, BLOCK_K)
     )
     counts, indices, rows, inverse = unpack(graph, lists, 4)
+    q, k, v = (call(ops.gather_tokens_v1.default, (x, rows)) for x in (q, k, v))
+    if bias is not None:
+        bias = call(ops.gather_bias_v1.default, (bias, rows))
     expected = place.write_expected(statistics)
-    found = (counts, indices, (choice,), statistics, expected, inverse)
-    return _order_heads(place, rows, *found)
+    return Routed(
+        q, k, v, bias, counts, indices, (choice,), statistics, expected, inverse, per_head=True
+    )
 
 
 def _write_frame_tile(place: Place) -> Routed:
@@ -196,7 +193,7 @@ def _write_frame_tile(place: Place) -> Routed:
 
 def _write_headwise(place: Place) -> Routed:
     graph, sparse, bias = place.graph, place.sparse, place.bias
-    ops, call, (q, k, _) = torch.ops.ditopt, graph.call_function, place.qkv
+    ops, call, (q, k, v) = torch.ops.ditopt, graph.call_function, place.qkv
     where = (*place.write_grid(), BLOCK_Q, BLOCK_K)
     statistics: tuple[Node, ...] = ()
     if place.form.reuse:
@@ -213,23 +210,13 @@ def _write_headwise(place: Place) -> Routed:
         words, statistics = _write_lists(place, counts, indices), tuple(rest)
     moves = call(ops.headwise_rows_v1.default, (order, _length(graph, q), *where))
     rows, inverse = unpack(graph, moves, 2)
-    expected = place.write_expected(statistics)
-    found = (counts, indices, (words, order), statistics, expected, inverse)
-    return _order_heads(place, rows, *found)
-
-
-def _order_heads(place: Place, rows: Node, *found: Any) -> Routed:
-    """What was found for a site whose heads have an order of tokens each.
-
-    Attention reads them in it; where others have to as well, they are moved for all.
-    """
-    if place.attention_reads_alone:
-        return Routed(*place.qkv, place.bias, *found, per_head=True, rows=rows)
-    ops, call, bias = torch.ops.ditopt, place.graph.call_function, place.bias
-    q, k, v = (call(ops.gather_tokens_v1.default, (x, rows)) for x in place.qkv)
+    q, k, v = (call(ops.gather_tokens_v1.default, (x, rows)) for x in (q, k, v))
     if bias is not None:
         bias = call(ops.gather_bias_v1.default, (bias, rows))
-    return Routed(q, k, v, bias, *found, per_head=True)
+    plan, expected = (words, order), place.write_expected(statistics)
+    return Routed(
+        q, k, v, bias, counts, indices, plan, statistics, expected, inverse, per_head=True
+    )
 
 
 def _write_search(place: Place) -> Routed:

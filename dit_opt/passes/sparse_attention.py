@@ -34,7 +34,9 @@ def sparse_attention(
 
         %choice, %recall, %density = rainfusion_recognize_v1(%q, %k, ..., T, H, W, start)
         %counts, %indices, %rows, %inverse = rainfusion_plan_v1(%choice, N, T, H, W, start, ...)
-        %out = ordered_attention_v1(%q, %k, %v, %rows, %inverse, %counts, %indices, ...)
+        %q1, %k1, %v1 = gather_tokens_v1(%q | %k | %v, %rows, H)
+        %out1, _ = block_sparse_attention_v3(%q1, %k1, %v1, %counts, %indices, ...)
+        %out = scatter_tokens_v1(%out1, %inverse)
 
     under `headwise`, which finds lists and an order of the tokens for each head, alike::
 
@@ -56,12 +58,9 @@ def sparse_attention(
         %counts, %indices = unpack_plan_v1(%words, N, ...)
 
     A site without a grid stays in the model's own order. Under `form.guard` the lists pass a check
-    first, and as a tail does, that wants the tokens in the order of their heads as well::
+    first::
 
-        %q1, %k1, %v1 = gather_tokens_v1(%q | %k | %v, %rows)
         %counts1, %indices1, %kept, %error, %caught = guard_plan_v1(%q1, %k1, %v1, %counts, ...)
-        %out1, _ = block_sparse_attention_v3(%q1, %k1, %v1, %counts1, %indices1, ...)
-        %out = scatter_tokens_v1(%out1, %inverse)
 
     and under `form.compare` the dense call stays, for its difference::
 
@@ -115,25 +114,21 @@ def _replace(
     state = [] if form.reuse or not searching else [*routed.plan, *routed.statistics]
     qkv, lists = (routed.q, routed.k, routed.v), (routed.counts, routed.indices)
     if form.guard and searching:
-        bounds = (routed.bias, sparse.scale, routed.expected, SLACK, BLOCK_Q, BLOCK_K)
-        checked = unpack(graph, call(ops.guard_plan_v1.default, (*qkv, *lists, *bounds)), 5)
+        rule = (routed.bias, sparse.scale, routed.expected, SLACK, BLOCK_Q, BLOCK_K)
+        checked = unpack(graph, call(ops.guard_plan_v1.default, (*qkv, *lists, *rule)), 5)
         lists, findings = tuple(checked[:2]), checked[2:]
         state += findings
-    rule = (routed.bias, sparse.scale, BLOCK_Q, BLOCK_K)
-    if routed.rows is not None:
-        orders = (routed.rows, routed.inverse)
-        out = call(ops.ordered_attention_v1.default, (*qkv, *orders, *lists, *rule))
-    else:
-        tail = ()
-        if sparse.tail == "centroid" and searching:
-            summary = (routed.k, routed.v, routed.bias, BLOCK_K)
-            tail = unpack(graph, call(ops.summarize_blocks_v1.default, summary), 3)
-        pair = call(
-            ops.block_sparse_attention_v3.default,
-            (*qkv, *lists, *rule, *tail),
-            {"with_lse": False},
-        )
-        out = routed.restore(graph, call(operator.getitem, (pair, 0)))
+    inputs = (*qkv, *lists, routed.bias)
+    tail = ()
+    if sparse.tail == "centroid" and searching:
+        summary = call(ops.summarize_blocks_v1.default, (routed.k, routed.v, routed.bias, BLOCK_K))
+        tail = unpack(graph, summary, 3)
+    pair = call(
+        ops.block_sparse_attention_v3.default,
+        (*inputs, sparse.scale, BLOCK_Q, BLOCK_K, *tail),
+        {"with_lse": False},
+    )
+    out = routed.restore(graph, call(operator.getitem, (pair, 0)))
     if sparse.mask_queries:
         rows = graph.call_method("unsqueeze", (bias, -1))
         zeros = call(torch.zeros_like, (out,))

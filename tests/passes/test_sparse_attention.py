@@ -42,7 +42,7 @@ def outputs(gm):
     return output.args[0]
 
 
-def test_searching_sites_become_plan_and_attention():
+def test_searching_sites_become_plan_gather_attention_scatter():
     _, gm = capture_tiny(wan)
     assert sdpa(gm) == 4
     new, changed = rewrite(gm, router="rainfusion")
@@ -50,10 +50,11 @@ def test_searching_sites_become_plan_and_attention():
     for op, times in (
         (OPS.rainfusion_recognize_v1.default, 2),
         (OPS.rainfusion_plan_v1.default, 2),
-        (OPS.ordered_attention_v1.default, 2),
+        (OPS.gather_tokens_v1.default, 6),
+        (OPS.block_sparse_attention_v3.default, 2),
+        (OPS.scatter_tokens_v1.default, 2),
     ):
         assert count(new, op) == times
-    assert count(new, OPS.gather_tokens_v1.default) == 0
     assert len(outputs(new)) == len(outputs(gm)) + 3 * 2
 
 
@@ -67,14 +68,15 @@ def test_reused_plans_come_in_as_inputs():
     assert plan.shape == (2, 2) and plan.dtype == torch.int32
 
 
-def test_orders_of_heads_become_plan_and_attention():
+def test_orders_of_heads_become_plan_gather_attention_scatter():
     _, gm = capture_tiny(wan)
     new, changed = rewrite(gm, router="headwise")
     assert changed == 2 and sdpa(new) == 2
     for op, times in (
         (OPS.headwise_plan_v1.default, 2),
         (OPS.headwise_rows_v1.default, 2),
-        (OPS.ordered_attention_v1.default, 2),
+        (OPS.gather_tokens_v1.default, 6),
+        (OPS.scatter_tokens_v1.default, 2),
     ):
         assert count(new, op) == times
     assert count(new, OPS.pack_plan_v1.default) == 2
@@ -102,29 +104,15 @@ def test_the_original_graph_is_left_alone():
     assert str(gm.graph) == before
 
 
-def test_a_key_padding_mask_becomes_a_bias():
+def test_a_key_padding_mask_becomes_a_bias_in_each_heads_order():
     _, gm = capture_tiny(hunyuan_video)
     new, changed = rewrite(gm)
     assert changed == 2
-    nodes = new.graph.find_nodes(op="call_function", target=OPS.ordered_attention_v1.default)
-    assert [node.args[7] is not None for node in nodes] == [True, True]
-
-
-@pytest.mark.parametrize(
-    "form, options", [(SparseForm(guard=True), {}), (SEARCH, {"tail": "centroid"})]
-)
-@pytest.mark.parametrize("router", ["headwise", "rainfusion"])
-def test_tokens_are_moved_where_more_than_attention_reads_them(form, options, router):
-    _, gm = capture_tiny(hunyuan_video)
-    new, _ = rewrite(gm, form, router=router, **options)
-    for op, times in (
-        (OPS.gather_tokens_v1.default, 6),
-        (OPS.gather_bias_v1.default, 2),
-        (OPS.block_sparse_attention_v3.default, 2),
-        (OPS.scatter_tokens_v1.default, 2),
-        (OPS.ordered_attention_v1.default, 0),
+    assert count(new, OPS.gather_bias_v1.default) == 2
+    for node in new.graph.find_nodes(
+        op="call_function", target=OPS.block_sparse_attention_v3.default
     ):
-        assert count(new, op) == times
+        assert node.args[5] is not None
 
 
 @pytest.mark.parametrize("make", [wan, hunyuan_video])

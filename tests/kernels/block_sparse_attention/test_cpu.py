@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_opt.kernels import scores
-from dit_opt.kernels.block_sparse_attention import cpu, cpu_products
+from dit_opt.kernels.block_sparse_attention import cpu
 
 from .plans import Case, assert_matches_reference, make_inputs, make_plan
 
@@ -59,13 +57,11 @@ def test_matches_the_reference(case, dtype):
     strided=st.booleans(),
     block_k=st.sampled_from([16, 64]),
     seed=st.integers(0, 99),
-    slice_scores=st.sampled_from([0, 64 * 64, cpu.SLICE_SCORES]),
 )
-def test_any_shape_matches_the_reference(group, key_heads, seed, slice_scores, **sizes):
+def test_any_shape_matches_the_reference(group, key_heads, seed, **sizes):
     case = Case(heads=group * key_heads, key_heads=key_heads, block_q=32, **sizes)
     arguments = make_inputs(case, seed=seed)
-    with patch.object(cpu, "SLICE_SCORES", slice_scores):
-        assert_matches_reference(cpu.attend(*arguments), arguments, 3e-6, 3e-6)
+    assert_matches_reference(cpu.attend(*arguments), arguments, 3e-6, 3e-6)
 
 
 def test_small_gathers_give_the_same_result(monkeypatch):
@@ -76,24 +72,20 @@ def test_small_gathers_give_the_same_result(monkeypatch):
     torch.testing.assert_close(cpu.attend(*arguments), whole, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "slice_scores, unused", [(0, "_attend_gathered"), (1 << 18, "_attend_slices")]
-)
-def test_large_shared_ranges_are_sliced_and_not_gathered(monkeypatch, slice_scores, unused):
+def test_shared_ranges_are_sliced_and_not_gathered(monkeypatch):
     mask = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
     mask[:, :, :2, :2] = True
     mask[:, :, 2:, 1:] = True
     case = Case(queries=250, keys=250)
     arguments = list(make_inputs(case))
     arguments[3:5] = make_plan(mask)
-    monkeypatch.setattr(cpu, "SLICE_SCORES", slice_scores)
-    monkeypatch.setattr(cpu, unused, lambda *_: pytest.fail(unused))
+    monkeypatch.setattr(cpu, "_attend_gathered", lambda *_: pytest.fail("gathered"))
     assert_matches_reference(cpu.attend(*arguments), tuple(arguments), 2e-6, 2e-6)
 
 
 def test_score_tiles_give_the_same_result(monkeypatch):
     arguments = make_inputs(Case(density=1.0, queries=250, keys=250), torch.bfloat16)
-    monkeypatch.setattr(cpu_products, "SCORE_BYTES", 250 * 64)
+    monkeypatch.setattr(cpu, "SCORE_BYTES", 250 * 64)
     assert_matches_reference(cpu.attend(*arguments), arguments, *ERRORS[torch.bfloat16])
 
 
@@ -108,20 +100,10 @@ def test_large_bfloat16_scores_are_not_rounded():
 
 @pytest.mark.parametrize("flash_queries", [1, 10**9])
 def test_both_forms_of_float32_match_the_reference(monkeypatch, flash_queries):
-    monkeypatch.setattr(cpu_products, "FLASH_QUERIES", flash_queries)
+    monkeypatch.setattr(cpu, "FLASH_QUERIES", flash_queries)
     for case in (CASES["ragged"], CASES["bias"], CASES["grouped heads"]):
         arguments = make_inputs(case)
         assert_matches_reference(cpu.attend(*arguments), arguments, 2e-6, 2e-6)
-
-
-def test_scores_right_under_the_bound_are_summed_without_a_maximum(monkeypatch):
-    q, k, v, *rest = make_inputs(Case(queries=150, keys=201, density=0.9))
-    q = q * (0.999 * scores.SCORE_BOUND / scores.bound_scores(q, k, rest[3]))
-    arguments = (q, k, v * 1e4, *rest)
-    monkeypatch.setattr(torch, "softmax", lambda *_, **__: pytest.fail("softmax"))
-    # Rounded scores of this size are off by up to 2^-24 of them, and weights by as much again.
-    out, lse = cpu.attend(*arguments)
-    assert_matches_reference((out / 1e4, lse), (q, k, v, *rest), 3e-5, 3e-5)
 
 
 @pytest.mark.parametrize("queries", [100, 250])

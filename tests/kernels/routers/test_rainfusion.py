@@ -17,7 +17,7 @@ from dit_opt.kernels.routers.rainfusion import (
 )
 from dit_opt.kernels.routers.sample import draw_sample
 from dit_opt.kernels.routers.tables import build_tables
-from dit_opt.kernels.token_moves import gather_tokens, scatter_tokens
+from dit_opt.kernels.token_order import gather_tokens, scatter_tokens
 
 CPU = torch.device("cpu")
 BLOCKS = (32, 16)
