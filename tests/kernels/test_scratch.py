@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from dit_opt.kernels import scratch
@@ -44,3 +48,31 @@ def test_large_memory_is_given_back(monkeypatch):
     memory.trim()
     assert list(memory.buffers) == [("small", torch.float32)]
     assert memory.take("small", torch.float32, 10).data_ptr() == small.data_ptr()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc keeps memory")
+def test_steps_find_the_memory_that_the_last_one_freed():
+    code = """
+import resource
+import torch
+from dit_opt.kernels.scratch import keep_heap
+
+def count_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def measure_step():
+    for _ in range(3):
+        first = count_faults()
+        held = [torch.zeros(8 << 20, dtype=torch.uint8) for _ in range(6)]
+        del held
+    return count_faults() - first
+
+before = measure_step()
+keep_heap()
+print(before, measure_step())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 2000 and after < 200
