@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 
 import dit_opt
-from benchmarks.quality import read_options
 from dit_opt.demo import clips
 from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import load_model
+from dit_opt.options import read_options
 
 CONTESTANTS = ("inductor whole", "inductor regional", "ditopt whole", "ditopt regional")
 # The first searches, the others use its plans: all that the default schedule compiles.

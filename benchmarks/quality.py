@@ -15,7 +15,6 @@ can be stopped and taken up again with `--resume`.
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import itertools
 import sys
@@ -38,28 +37,11 @@ from dit_opt.demo.images import compare_clips
 from dit_opt.demo.machine import list_versions, read_date
 from dit_opt.demo.model import CHECKPOINT, CheckpointError
 from dit_opt.demo.side_by_side import Notify, Run
-from dit_opt.options import ROUTERS, TAILS, OptionError, Options
+from dit_opt.options import ROUTERS, TAILS, Options, read_options
 
 NOISE_PROMPTS = 2
 # 64 prompts of the demo model then take little more than half an hour on two cores
 STEPS = 12
-
-
-def read_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options from `name=value` pairs; values are Python literals, or else text.
-
-    Raises OptionError for a pair without `=`.
-    """
-    options = {}
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        if not separator:
-            raise OptionError(f"--option {pair!r} must be written name=value, as quality=0.95.")
-        try:
-            options[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            options[name] = text
-    return options
 
 
 def list_configurations(

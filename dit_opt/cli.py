@@ -62,6 +62,12 @@ def demo(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights; by default those of the package.")
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Of the backend, as router=rainfusion; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Generate one clip with eager PyTorch, Inductor and ditopt, timed.
 
@@ -72,14 +78,16 @@ def demo(
     from dit_opt.demo import run
     from dit_opt.demo.model import CHECKPOINT, CheckpointError
     from dit_opt.demo.side_by_side import Task, load_contestants
+    from dit_opt.options import OptionError, read_options
 
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         run.check_outputs(out, json)
         task = Task(run.read_prompt(prompt), seed, steps, device=run.check_device(device))
-        contestants = load_contestants(checkpoint or CHECKPOINT, steps, device)
-    except (run.DemoError, CheckpointError) as error:
+        options = read_options(option or [])
+        contestants = load_contestants(checkpoint or CHECKPOINT, steps, device, options)
+    except (run.DemoError, CheckpointError, OptionError) as error:
         typer.echo(f"ditopt demo: {error}", err=True)
         raise typer.Exit(2) from error
     console = Console()

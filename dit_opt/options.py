@@ -5,10 +5,11 @@ A typo or a contradiction is an error, never a no-op.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +183,23 @@ class Options:
                     f"Option {name!r} is {value}, but router='dense' replaces nothing. Remove "
                     f"{name!r}, or choose another router, or router='auto' with density=1."
                 )
+
+
+def read_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options from `name=value` pairs; values are Python literals, or else text.
+
+    Raises OptionError for a pair without `=`.
+    """
+    options = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise OptionError(f"Option {pair!r} must be written name=value, as quality=0.95.")
+        try:
+            options[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[name] = text
+    return options
 
 
 def _check_name(key: Any) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import dit_opt
 from dit_opt.cli import app, main
 from dit_opt.demo import side_by_side
+from dit_opt.options import Options
 from tests.demo.stubs import SIZE, make_contestants
 
 
@@ -31,7 +32,11 @@ def stub(monkeypatch):
         monkeypatch.setattr(
             side_by_side, "Task", lambda *a, **k: dataclasses.replace(task(*a, **k), size=SIZE)
         )
-        monkeypatch.setattr(side_by_side, "load_contestants", lambda *a: make_contestants(strength))
+
+        def load(checkpoint, steps, device, options):
+            return dataclasses.replace(make_contestants(strength), options=Options.parse(options))
+
+        monkeypatch.setattr(side_by_side, "load_contestants", load)
 
     return install
 
@@ -57,6 +62,8 @@ def test_the_console_script_is_the_command(monkeypatch, capsys):
         (["--checkpoint", "none.safetensors"], "none.safetensors is missing"),
         (["--checkpoint", "corrupt.safetensors"], "corrupt.safetensors cannot be read"),
         (["--json", "missing/f.json"], "folder that exists"),
+        (["--option", "router"], "must be written name=value"),
+        (["--option", "rooter=sol"], "'router'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(invoke, tmp_path, args, cause):
@@ -92,3 +99,12 @@ def test_an_inaccurate_run_warns_and_fails(invoke, stub):
     result = invoke("demo", "--steps", "3")
     assert result.exit_code == 1
     assert "its speedup does not count" in " ".join(result.stderr.split())
+
+
+def test_options_of_the_backend_reach_the_model_and_the_report(invoke, stub, tmp_path):
+    stub()
+    options = ("--option", "router=rainfusion", "--option", "dense_steps=2")
+    result = invoke("demo", "--steps", "3", "--json", "f.json", *options)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["options"]["router"] == "rainfusion" and figures["dense_steps"] == 2

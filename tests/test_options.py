@@ -14,6 +14,7 @@ from dit_opt.options import (
     ROUTERS,
     OptionError,
     Options,
+    read_options,
 )
 
 
@@ -175,3 +176,15 @@ def test_parse_leaves_the_mapping_alone():
     mapping = {"grid": [1, 2, 3]}
     Options.parse(mapping, mode="default")
     assert mapping == {"grid": [1, 2, 3]}
+
+
+def test_options_are_literals_or_text():
+    pairs = ["quality=0.95", "dense_steps=2", "router=rainfusion", "grid=(1, 2, 3)"]
+    assert read_options(pairs) == {
+        "quality": 0.95,
+        "dense_steps": 2,
+        "router": "rainfusion",
+        "grid": (1, 2, 3),
+    }
+    with pytest.raises(OptionError, match="name=value"):
+        read_options(["quality"])

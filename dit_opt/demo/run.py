@@ -54,6 +54,7 @@ class DemoResult:
         task: what was sampled.
         cold: per compiler, the first steps of a sampling, compilation included.
         warm: per way to run, steps of a sampling in which nothing compiles.
+        options: what ditopt was asked for, defaults included.
         dense_steps: steps at the start that ditopt ran dense.
         likeness: of ditopt's clip to Inductor's.
         prompt_score: per compiler, what the detector saw of the prompt, in [0, 1].
@@ -66,6 +67,7 @@ class DemoResult:
     task: Task
     cold: dict[str, Run]
     warm: dict[str, Run]
+    options: dict[str, Any]
     dense_steps: int
     likeness: Likeness
     prompt_score: dict[str, float]
@@ -117,6 +119,7 @@ class DemoResult:
             "prompt": clips.describe(self.task.prompt),
             "seed": self.task.seed,
             "steps": self.task.steps,
+            "options": self.options,
             "dense_steps": self.dense_steps,
             "layers": self.layers,
             "compile_cache_hit": self.compile_cache_hit,
@@ -172,6 +175,7 @@ def run_demo(contestants: Contestants, task: Task, notify: Notify) -> DemoResult
         task=task,
         cold=cold,
         warm={"eager": eager, **warm},
+        options=asdict(contestants.options),
         dense_steps=dense_steps,
         likeness=compare_clips(warm["ditopt"].latents, warm["inductor"].latents),
         prompt_score={

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import quality, quality_subjects
-from benchmarks.quality import list_configurations, measure_prompt, read_options, run_benchmark
+from benchmarks.quality import list_configurations, measure_prompt, run_benchmark
 from benchmarks.quality_result import render_result, start_result
 from benchmarks.quality_subjects import DemoSubject
 from dit_opt.demo.side_by_side import Pipeline
@@ -32,18 +32,6 @@ def no_mass(monkeypatch):
 def make_subject(strength: float = 1.0) -> DemoSubject:
     others = {"other": Pipeline(StubDenoiser(0.9), None)}
     return DemoSubject(make_contestants(strength), "default", others, 3, "cpu", SIZE)
-
-
-def test_options_are_literals_or_text():
-    pairs = ["quality=0.95", "dense_steps=2", "router=rainfusion", "grid=(1, 2, 3)"]
-    assert read_options(pairs) == {
-        "quality": 0.95,
-        "dense_steps": 2,
-        "router": "rainfusion",
-        "grid": (1, 2, 3),
-    }
-    with pytest.raises(OptionError, match="name=value"):
-        read_options(["quality"])
 
 
 def test_configurations_are_all_combinations_on_top_of_the_default():
