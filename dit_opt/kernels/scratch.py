@@ -35,12 +35,13 @@ class Scratch(threading.local):
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        keep_heap()
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Uninitialised memory of a shape; it is valid until the same name is taken again."""
         size = math.prod(shape)
         buffer = self.buffers.get((name, dtype))
+        if not self.buffers:
+            keep_heap()
         if buffer is None or buffer.numel() < size:
             # An inference tensor could not be written to by a later call outside inference mode.
             with torch.inference_mode(False):
