@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit_opt.runtime.schedule import Clock, Phase, Position, Schedule, choose_phase
+from dit_opt.runtime.schedule import (
+    LISTED,
+    Clock,
+    Phase,
+    Position,
+    Schedule,
+    choose_phase,
+    find_step,
+    new_run,
+)
 from dit_opt.runtime.state import (
     Announcement,
     LayerState,
@@ -22,6 +31,9 @@ from dit_opt.runtime.state import (
 )
 
 log = logging.getLogger(__name__)
+
+# Of plans that were made without any position.
+NO_RUN = (0, 0)
 
 
 class GradientError(RuntimeError):
@@ -72,30 +84,43 @@ class Wiring:
 
 
 class Stream:
-    """One sequence of calls (one model, thread and shape): its clock and its timestep input."""
+    """One sequence of calls (one model, thread and shape): a clock for each timestep candidate."""
 
     def __init__(self, candidates: tuple[int, ...]) -> None:
-        self._clock = Clock()
-        self._candidates = candidates
+        run = new_run()
+        self._clocks = {i: Clock(run) for i in candidates}
+        self._chosen = candidates[0]
         self._values: dict[int, float] = {}
 
     def locate(self, args: tuple[Any, ...], timesteps: list[float] | None) -> Position:
-        """Read the timestep (one host read once it is told from a constant guidance scale)."""
-        values = {i: _read(args[i]) for i in self._candidates}
-        if len(values) > 1 and self._values:
-            changed = [i for i in values if values[i] != self._values[i]]
-            if changed and len(changed) < len(values):
-                if changed[0] != self._candidates[0]:
-                    self._clock = Clock(self._clock.run)
-                    self._clock.tick(self._values[changed[0]], timesteps)
-                self._candidates = tuple(changed)
+        """Read the candidates, and tell the timestep from a guidance scale: it is in the
+        scheduler's list, or else what changed last, the other one being constant."""
+        read = {i: read_timestep(args[i]) for i in self._clocks}
+        values = {i: value for i, (value, _) in read.items()}
+        listed = [i for i, (value, off) in read.items() if _is_listed(value, timesteps, off)]
+        changed = [i for i in self._values if values[i] != self._values[i]]
+        for group in (listed, changed):
+            if group and self._chosen not in group:
+                self._chosen = group[0]
+            if group:
+                break
         self._values = values
-        return self._clock.tick(values[self._candidates[0]], timesteps)
+        positions = {i: self._clocks[i].tick(v, timesteps, off) for i, (v, off) in read.items()}
+        return positions[self._chosen]
 
 
-def _read(timestep: Any) -> float:
+def _is_listed(value: float, timesteps: list[float] | None, rounding: float) -> bool:
+    return find_step(value, timesteps, max(LISTED, rounding)) is not None
+
+
+def read_timestep(timestep: Any) -> tuple[float, float]:
+    """A timestep, and how much its dtype may have moved it, relatively."""
+    if not isinstance(timestep, torch.Tensor):
+        return float(timestep), 0.0
+    # Divided by 1000 or not, it may have been rounded twice.
+    rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
     # per-token timesteps mark conditioning tokens as clean; the others tell the step
-    return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+    return float(timestep.max()), rounding
 
 
 class Bound:
@@ -211,7 +236,7 @@ class Bound:
             # nothing tells the step: the promise of a dense start is kept by staying dense
             self._warn_without_step()
             return Phase.OBSERVE
-        run = position.run if position else 0
+        run = position.plans if position else NO_RUN
         has_plans = None not in self._wiring.layers and all(
             s is not None and s.run == run for s in states
         )
@@ -224,7 +249,8 @@ class Bound:
         if not self._warned:
             log.warning(
                 "No input of this graph tells the denoising step, so its attention stays dense. "
-                "Compile through ditopt.optimize(pipe), which knows the scheduler, or set "
+                "Compile the repeated blocks through ditopt.optimize(pipe, regional=True), which "
+                "reads the step around the model, or set "
                 "options={'dense_steps': 0} to be sparse from the first step on."
             )
         self._warned = True
@@ -242,7 +268,7 @@ class Bound:
         for site, (i, state) in enumerate(zip(self._wiring.layers, states, strict=True)):
             owner = self._nobody if i is None else args[i]
             if state is not None:
-                state.begin(position.run if position else 0)
+                state.begin(position.plans if position else NO_RUN)
             if phase is not Phase.SEARCH:
                 assert state is not None
                 # the state follows a model that was moved between calls
@@ -269,7 +295,7 @@ class Bound:
     ) -> None:
         """Record what the sites of a variant returned."""
         names, caught = self._wiring.state[phase], []
-        step, run = (position.step, position.run) if position else (0, 0)
+        step, run = (position.step, position.plans) if position else (0, NO_RUN)
         for site, (i, layout, state) in enumerate(
             zip(self._wiring.layers, self._wiring.layouts(args), states, strict=True)
         ):

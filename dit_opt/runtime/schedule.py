@@ -14,8 +14,13 @@ from dataclasses import dataclass
 # A first timestep below this noise level is not the start of a trajectory: a second transformer
 # takes over at 0.9 or less, and the coarsest usual spacing (ten "leading" steps) starts at 0.901.
 START_LEVEL = 0.9
-# Levels that differ by less are one step: fp16 and bf16 timesteps are rounded.
+# Timesteps that differ by less are one.
 SAME = 1e-6
+# By how much a model's timestep may be off the scheduler's: some are cast to whole numbers.
+LISTED = 1e-3
+# So many calls at the first timestep are branches of one step, if no earlier run had more; what
+# comes after them is a new run. A model of one step has no other sign of it.
+MAX_BRANCHES = 4
 
 
 class Phase(enum.Enum):
@@ -37,6 +42,8 @@ class Position:
 
     Attributes:
         run: a number of the denoising run that no other one of the process has.
+        plans: what plans have to share with a call to serve it: the run, and how often in it the
+            plans before were given up because they may be those of another one.
         step: timesteps seen since the run began, or the scheduler's own index where it is known.
         branch: 0 for the first call of a step, 1 for the second (unconditional) one, and so on.
         level: noise level in [0, 1]; 1 is pure noise.
@@ -45,6 +52,7 @@ class Position:
     """
 
     run: int
+    plans: tuple[int, int]
     step: int
     branch: int
     level: float
@@ -55,41 +63,81 @@ class Position:
 _runs = itertools.count(1)
 
 
+def new_run() -> int:
+    """A number that no run has yet."""
+    return next(_runs)
+
+
 class Clock:
     """Turns the timesteps of successive calls into positions.
 
-    One clock follows one stream of calls: one model, thread and shape. One that takes over from
-    another goes on with its `run`.
+    One clock follows one stream of calls: one model, thread and shape.
+
+    A call at the timestep of the last one is the next guidance branch. At the first timestep it may
+    as well be a new run after a warm-up or an interrupted one. A scheduler tells them apart, since
+    it makes a new list of timesteps for each run. Without one, where the first step had not the
+    calls of a known step, its plans are given up, so that none serves a stranger.
+
+    Args:
+        run: number of the first run; a new one if None.
     """
 
     def __init__(self, run: int | None = None) -> None:
         self._next_run = run
+        self._timesteps: Sequence[float] | None = None
         self.run = 0
+        self._given_up = 0
         self._step = 0
         self._branch = 0
+        self._index: int | None = None
         self._last: float | None = None
         self._first = 0.0
         self._scale = 1.0
         self._rising = False
+        # calls in a step: the most in this run, after its first step; the same of the last run
+        self._most = 0
+        self._usual = 0
+        # the first step had more calls than branches are known to be
+        self._split = False
 
-    def tick(self, timestep: float, timesteps: Sequence[float] | None = None) -> Position:
-        """The position of a call with `timestep`; `timesteps` are the scheduler's, if known."""
-        if self._last is not None and abs(timestep - self._last) <= SAME * self._scale:
-            self._branch += 1
-        elif self._last is not None and self._continues(timestep):
+    def tick(
+        self, timestep: float, timesteps: Sequence[float] | None = None, rounding: float = 0.0
+    ) -> Position:
+        """The position of a call with `timestep`.
+
+        Args:
+            timesteps: the scheduler's, if known; another object for each run.
+            rounding: by how much, relatively, the timestep's dtype may have moved it.
+        """
+        is_new = timesteps is not self._timesteps
+        self._timesteps = timesteps
+        if self._last is None or is_new:
+            self._begin(timestep)
+        elif abs(timestep - self._last) <= SAME * self._scale:
+            if self._step == 0 and self._branch + 1 >= max(MAX_BRANCHES, self._usual):
+                self._begin(timestep)
+                self._split = True
+            else:
+                self._branch += 1
+        elif self._continues(timestep):
+            self._end_step()
             self._step += 1
             self._branch = 0
+            self._index = self._find_next(timestep, rounding)
         else:
             self._begin(timestep)
+        if self._index is None:
+            self._index = find_step(timestep, timesteps, max(LISTED, rounding))
         self._last = timestep
-        level = timestep / self._scale
-        level = 1 - level if self._rising else level
-        first = 1 - self._first / self._scale if self._rising else self._first / self._scale
-        step, total, from_start = self._step, None, first > START_LEVEL
-        index = _find(timestep, timesteps)
-        if index is not None:
-            step, total, from_start = index, len(timesteps), True
-        return Position(self.run, step, self._branch, level, from_start, total)
+        level, first = (
+            1 - t / self._scale if self._rising else t / self._scale
+            for t in (timestep, self._first)
+        )
+        if self._index is None or timesteps is None:
+            place = (self._step, self._branch, level, first > START_LEVEL)
+        else:
+            place = (self._index, self._branch, level, True, len(timesteps))
+        return Position(self.run, (self.run, self._given_up), *place)
 
     def _continues(self, timestep: float) -> bool:
         """Whether a new timestep is the next step of the run (else a new run begins)."""
@@ -99,24 +147,56 @@ class Clock:
                 # a value of the other convention cannot belong to the same run
                 return False
             self._scale = 1000.0
-        return timestep > self._last if self._rising else timestep < self._last
+        rises = timestep > self._last
+        if self._step == 0 and rises != self._rising:
+            # The second timestep tells the direction; the first one was a guess. A jump to pure
+            # noise is a new run.
+            self._rising = rises and timestep <= START_LEVEL * self._scale
+        return rises == self._rising
+
+    def _end_step(self) -> None:
+        calls = self._branch + 1
+        if self._step > 0:
+            self._most = max(self._most, calls)
+        elif self._index is None and (self._split or calls != (self._usual or 1)):
+            self._given_up += 1
 
     def _begin(self, timestep: float) -> None:
-        self.run = next(_runs) if self._next_run is None else self._next_run
-        self._next_run = None
+        self.run = new_run() if self._next_run is None else self._next_run
+        self._next_run, self._given_up = None, 0
+        self._usual, self._most = self._most or self._usual, 0
         self._step = self._branch = 0
+        self._index, self._split = None, False
         self._first = timestep
         self._scale = 1000.0 if timestep > 1 else 1.0
         # nobody starts to denoise what is nearly clean: such a model counts upwards from noise
         self._rising = timestep <= 0.05 * self._scale
 
+    def _find_next(self, timestep: float, rounding: float) -> int | None:
+        """The scheduler's index of a step after a listed one; None where none was listed."""
+        if self._index is None or self._timesteps is None:
+            return None
+        follower = min(self._index + 1, len(self._timesteps) - 1)
+        # Rounded timesteps of neighbouring steps may be nearer to each other's entries.
+        if find_step(timestep, self._timesteps[follower : follower + 1], rounding) == 0:
+            return follower
+        found = find_step(timestep, self._timesteps, max(LISTED, rounding))
+        return follower if found is None else max(found, self._index)
 
-def _find(timestep: float, timesteps: Sequence[float] | None) -> int | None:
-    """The index of a timestep in the scheduler's list, in its units or divided by 1000."""
+
+def find_step(timestep: float, timesteps: Sequence[float] | None, tolerance: float) -> int | None:
+    """The index of the nearest of a scheduler's timesteps, in its units or divided by 1000.
+
+    None where the nearest is off by more than `tolerance` of itself.
+    """
+    best, least = None, tolerance
     for i, value in enumerate(timesteps or ()):
-        if abs(value - timestep) <= 1e-3 * abs(value) or abs(value / 1000 - timestep) <= 1e-6:
-            return i
-    return None
+        for scaled in (value, value / 1000):
+            off = abs(scaled - timestep)
+            off = off / abs(scaled) if off > SAME * SAME and scaled else off
+            if off <= least and (best is None or off < least):
+                best, least = i, off
+    return best
 
 
 def is_dense(position: Position | None, dense_steps: int | float) -> bool:

@@ -50,7 +50,7 @@ class LayerState:
     """Plan and running statistics of one site of one layer, on the device.
 
     Attributes:
-        run: of the schedule, in which the plan was searched; it is no plan for another one.
+        run: `Position.plans` of the call that searched the plan; it is no plan for another one.
         layout: (T, H, W, start, N) of the site, which gives the choices their meaning.
         plan: what the last search found: each head's choice, int32 `[B, H]`, or its lists, packed
             (`kernels.routers.packing`), and its order; none where it follows from shapes.
@@ -64,7 +64,7 @@ class LayerState:
         differences: relative L2 difference to dense attention, fp32 `[B, H]`, by step.
     """
 
-    run: int
+    run: tuple[int, int]
     layout: tuple[int, ...]
     plan: tuple[torch.Tensor, ...]
     last_density: torch.Tensor
@@ -77,14 +77,18 @@ class LayerState:
     guard: GuardState | None = None
     differences: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def begin(self, run: int) -> None:
+    def begin(self, run: tuple[int, int]) -> None:
         """What the guard learned in another run holds no longer."""
         if run != self.run and self.boost is not None:
             # in place, because a CUDA graph knows its inputs by their addresses
             self.boost.fill_(1.0)
 
     def record_search(
-        self, run: int, plan: tuple[torch.Tensor, ...], recall: torch.Tensor, density: torch.Tensor
+        self,
+        run: tuple[int, int],
+        plan: tuple[torch.Tensor, ...],
+        recall: torch.Tensor,
+        density: torch.Tensor,
     ) -> None:
         """Take over the plan of a search, of the same shapes as the one before."""
         self.run = run
@@ -150,7 +154,7 @@ class LayerStates:
         site: int,
         key: Hashable,
         layout: tuple[int, ...],
-        run: int,
+        run: tuple[int, int],
         plan: tuple[torch.Tensor, ...],
         recall: torch.Tensor,
         density: torch.Tensor,

@@ -161,7 +161,8 @@ def test_plans_of_a_forgotten_stream_are_not_taken_for_its_own():
 
 def test_a_second_transformer_searches_in_every_trajectory():
     graph, model = Graph(), torch.nn.ParameterList([weight()])
-    announce(model, Announcement(lambda: list(range(1000, 0, -100))))
+    timesteps = list(range(1000, 0, -100))
+    announce(model, Announcement(lambda: timesteps))
     bound = bind(graph, dense_steps=0, refresh_every=10)
     for _ in range(2):
         run(bound, model[0], [400, 300, 200])
@@ -375,3 +376,24 @@ def test_differences_are_kept_by_step():
     ((_, _, kept),) = bound.states
     assert sorted(kept.differences) == [1, 2, 3]
     assert kept.differences[2].tolist() == [[0.25] * 3]
+
+
+def test_a_guidance_that_changes_once_is_not_taken_for_the_timestep():
+    graph = Graph()
+    bound, w = bind(graph, timesteps=(1, 2), dense_steps=2, refresh_every=10), weight()
+    bound(w, torch.tensor(1000.0), torch.tensor(1000.0))
+    for _ in range(2):
+        for t in (1000.0, 750.0, 500.0, 250.0):
+            bound(w, torch.tensor(t), torch.tensor(3500.0))
+    assert graph.phases[1:] == ["observe", "observe", "search", "reuse"] * 2
+
+
+def test_the_schedulers_list_tells_the_timestep_from_a_guidance():
+    timesteps = [1000.0, 600.0, 300.0]
+    graph, model = Graph(), torch.nn.ParameterList([weight()])
+    announce(model, Announcement(lambda: timesteps))
+    bound = bind(graph, timesteps=(1, 2), dense_steps=1, refresh_every=10)
+    for t in timesteps:
+        # the guidance, which comes first, changes as well
+        bound(model[0], torch.tensor(3500.0 - t), torch.tensor(t))
+    assert graph.phases == ["observe", "search", "reuse"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dit_opt.runtime.schedule import Clock, Phase, Schedule, choose_phase, is_dense
 
@@ -127,3 +128,85 @@ def test_the_guard_checks_between_searches_and_sends_back_to_one():
         "observe", "search", "verify", "reuse", "verify", "reuse", "search", "reuse", "verify",
         "search", "verify", "reuse",
     ]  # fmt: skip
+
+
+def plans(calls, timesteps=None):
+    """For each call: its branch, and the calls before it whose plans it may use."""
+    seen, found = positions(calls, timesteps), []
+    for number, position in enumerate(seen):
+        mine = (position.plans, position.branch)
+        earlier = [i for i, p in enumerate(seen[:number]) if (p.plans, p.branch) == mine]
+        found.append((position.branch, earlier))
+    return found
+
+
+def test_a_warm_up_call_leaves_no_plan_to_the_run_after_it():
+    assert plans([999, 999, 900, 800]) == [(0, []), (1, []), (0, []), (0, [2])]
+    # the same with two calls a step, after one and after two calls of another clip
+    assert [made for _, made in plans([999, 999, 999, 900, 900, 800])][3:] == [[], [], [3]]
+    assert [made for _, made in plans([999] * 4 + [900, 900])][4:] == [[], []]
+
+
+def test_branches_that_an_earlier_run_had_are_no_strangers():
+    run = [1000, 1000, 500, 500, 250, 250]
+    assert [made for _, made in plans(run * 2)][6:] == [[], [], [6], [7], [6, 8], [7, 9]]
+    # but a third call in the first step is
+    assert [made for _, made in plans([*run, 1000, *run])][9:] == [[], [], [9], [10]]
+
+
+def test_a_new_list_of_the_scheduler_is_a_new_run():
+    clock, timesteps = Clock(), [1000.0, 500.0]
+    warm_up = clock.tick(1000.0, timesteps)
+    first, second = (clock.tick(t, later) for later in [list(timesteps)] for t in timesteps)
+    assert warm_up.run != first.run == second.run
+    assert (first.branch, second.branch, second.plans) == (0, 0, first.plans)
+
+
+def test_a_model_of_one_step_has_no_end_of_branches():
+    assert [branch for branch, _ in plans([1000] * 6)] == [0, 1, 2, 3, 0, 1]
+    assert len({p.run for p in positions([1000] * 6)}) == 2
+
+
+def test_as_many_windows_in_a_step_as_the_last_run_had_are_one_step():
+    calls = [t for t in (1000, 500, 250) for _ in range(6)]
+    assert [branch for branch, _ in plans(calls * 2)][18:] == [*range(6)] * 3
+
+
+def test_the_second_timestep_tells_the_direction():
+    assert places([40, 30, 20, 10]) == [(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)]
+    assert not is_dense(positions([40, 30])[1], 2)
+    seen = positions([0.1, 0.3, 0.6, 0.9])
+    assert [p.step for p in seen] == [0, 1, 2, 3]
+    assert seen[-1].level == pytest.approx(0.1)
+    # from clean to pure noise is a jump back
+    assert places([500, 999, 800]) == [(0, 0, 0), (1, 0, 0), (1, 1, 0)]
+
+
+def shift_steps(count, shift):
+    sigmas = [1 - i / count for i in range(count)]
+    return [1000 * shift * s / (1 + (shift - 1) * s) for s in sigmas]
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_rounded_timesteps_are_found_in_the_schedulers_list(divided):
+    timesteps = shift_steps(28, 3.0)
+    given = torch.tensor(timesteps, dtype=torch.bfloat16)
+    given = (given / 1000 if divided else given).tolist()
+    clock, eps = Clock(), torch.finfo(torch.bfloat16).eps
+    seen = [clock.tick(t, timesteps, eps) for t in given]
+    assert [p.step for p in seen] == list(range(28))
+    assert {p.total for p in seen} == {28}
+    assert [is_dense(p, 0.2) for p in seen] == [i < 6 for i in range(28)]
+
+
+def test_the_nearest_of_the_schedulers_timesteps_counts():
+    timesteps = shift_steps(100, 12.0)
+    assert [p.step for p in positions(timesteps, timesteps)] == list(range(100))
+    # steps that a model skips are not counted twice
+    assert [p.step for p in positions(timesteps[::3], timesteps)] == list(range(0, 100, 3))
+
+
+def test_a_timestep_off_the_list_is_the_next_step_of_its_run():
+    timesteps = [1000.0, 750.0, 500.0, 250.0]
+    seen = positions([1000.0, 751.0, 480.0, 250.0], timesteps)
+    assert [(p.step, p.total) for p in seen] == [(0, 4), (1, 4), (2, 4), (3, 4)]
