@@ -397,3 +397,13 @@ def test_the_schedulers_list_tells_the_timestep_from_a_guidance():
         # the guidance, which comes first, changes as well
         bound(model[0], torch.tensor(3500.0 - t), torch.tensor(t))
     assert graph.phases == ["observe", "search", "reuse"]
+
+
+def test_a_run_after_a_warm_up_searches_its_own_plans():
+    graph, w = Graph(), weight()
+    bound = bind(graph, dense_steps=0, refresh_every=10)
+    run(bound, w, [1000])
+    run(bound, w, [1000, 750, 500])
+    assert graph.phases == ["search", "search", "search", "reuse"]
+    run(bound, w, [1000, 750, 500])
+    assert graph.phases[4:] == ["search", "reuse", "reuse"]
