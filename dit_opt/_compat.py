@@ -6,6 +6,10 @@ torch 2.11 and 2.13 have all of them.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import threading
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +41,8 @@ __all__ = [
     "compile_with_inductor",
     "emit_artifact",
     "expand_mode",
+    "forget_compiled",
+    "fresh_code",
     "inductor_settings",
     "is_tracing",
     "kernel_selections",
@@ -98,6 +104,63 @@ def allow_recompiles(count: int) -> None:
     from torch._dynamo import config
 
     config.recompile_limit = max(config.recompile_limit, count)
+
+
+_copies = itertools.count()
+
+
+def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function or bound method with a code object of its own, which Dynamo has never seen.
+
+    Dynamo keeps what it compiled, and the sizes that it has met, by code object and by its name;
+    all instances of a class share one. Anything else that can be called comes back as it is, but
+    for what `torch.compile` had wrapped around it.
+    """
+    from torch._dynamo.eval_frame import innermost_fn
+
+    plain = innermost_fn(function)
+    inner = plain.__func__ if isinstance(plain, types.MethodType) else plain
+    if not isinstance(inner, types.FunctionType):
+        return plain
+    code = inner.__code__
+    copy = types.FunctionType(
+        code.replace(co_name=f"{code.co_name}_copy_{next(_copies)}"),
+        inner.__globals__,
+        inner.__name__,
+        inner.__defaults__,
+        inner.__closure__,
+    )
+    copy.__kwdefaults__ = inner.__kwdefaults__
+    copy.__dict__.update(inner.__dict__)
+    return types.MethodType(copy, plain.__self__) if isinstance(plain, types.MethodType) else copy
+
+
+@contextlib.contextmanager
+def forget_compiled() -> Iterator[None]:
+    """Drop on exit what Dynamo compiles inside, in this thread, for code it held nothing for.
+
+    What it held before stays. Its reset is of everything in the process, and there is no public
+    way to learn which code it compiled.
+    """
+    from torch._dynamo.convert_frame import register_bytecode_hook
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+
+    thread = threading.get_ident()
+    found: dict[types.CodeType, bool] = {}
+
+    def note(code: types.CodeType, compiled: types.CodeType) -> None:
+        # an entry is made after its bytecode
+        if threading.get_ident() == thread and code not in found:
+            found[code] = not _debug_get_cache_entry_list(code)
+
+    handle = register_bytecode_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for code, is_new in found.items():
+            if is_new:
+                reset_code(code)
 
 
 def expand_mode(mode: str) -> dict[str, Any]:

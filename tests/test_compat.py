@@ -196,3 +196,40 @@ def test_an_exception_of_a_backend_is_handed_on():
     with pytest.raises(_compat.BackendCompilerFailed) as caught:
         torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
     assert isinstance(caught.value.inner_exception, Stop)
+
+
+class Scale:
+    def scale(self, x, by=2, *, more=1):
+        return x * by + more
+
+
+def test_fresh_code_is_the_same_function_with_other_code():
+    method = Scale().scale
+    copies = [_compat.fresh_code(method) for _ in range(2)]
+    assert len({c.__func__.__code__ for c in (method, *copies)}) == 3
+    assert len({c.__func__.__code__.co_name for c in (method, *copies)}) == 3
+    assert [c(3) for c in copies] == [7, 7] and copies[0].__self__ is method.__self__
+    compiled = torch.compile(lambda x: x + 1, backend="eager")
+    assert not hasattr(_compat.fresh_code(compiled), "_torchdynamo_orig_callable")
+    assert _compat.fresh_code(len) is len
+
+
+def test_only_what_is_new_to_dynamo_is_forgotten():
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    def old(x):
+        return x + 1
+
+    def new(x):
+        torch._dynamo.graph_break()
+        return x + 2
+
+    torch.compile(old, backend="eager")(torch.ones(2))
+    with _compat.forget_compiled():
+        torch.compile(new, backend="eager")(torch.ones(2))
+        torch.compile(old, backend="eager")(torch.ones(3))
+        assert _debug_get_cache_entry_list(new.__code__)
+    assert not _debug_get_cache_entry_list(new.__code__)
+    assert _debug_get_cache_entry_list(old.__code__)
+    torch.compile(new, backend="eager")(torch.ones(2))
+    assert _debug_get_cache_entry_list(new.__code__)

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 
+from dit_opt._compat import forget_compiled, fresh_code
 from dit_opt.decisions import Decision, GraphRecord
 from dit_opt.inspect.render import render_records
 from dit_opt.options import Options
+
+
+class NothingTraced(RuntimeError):
+    """Dynamo made no graph of a model, so there is nothing to explain."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,16 @@ def explain(
 ) -> Explanation:
     """List every attention site of a model with decision, reason, shapes, FLOPs and predicted gain.
 
-    Traces the model with Dynamo and runs it once without compiling; no GPU is needed.
+    Traces the model with Dynamo and runs it once without compiling; no GPU is needed. What is
+    compiled already, and what is compiled later, is as if it had not been traced.
 
     Args:
-        model: the denoiser. args, kwargs: its inputs, as in a call.
+        model: the denoiser, compiled or not. args, kwargs: its inputs, as in a call.
         options: as for `torch.compile(model, backend="ditopt", options=...)`.
 
     Raises:
         OptionError: the options are wrong, in themselves or for this model.
+        NothingTraced: Dynamo made no graph of it.
     """
     from dit_opt.backend import analyse
 
@@ -60,9 +67,16 @@ def explain(
         records.append(analysis.describe(passes))
         return gm.forward
 
-    traced = torch.compile(model.forward, backend=record)
-    with torch.no_grad():
-        traced(*args, **kwargs)
+    # an OptimizedModule has the model inside
+    model = getattr(model, "_orig_mod", model)
+    with torch.no_grad(), forget_compiled():
+        torch.compile(fresh_code(model.forward), backend=record)(*args, **kwargs)
     if errors:
         raise errors[0]
+    if not records:
+        raise NothingTraced(
+            f"Dynamo made no graph of {type(model).__name__}.forward. It must compute something "
+            "with tensors, and Dynamo must be on (no TORCHDYNAMO_DISABLE=1, and not called from "
+            "compiled code); TORCH_LOGS=graph_breaks tells what it left out."
+        )
     return Explanation(tuple(records))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dit_opt
+from dit_opt.inspect.explain import NothingTraced
 from dit_opt.options import OptionError
 from tests import tiny_models
 
@@ -64,3 +65,78 @@ def test_wrong_options_are_errors_of_their_own():
         dit_opt.explain(tiny.model, options={"grid": (3, 4, 6)}, **tiny.inputs)
     with pytest.raises(OptionError, match="quality"):
         dit_opt.explain(tiny.model, options={"qality": 0.5}, **tiny.inputs)
+
+
+class Attention(torch.nn.Module):
+    """Breaks the graph in the middle where asked to, as a frame of its own."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(16, 16).requires_grad_(False)
+        self.breaks = breaks
+
+    def forward(self, x):
+        q = self.project(x)
+        x = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return torch.nn.functional.scaled_dot_product_attention(q, x, x)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, breaks: bool = False) -> None:
+        super().__init__()
+        self.attention = Attention(breaks)
+
+    def forward(self, x):
+        return self.attention(x + 1) * 2
+
+
+def tokens(count: int = 6) -> torch.Tensor:
+    return torch.randn(1, 2, count, 16)
+
+
+def count_graphs(seen):
+    """A backend that notes the graphs it is given."""
+
+    def backend(gm, inputs):
+        seen.append(gm)
+        return gm.forward
+
+    return backend
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_explaining_leaves_nothing_behind(breaks):
+    model = Model(breaks)
+    for count in range(4, 4 + 11):
+        assert len(dit_opt.explain(model, tokens(count)).decisions) == 2
+    assert all(
+        not torch._dynamo.eval_frame._debug_get_cache_entry_list(kind.forward.__code__)
+        for kind in (Model, Attention)
+    )
+    seen = []
+    torch.compile(model, backend=count_graphs(seen))(tokens())
+    assert sum("scaled_dot_product_attention" in gm.code for gm in seen) == 1 + breaks
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_what_is_compiled_already_stays(breaks):
+    model, seen = Model(breaks), []
+    compiled = torch.compile(model, backend=count_graphs(seen))
+    compiled(tokens())
+    before = len(seen)
+    for subject in (model, compiled, compiled):
+        assert len(dit_opt.explain(subject, tokens()).decisions) == 2
+    compiled(tokens())
+    assert len(seen) == before
+
+
+def test_all_graphs_of_a_model_that_breaks_are_listed():
+    explanation = dit_opt.explain(Model(breaks=True), tokens())
+    assert [len(g.decisions) for g in explanation.graphs if g.decisions] == [1, 1]
+
+
+def test_a_model_without_a_graph_is_an_error():
+    with pytest.raises(NothingTraced, match=r"no graph of Identity\.forward"):
+        dit_opt.explain(torch.nn.Identity(), tokens())
