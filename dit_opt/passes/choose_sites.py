@@ -60,17 +60,13 @@ def choose_sites(
     Raises OptionError where a grid was given that fits no site, or where a router was asked for
     by name and can serve none of the sites.
     """
-    layouts = [_apply_grid(tokens.layouts.get(site.node), options) for site in sites]
+    found = [tokens.layouts.get(site.node) for site in sites]
+    layouts = [_apply_grid(layout, options) for layout in found]
     if model_grid is not None:
         layouts = [layout and declare_grid(layout, model_grid, "model") for layout in layouts]
     choices = [_judge(site, layout, options) for site, layout in zip(sites, layouts, strict=True)]
     if options.grid and sites and not any(layout and layout.grid for layout in layouts):
-        counts = sorted({str(_length(s)) for s in sites if s.query is not None})
-        raise OptionError(
-            f"grid={options.grid} is {_product(options.grid)} tokens, but the attention sites of "
-            f"this graph hold {', '.join(counts)}; give the (T, H, W) of the latent tokens after "
-            "patch embedding, or leave `grid` out."
-        )
+        raise _refuse_grid(options.grid, sites, found)
     asked = options.router not in ("auto", "dense")
     if asked and sites and not any(c.sparse for c in choices):
         reasons = "; ".join(
@@ -195,18 +191,44 @@ def _apply_grid(layout: Layout | None, options: Options) -> Layout | None:
     if layout.grid is None:
         return declare_grid(layout, options.grid)
     proved = tuple(layout.grid.sizes)
-    if (
-        all(size.is_Integer for size in proved)
-        and proved != options.grid
-        and _product(proved) == _product(options.grid)
-    ):
-        raise OptionError(
-            f"grid={options.grid} contradicts the graph, which proves {tuple(map(int, proved))} "
-            f"(from its {layout.grid.source}); leave `grid` out."
-        )
-    if _product(proved) != _product(options.grid):
+    if not all(size.is_Integer for size in proved):
+        # what is proved for every call says more than the grid of one
+        fits = all(not p.is_Integer or p == g for p, g in zip(proved, options.grid, strict=True))
+    elif proved != options.grid and _product(proved) == _product(options.grid):
+        raise _contradict(options.grid, layout.grid)
+    else:
+        fits = proved == options.grid
+    if not fits:
         return replace(layout, grid=None, reason=f"It does not fit grid={options.grid}.")
     return layout
+
+
+def _contradict(given: tuple[int, int, int], proved: Grid) -> OptionError:
+    return OptionError(
+        f"grid={given} contradicts the graph, which proves ({', '.join(map(str, proved.sizes))}) "
+        f"(from its {proved.source}); leave `grid` out."
+    )
+
+
+def _refuse_grid(
+    given: tuple[int, int, int], sites: Sequence[Site], layouts: Sequence[Layout | None]
+) -> OptionError:
+    """Why a grid fits no site; `layouts` are as they were without it."""
+    symbolic = [x.grid for x in layouts if x and x.grid and not _product(x.grid.sizes).is_Integer]
+    if symbolic:
+        return _contradict(given, symbolic[0])
+    counts = sorted({_length(s) for s in sites if s.query is not None}, key=str)
+    held = f"the attention sites of this graph hold {', '.join(map(str, counts))}"
+    if not all(count.is_Integer for count in counts):
+        return OptionError(
+            f"grid={given} is {_product(given)} tokens in each call, but {held}, which differ from "
+            "call to call, and nothing proves their grid; compile with dynamic=False, or leave "
+            "`grid` out."
+        )
+    return OptionError(
+        f"grid={given} is {_product(given)} tokens, but {held}; give the (T, H, W) of the latent "
+        "tokens after patch embedding, or leave `grid` out."
+    )
 
 
 def _describe_shapes(site: Site) -> tuple[str, ...]:

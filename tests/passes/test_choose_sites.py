@@ -14,8 +14,8 @@ from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import SiteKind, find_tokens
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.choose_sites import choose_sites
-from tests.graphs import capture_tiny
-from tests.tiny_models import cogvideox, flux, hunyuan_video, wan
+from tests.graphs import capture_one, capture_tiny
+from tests.tiny_models import cogvideox, flux, hunyuan_video, sd3, wan
 
 
 def facts(make=wan):
@@ -141,6 +141,37 @@ def test_a_grid_that_agrees_is_taken_from_the_graph():
     gm, sites, tokens = facts()
     choice = choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(3, 4, 5)))[0]
     assert choice.decision.layout.grid_source == "latents"
+
+
+def symbolic_facts(make):
+    tiny = make(batch=2)
+    gm = capture_one(tiny.model, dynamic=True, **tiny.inputs)
+    sites = find_sites(gm.graph)
+    return gm, sites, find_tokens(gm.graph, sites)
+
+
+def test_a_proved_grid_of_symbols_stays_where_one_is_given():
+    gm, sites, tokens = symbolic_facts(wan)
+    proved, given = (
+        choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=grid))[0]
+        for grid in (None, (3, 4, 5))
+    )
+    assert given.sparse.grid == proved.sparse.grid
+    assert not all(size.is_Integer for size in given.sparse.grid)
+    assert given.decision.layout.grid_source == "latents"
+
+
+def test_a_given_grid_is_checked_where_the_proved_one_is_a_number():
+    gm, sites, tokens = symbolic_facts(sd3)
+    with pytest.raises(OptionError, match=r"grid=\(4, 1, 5\) contradicts .* proves \(1, .*s"):
+        choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(4, 1, 5)))
+    assert choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(1, 4, 5)))[0].sparse
+
+
+def test_a_grid_fits_no_length_that_changes():
+    gm, sites, tokens = symbolic_facts(flux)
+    with pytest.raises(OptionError, match=r"differ from call to call.*dynamic=False"):
+        choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(1, 4, 5)))
 
 
 def test_a_router_asked_for_by_name_must_serve_a_site():
