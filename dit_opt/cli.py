@@ -88,8 +88,7 @@ def demo(
         options = read_options(option or [])
         contestants = load_contestants(checkpoint or CHECKPOINT, steps, device, options)
     except (run.DemoError, CheckpointError, OptionError) as error:
-        typer.echo(f"ditopt demo: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise _refuse(error) from error
     console = Console()
     columns = (
         TextColumn("{task.description:>20}"),
@@ -97,8 +96,11 @@ def demo(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        result = run.run_demo(contestants, task, _show_steps(progress))
+    try:
+        with Progress(*columns, console=console) as progress:
+            result = run.run_demo(contestants, task, _show_steps(progress))
+    except run.DemoError as error:
+        raise _refuse(error) from error
     written = run.write_outputs(result, out, json)
     _print_result(console, result)
     console.print("Wrote " + ", ".join(map(str, written)), soft_wrap=True)
@@ -110,6 +112,12 @@ def demo(
             err=True,
         )
         raise typer.Exit(1)
+
+
+def _refuse(error: Exception) -> typer.Exit:
+    """Says what is wrong with the input."""
+    typer.echo(f"ditopt demo: {error}", err=True)
+    return typer.Exit(2)
 
 
 def _show_steps(progress: Progress) -> Notify:

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 import dit_opt
 from dit_opt.cli import app, main
 from dit_opt.demo import side_by_side
-from dit_opt.options import Options
-from tests.demo.stubs import SIZE, make_contestants
+from dit_opt.options import OptionError, Options
+from tests.demo.stubs import SIZE, make_contestants, refuse_options
 
 
 @pytest.fixture
@@ -108,3 +108,22 @@ def test_options_of_the_backend_reach_the_model_and_the_report(invoke, stub, tmp
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["options"]["router"] == "rainfusion" and figures["dense_steps"] == 2
+
+
+def test_an_option_that_does_not_suit_the_model_is_one_sentence(
+    invoke, stub, tmp_path, monkeypatch
+):
+    stub()
+    load = side_by_side.load_contestants
+
+    def refusing(*args):
+        contestants = load(*args)
+        pipeline = contestants.pipeline
+        pipeline.transformer = refuse_options(pipeline.transformer, OptionError("Not this grid."))
+        return contestants
+
+    monkeypatch.setattr(side_by_side, "load_contestants", refusing)
+    result = invoke("demo", "--steps", "3")
+    assert result.exit_code == 2
+    assert result.stderr == "ditopt demo: Not this grid.\n"
+    assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 import dit_opt
+from dit_opt._compat import BackendCompilerFailed
+from dit_opt.backend import NothingReplaced
 from dit_opt.demo import clips, detector
 from dit_opt.demo.images import (
     AMPLIFY,
@@ -36,6 +38,9 @@ from dit_opt.demo.side_by_side import (
     run_interleaved,
     run_steps,
 )
+from dit_opt.inspect.report import Report
+from dit_opt.options import OptionError
+from dit_opt.runtime.schedule import Phase
 
 EAGER_STEPS = 3
 # below this, pictures differ visibly and a speedup would be bought with quality
@@ -157,17 +162,19 @@ def run_demo(contestants: Contestants, task: Task, notify: Notify) -> DemoResult
     """Sample `task` all three ways. Statistics of earlier ditopt runs are dropped.
 
     Warm runs of the two compilers take turns step by step. The cold pass before it is long enough
-    to compile every graph variant: ditopt's dense start and two steps more.
+    to compile every graph variant.
+
+    Raises DemoError where the options do not suit the demo model.
     """
-    dense_steps = contestants.dense_steps(task.steps)
-    cold_steps = min(task.steps, dense_steps + 2)
+    cold_steps = contestants.cold_steps(task.steps)
     compiled = {"inductor": contestants.inductor, "ditopt": contestants.ditopt}
     attention_share = measure_attention_share(contestants.eager, task)
     eager = run_steps("eager", contestants.eager, task, min(EAGER_STEPS, task.steps), notify)
-    cold = {
-        name: run_steps(f"{name}, cold", model, task, cold_steps, notify)
-        for name, model in compiled.items()
-    }
+    with _own_errors():
+        cold = {
+            name: run_steps(f"{name}, cold", model, task, cold_steps, notify)
+            for name, model in compiled.items()
+        }
     dit_opt.reset()
     warm = run_interleaved(compiled, task, notify)
     report = dit_opt.report(contestants.ditopt)
@@ -176,20 +183,47 @@ def run_demo(contestants: Contestants, task: Task, notify: Notify) -> DemoResult
         cold=cold,
         warm={"eager": eager, **warm},
         options=asdict(contestants.options),
-        dense_steps=dense_steps,
+        dense_steps=contestants.dense_steps(task.steps),
         likeness=compare_clips(warm["ditopt"].latents, warm["inductor"].latents),
         prompt_score={
             name: detector.score(run.latents[0].float().cpu(), task.prompt)
             for name, run in warm.items()
         },
         attention_share=attention_share,
-        density=report.density,
+        density=_read_density(report),
         layers=[asdict(layer) for graph in report.graphs for layer in graph.layers],
         compile_cache_hit=[graph.warm for graph in report.graphs],
         machine=describe_machine(task.device),
         versions=list_versions(),
         date=read_date(),
     )
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Tells what the backend has against its options in a sentence; Dynamo wraps it in a dozen."""
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        cause = error.inner_exception
+        if isinstance(cause, NothingReplaced):
+            raise DemoError(
+                "No attention site of the demo model could be replaced, and on_no_match='error' "
+                "forbids to go on; leave it out for the reasons."
+            ) from error
+        if isinstance(cause, OptionError):
+            raise DemoError(str(cause)) from error
+        raise
+
+
+def _read_density(report: Report) -> float | None:
+    """As reported, but for graphs that keep everything: they search nothing to report on."""
+    kept_all = any(
+        decision.router == "full" and graph.calls.get(Phase.SEARCH.value)
+        for graph in report.graphs
+        for decision in graph.record.decisions
+    )
+    return 1.0 if report.density is None and kept_all else report.density
 
 
 def check_outputs(out: Path, json_file: Path | None) -> None:

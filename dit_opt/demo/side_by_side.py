@@ -22,6 +22,7 @@ from dit_opt.demo import clips
 from dit_opt.demo.model import load_model
 from dit_opt.demo.sampler import SHIFT, STEPS, Step, denoise
 from dit_opt.options import Options
+from dit_opt.runtime.schedule import Phase, Position, Schedule, choose_phase
 
 Model = Callable[..., tuple[torch.Tensor, ...]]
 # told of the start and of every finished step: the name of the run, steps done, steps in all
@@ -98,6 +99,20 @@ class Contestants:
         """How many of `steps` ditopt runs dense at the start."""
         asked = self.options.effective_dense_steps
         return min(steps, asked if isinstance(asked, int) else round(asked * steps))
+
+    def cold_steps(self, steps: int) -> int:
+        """The first of `steps` steps, in which every graph variant that they need runs once.
+
+        Two after the dense start at least.
+        """
+        options, dense_steps = self.options, self.dense_steps(steps)
+        schedule = Schedule(dense_steps, options.effective_refresh_every, options.verify_every or 0)
+        first: dict[Phase, int] = {}
+        for step in range(steps):
+            position = Position(0, step, 0, 1 - step / steps, from_start=True, total=steps)
+            phase = choose_phase(position, schedule, has_plan=Phase.SEARCH in first)
+            first.setdefault(phase, step)
+        return min(steps, max(dense_steps + 2, *(step + 1 for step in first.values())))
 
 
 def load_contestants(

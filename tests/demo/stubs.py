@@ -32,6 +32,15 @@ def make_contestants(ditopt_strength: float = 1.0) -> Contestants:
     return Contestants(eager, inductor, Pipeline(StubDenoiser(ditopt_strength), None), Options())
 
 
+def refuse_options(model: torch.nn.Module, error: Exception) -> torch.nn.Module:
+    """The model with a backend that raises `error` when it compiles."""
+
+    def backend(gm, inputs):
+        raise error
+
+    return torch.compile(model, backend=backend)
+
+
 def make_task(steps: int = 3, seed: int = 0) -> Task:
     prompt = parse_prompt("a red disk moving left and a blue ring moving up")
     return Task(prompt, seed=seed, steps=steps, size=SIZE)

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from PIL import Image
 
+import dit_opt
+from dit_opt._compat import BackendCompilerFailed
+from dit_opt.backend import NothingReplaced
+from dit_opt.decisions import Decision, GraphRecord, Reason
 from dit_opt.demo import run
 from dit_opt.demo.run import DemoError, run_demo, write_outputs
-from tests.demo.stubs import ignore, make_contestants, make_task
+from dit_opt.inspect.report import GraphReport, Report
+from dit_opt.options import OptionError, Options
+from tests.demo.stubs import ignore, make_contestants, make_task, refuse_options
 
 FILES = ["contact_sheet.png", "dense.gif", "ditopt.gif", "report.json"]
 
@@ -90,3 +97,42 @@ def test_a_device_that_is_not_here_is_refused():
 def test_a_bad_prompt_is_answered_with_an_example():
     with pytest.raises(DemoError, match="An example is 'a red disk"):
         run.read_prompt("a dog")
+
+
+def test_the_cold_pass_is_as_long_as_the_options_need():
+    options = Options(verify_every=3)
+    contestants = dataclasses.replace(make_contestants(), options=options)
+    figures = run_demo(contestants, make_task(steps=5), ignore).to_json()
+    assert figures["cold_steps"] == {"inductor": 4, "ditopt": 4}
+
+
+@pytest.mark.parametrize(
+    ("calls", "reason", "router", "density"),
+    [
+        ({"search": 4}, Reason.REPLACED, "full", 1.0),
+        ({"observe": 4}, Reason.REPLACED, "full", None),
+        ({"observe": 4}, Reason.TOO_SHORT, "", None),
+    ],
+)
+def test_keeping_everything_is_a_density_of_one(monkeypatch, calls, reason, router, density):
+    decision = Decision(0, "blocks.0", "", reason, "", (), None, router, None, None, None)
+    record = GraphRecord(decisions=(decision,), timestep=None, order="", passes=())
+    report = Report((GraphReport(record, calls, (), None),))
+    monkeypatch.setattr(dit_opt, "report", lambda model: report)
+    assert run_demo(make_contestants(), make_task(steps=2), ignore).density == density
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OptionError("grid=(1, 2, 3) is 6 tokens."), r"^grid=\(1, 2, 3\) is 6 tokens\.$"),
+        (NothingReplaced("nothing:\na table"), r"^No attention site .* reasons\.$"),
+        (KeyError("a bug"), None),
+    ],
+)
+def test_options_that_fail_at_compile_time_are_told_in_a_sentence(error, told):
+    contestants = make_contestants()
+    pipeline = contestants.pipeline
+    pipeline.transformer = refuse_options(pipeline.transformer, error)
+    with pytest.raises(DemoError if told else BackendCompilerFailed, match=told):
+        run_demo(contestants, make_task(steps=2), ignore)

@@ -76,3 +76,25 @@ def test_attention_share_counts_attention_only():
 def test_dense_steps_follow_the_options(asked, dense):
     contestants = dataclasses.replace(make_contestants(), options=Options(dense_steps=asked))
     assert contestants.dense_steps(20) == dense
+
+
+@pytest.mark.parametrize(
+    ("options", "cold"),
+    [
+        ({}, 2),
+        ({"dense_steps": 3}, 5),
+        ({"dense_steps": 1.0}, 20),
+        # the check comes at step 5
+        ({"verify_every": 5}, 6),
+        ({"verify_every": 4, "dense_steps": 4}, 9),
+        # each check falls on a search
+        ({"verify_every": 5, "refresh_every": 5}, 2),
+        # the search at step 3 has another one after it
+        ({"dense_steps": 3, "refresh_every": 2}, 6),
+        ({"verify_every": 19}, 20),
+    ],
+)
+def test_cold_steps_meet_every_variant(options, cold):
+    contestants = dataclasses.replace(make_contestants(), options=Options(**options))
+    assert contestants.cold_steps(20) == cold
+    assert contestants.cold_steps(1) == 1
