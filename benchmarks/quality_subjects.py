@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from dit_opt.demo.side_by_side import (
     run_interleaved,
     run_steps,
 )
+from dit_opt.inspect.report import Report
+from dit_opt.pipeline import DENOISERS, find_denoisers
 
 MASS_PROMPTS = 2
 
@@ -149,10 +152,12 @@ class PipelineSubject:
     def __init__(
         self, pipeline: Any, configurations: Sequence[Configuration], steps: int, device: str
     ) -> None:
-        allow_recompiles(8 * (len(configurations) + 1))
+        denoisers = find_denoisers(pipeline)
+        allow_recompiles(8 * (len(configurations) + 1) * len(denoisers))
         self._steps, self._device = steps, device
         self._pipelines = {"eager": pipeline, "dense": _share(pipeline)}
-        self._pipelines["dense"].transformer.compile()
+        for model in find_denoisers(self._pipelines["dense"]):
+            model.compile()
         for configuration in configurations:
             self._pipelines[configuration.name] = shared = _share(pipeline)
             dit_opt.optimize(shared, **configuration.options)
@@ -181,16 +186,18 @@ class PipelineSubject:
         return eager, dense
 
     def read_density(self, name: str) -> float | None:
-        return dit_opt.report(self._pipelines[name].transformer).density
+        models = find_denoisers(self._pipelines[name])
+        graphs = (graph for model in models for graph in dit_opt.report(model).graphs)
+        return Report(tuple(graphs)).density
 
     def score(self, prompt: str, clip: torch.Tensor) -> float | None:
         return None
 
     def describe_model(self) -> dict[str, Any]:
-        transformer = self._pipelines["eager"].transformer
+        models = find_denoisers(self._pipelines["eager"])
         return {
-            "class": type(transformer).__name__,
-            "parameters": sum(p.numel() for p in transformer.parameters()),
+            "class": ", ".join(dict.fromkeys(type(model).__name__ for model in models)),
+            "parameters": sum(p.numel() for model in models for p in model.parameters()),
         }
 
     def _run(self, name: str, prompt: str, seed: int, notify: Notify) -> Run:
@@ -219,11 +226,14 @@ class PipelineSubject:
 
 
 def _share(pipeline: Any) -> Any:
-    """A pipeline of the same parts, with a denoiser and a scheduler of its own."""
-    parts = dict(pipeline.components)
-    for name in ("transformer", "scheduler"):
-        parts[name] = copy.deepcopy(parts[name])
-    return type(pipeline)(**parts)
+    """A pipeline of the same parts and settings, with denoisers and schedulers of its own."""
+    parts = pipeline.components
+    # at once, so that what has two names stays one thing
+    own = copy.deepcopy({k: parts[k] for k in parts if k in DENOISERS or k.endswith("scheduler")})
+    # `components` leaves out what a constructor takes besides, such as Wan 2.2's `boundary_ratio`
+    accepted = inspect.signature(type(pipeline)).parameters
+    settings = {k: v for k, v in pipeline.config.items() if k in accepted and k not in parts}
+    return type(pipeline)(**settings, **{**parts, **own})
 
 
 def _to_clip(out: Any) -> torch.Tensor:

@@ -59,7 +59,7 @@ def optimize(
     """
     Options.parse(options)
     scheduler = getattr(pipe_or_model, "scheduler", None)
-    models = _find_denoisers(pipe_or_model)
+    models = find_denoisers(pipe_or_model)
     for model in models:
         if regional and not hasattr(model, "compile_repeated_blocks"):
             raise TypeError(
@@ -88,7 +88,8 @@ def optimize(
     return pipe_or_model
 
 
-def _find_denoisers(pipe_or_model: Any) -> list[torch.nn.Module]:
+def find_denoisers(pipe_or_model: Any) -> list[torch.nn.Module]:
+    """What `optimize` compiles in a pipeline, or the module itself. Raises TypeError for none."""
     if isinstance(pipe_or_model, torch.nn.Module):
         return [pipe_or_model]
     found = [getattr(pipe_or_model, name, None) for name in DENOISERS]
