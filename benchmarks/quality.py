@@ -9,7 +9,7 @@ Each prompt is sampled with Inductor (`dense`), with ditopt (`default`, its opti
 with every combination of the other lists and as each --also says, from the same noise. On the demo
 model the samplings take turns step by step; those of a diffusers pipeline (--pipeline, from the hub
 or a folder) run one after the other. The JSON file is rewritten after every prompt, so a long run
-can be stopped and taken up again with `--resume`.
+can be stopped and taken up again with `--resume`, also with more prompts after the same first ones.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     try:
         subject, prompts, settings = load_subject(args)
-        result = start_result(settings, args.json, args.resume, args.device)
+        result = start_result(settings, args.json, args.resume, args.device, prompts)
     # an OptionError, or a name that is no pipeline, is a ValueError
     except (CheckpointError, ResumeError, ValueError, OSError) as error:
         sys.exit(f"benchmarks.quality: {error}")

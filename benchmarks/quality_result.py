@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from dit_opt.demo.machine import describe_machine, read_date
 
-# what must be equal for a run to be taken up again
+# what must be equal for a run to be taken up again, with device and prompts
 SETTINGS = ("checkpoint_sha256", "pipeline", "steps", "configurations", "seed", "versions")
 COLUMNS = (
     "psnr_db",
@@ -67,11 +67,12 @@ def _mean(found: Sequence[dict[str, Any]], key: str) -> float | None:
 
 
 def start_result(
-    settings: dict[str, Any], path: Path | None, resume: bool, device: str
+    settings: dict[str, Any], path: Path | None, resume: bool, device: str, prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """An empty result, or what `path` holds of an earlier run with the same settings.
+    """An empty result, or what `path` holds of an earlier run with the same settings and device,
+    whose prompts are the first of `prompts`.
 
-    Raises ResumeError where the file is missing, damaged or of other settings.
+    Raises ResumeError where the file is missing, damaged or of another run.
     """
     if not resume:
         return {
@@ -87,14 +88,36 @@ def start_result(
         result = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ResumeError(f"{path} is no result file ({error}); leave --resume out.") from error
+    differences = list(_list_differences(result, settings, device, prompts))
+    if differences:
+        raise ResumeError(
+            f"{path} was measured with {', and '.join(differences)}; give the same arguments, or "
+            "leave --resume out."
+        )
+    return result
+
+
+def _list_differences(
+    result: dict[str, Any], settings: dict[str, Any], device: str, prompts: Sequence[str]
+) -> Iterator[str]:
+    """What a file holds and what was asked for instead; of its prompts, the first other one."""
     wanted = json.loads(json.dumps(settings))
     for key in SETTINGS:
         if result.get(key) != wanted.get(key):
-            raise ResumeError(
-                f"{path} was measured with {key}={result.get(key)}, not {settings.get(key)}; give "
-                "the same arguments, or leave --resume out."
-            )
-    return result
+            yield f"{key}={result.get(key)}, not {settings.get(key)}"
+    found, asked = result.get("machine", {}).get("device"), str(torch.device(device))
+    if found != asked:
+        yield f"device={found}, not {asked}"
+    # the noise floor is measured first, so a run that was stopped early has only that
+    measured = max(
+        result.get("samples", []), result.get("noise_floor", {}).get("samples", []), key=len
+    )
+    for index, sample in enumerate(measured):
+        if index == len(prompts):
+            yield f"{len(measured)} prompts, not {len(prompts)}"
+        elif index < len(prompts) and sample["prompt"] != prompts[index]:
+            yield f"prompt {index + 1} {sample['prompt']!r}, not {prompts[index]!r}"
+            return
 
 
 def save_result(result: dict[str, Any], path: Path | None) -> None:

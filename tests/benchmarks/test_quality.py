@@ -63,7 +63,7 @@ def test_configurations_are_all_combinations_on_top_of_the_default():
 
 def test_a_run_gives_every_figure_of_the_issue(tmp_path):
     path = tmp_path / "f.json"
-    result = start_result(SETTINGS, path, False, "cpu")
+    result = start_result(SETTINGS, path, False, "cpu", PROMPTS)
     run_benchmark(make_subject(0.99), result, PROMPTS, 5, path, ignore)
     figures = json.loads(path.read_text())
     assert len(figures["samples"]) == figures["prompts"] == 3
@@ -91,17 +91,33 @@ def test_an_interrupted_run_is_taken_up_where_it_stopped(tmp_path, monkeypatch):
         return measure_prompt(subject, prompt, seed, notify)
 
     monkeypatch.setattr(quality, "measure_prompt", interrupt_third)
-    started = start_result(SETTINGS, path, False, "cpu")
+    started = start_result(SETTINGS, path, False, "cpu", PROMPTS)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(make_subject(), started, PROMPTS, 0, path, ignore)
     monkeypatch.setattr(quality, "measure_prompt", measure_prompt)
-    resumed = start_result(SETTINGS, path, True, "cpu")
+    resumed = start_result(SETTINGS, path, True, "cpu", PROMPTS)
     assert [s["seed"] for s in resumed["samples"]] == [0, 1]
     before = [s["dense"] for s in resumed["samples"]]
     run_benchmark(make_subject(), resumed, PROMPTS, 0, path, ignore)
     samples = json.loads(path.read_text())["samples"]
     assert [s["seed"] for s in samples] == [0, 1, 2]
     assert [s["dense"] for s in samples[:2]] == before
+
+
+def test_a_changed_prompt_file_is_not_mixed_into_an_earlier_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality.PipelineSubject, "load", lambda *args: make_subject())
+    prompts, path = tmp_path / "prompts.txt", tmp_path / "f.json"
+    argv = ["--pipeline", "any", "--prompt-file", str(prompts), "--json", str(path), "--steps", "3"]
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    quality.main(argv)
+    before = path.read_text()
+    prompts.write_text("\n".join([PROMPTS[2], PROMPTS[1]]))
+    with pytest.raises(SystemExit, match=f"prompt 1 '{PROMPTS[0]}', not '{PROMPTS[2]}'"):
+        quality.main([*argv, "--resume"])
+    assert path.read_text() == before
+    prompts.write_text("\n".join(PROMPTS))
+    quality.main([*argv, "--resume"])
+    assert [s["prompt"] for s in json.loads(path.read_text())["samples"]] == PROMPTS
 
 
 def test_a_missing_checkpoint_ends_the_command_with_a_sentence(tmp_path):

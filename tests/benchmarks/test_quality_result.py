@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks import quality_result
 from benchmarks.quality_result import ResumeError, aggregate, find_front, start_result
 
 SETTINGS = {"checkpoint_sha256": "x", "steps": 3, "configurations": {}, "seed": 0, "versions": {}}
+PROMPTS = ["a cat", "a dog"]
 
 
 def sample(psnr: float, density: float | None = 0.25) -> dict:
@@ -54,14 +57,39 @@ def test_the_plot_shows_a_point_for_each_configuration(tmp_path):
 def test_resume_refuses_other_settings(tmp_path):
     path = tmp_path / "f.json"
     with pytest.raises(ResumeError, match="needs --json"):
-        start_result(SETTINGS, None, True, "cpu")
+        start_result(SETTINGS, None, True, "cpu", PROMPTS)
     with pytest.raises(ResumeError, match="needs --json"):
-        start_result(SETTINGS, path, True, "cpu")
-    quality_result.save_result(start_result(SETTINGS, path, False, "cpu"), path)
+        start_result(SETTINGS, path, True, "cpu", PROMPTS)
+    quality_result.save_result(start_result(SETTINGS, path, False, "cpu", PROMPTS), path)
     # what JSON turns into lists is the same setting still
-    start_result({**SETTINGS, "configurations": {}}, path, True, "cpu")
+    start_result({**SETTINGS, "configurations": {}}, path, True, "cpu", PROMPTS)
     with pytest.raises(ResumeError, match="steps=3, not 4"):
-        start_result({**SETTINGS, "steps": 4}, path, True, "cpu")
+        start_result({**SETTINGS, "steps": 4}, path, True, "cpu", PROMPTS)
     path.write_text("{")
     with pytest.raises(ResumeError, match="no result file"):
-        start_result(SETTINGS, path, True, "cpu")
+        start_result(SETTINGS, path, True, "cpu", PROMPTS)
+
+
+def test_resume_refuses_another_device_and_other_prompts(tmp_path):
+    path = tmp_path / "f.json"
+    result = start_result(SETTINGS, path, False, "cpu", PROMPTS)
+    result["noise_floor"]["samples"] = [
+        {"prompt": prompt, "psnr_db": 30.0, "ssim": 1.0} for prompt in PROMPTS
+    ]
+    quality_result.save_result(result, path)
+    with pytest.raises(ResumeError, match="device=cpu, not cuda"):
+        start_result(SETTINGS, path, True, "cuda", PROMPTS)
+    # stopped after the noise floor
+    with pytest.raises(ResumeError, match="prompt 2 'a dog', not 'a bird';"):
+        start_result(SETTINGS, path, True, "cpu", ["a cat", "a bird"])
+    result["samples"] = [{"prompt": prompt} for prompt in [*PROMPTS, "a fox"]]
+    path.write_text(json.dumps(result))
+    with pytest.raises(ResumeError, match="prompt 3 'a fox', not 'a cat';"):
+        start_result(SETTINGS, path, True, "cpu", [*PROMPTS, "a cat"])
+    with pytest.raises(ResumeError, match="3 prompts, not 2;"):
+        start_result(SETTINGS, path, True, "cpu", PROMPTS)
+    with pytest.raises(ResumeError, match="steps=3, not 4, and device=cpu, not cuda, and prompt 1"):
+        start_result({**SETTINGS, "steps": 4}, path, True, "cuda", ["a bird"])
+    # more prompts after the same ones are measured besides
+    more = [*PROMPTS, "a fox", "a bird"]
+    assert start_result(SETTINGS, path, True, "cpu", more)["samples"] == result["samples"]
