@@ -76,9 +76,10 @@ def optimize(
             "options": dict(options),
         }
         if regional:
-            _announce_steps(model, announcement)
+            model.register_forward_pre_hook(_StepHook(model, announcement), with_kwargs=True)
             if options.get("grid") is None:
-                _announce_grid(model)
+                model.register_forward_pre_hook(_GridHook(model), with_kwargs=True)
+                model.register_forward_hook(_GridEndHook(), always_call=True)
                 settings["dynamic"] = bool(dynamic)
                 allow_recompiles(REGIONAL_SHAPES)
             model.compile_repeated_blocks(**settings)
@@ -110,15 +111,35 @@ def _timestep_reader(scheduler: Any):
     return lambda: getattr(reference(), "timesteps", None)
 
 
-def _announce_steps(model: torch.nn.Module, announcement: Announcement) -> None:
-    """Tell the blocks where the run stands, from the model's own `timestep` argument.
+class _Hook:
+    """A hook of a model whose blocks are compiled one by one; this one does nothing.
+
+    Neither compiled blocks nor what was announced go with a model that is pickled or deep-copied:
+    the copy is an ordinary model, and this is what becomes of its hooks.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _StepHook(_Hook):
+    """Tells the blocks where the run stands, from the model's own `timestep` argument.
 
     One clock for each thread and each shape of the first tensor argument, as in a whole graph.
     """
-    signature = inspect.signature(model.forward)
 
-    def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = signature.bind_partial(*args, **kwargs).arguments
+    def __init__(self, model: torch.nn.Module, announcement: Announcement) -> None:
+        self._signature = inspect.signature(model.forward)
+        self._announcement = announcement
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        announcement = self._announcement
         timestep = bound.get("timestep")
         if timestep is None:
             announcement.position = None
@@ -131,27 +152,30 @@ def _announce_steps(model: torch.nn.Module, announcement: Announcement) -> None:
         value = timestep.max() if isinstance(timestep, torch.Tensor) else timestep
         announcement.position = clock.tick(float(value), announcement.timesteps())
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
 
+class _GridHook(_Hook):
+    """Has the whole model tell its blocks (T, H, W) in each call."""
 
-def _announce_grid(model: torch.nn.Module) -> None:
-    """Have the whole model tell its blocks (T, H, W) in each call."""
-    signature = inspect.signature(model.forward)
-    grids: dict[Any, tuple[int, int, int] | None] = {}
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._signature = inspect.signature(model.forward)
+        self._grids: dict[Any, tuple[int, int, int] | None] = {}
 
-    def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = signature.bind_partial(*args, **kwargs).arguments
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        inputs = self._signature.bind_partial(*args, **kwargs).arguments
         sizes = _describe_sizes({k: x for k, x in inputs.items() if k != "timestep"})
-        if sizes not in grids:
-            grids[sizes] = read_grid(module, args, kwargs)
-            log.info("the whole model tells the grid %s to its blocks", grids[sizes])
-        set_running_grid(grids[sizes])
+        if sizes not in self._grids:
+            self._grids[sizes] = read_grid(module, args, kwargs)
+            log.info("the whole model tells the grid %s to its blocks", self._grids[sizes])
+        set_running_grid(self._grids[sizes])
 
-    def after(*_: Any) -> None:
+
+class _GridEndHook(_Hook):
+    """Ends what `_GridHook` began."""
+
+    def __call__(self, *args: Any) -> None:
         set_running_grid(None)
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, always_call=True)
 
 
 def _describe_sizes(value: Any) -> Any:

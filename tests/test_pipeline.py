@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import dit_opt
 from dit_opt.backend import live_bounds
 from dit_opt.options import OptionError
-from dit_opt.runtime.state import announcement_for
+from dit_opt.pipeline import _StepHook
+from dit_opt.runtime.state import announcement_for, running_grid, set_running_grid
 from tests.tiny_models import ltx_video, wan
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -113,7 +116,7 @@ def test_threads_of_a_regional_model_keep_their_own_steps():
     tiny = wan(grid=(4, 12, 16))
     dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
     announcement = announcement_for(next(tiny.model.parameters()))
-    (hook,) = [h for h in tiny.model._forward_pre_hooks.values() if "_announce_steps" in repr(h)]
+    (hook,) = [h for h in tiny.model._forward_pre_hooks.values() if isinstance(h, _StepHook)]
     seen = []
 
     def step(timestep):
@@ -129,6 +132,61 @@ def test_threads_of_a_regional_model_keep_their_own_steps():
     here, there, anew = seen[0][0], seen[1][0], seen[4][0]
     assert len({here, there, anew}) == 3
     assert seen == [(here, 0), (there, 0), (here, 1), (there, 1), (anew, 0)]
+
+
+def save_and_load(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), save_and_load],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copy_of_a_regional_model_is_an_ordinary_model_and_leaves_the_original_alone(duplicate):
+    tiny = wan(grid=(4, 12, 16))
+    untouched = copy.deepcopy(tiny.model)
+    alone = copy.deepcopy(tiny.model)
+    for model in (tiny.model, alone):
+        dit_opt.optimize(model, regional=True, dense_steps=2, **OPTIONS)
+
+    def step(model, timestep):
+        with torch.no_grad():
+            return model(**{**tiny.inputs, "timestep": torch.tensor([timestep])})[0]
+
+    copied = None
+    for timestep in (999.0, 900.0, 800.0, 700.0):
+        expected = step(alone, timestep)
+        torch.testing.assert_close(step(tiny.model, timestep), expected)
+        # made after the first step, when clocks and graphs exist, and called between the others
+        copied = copied or duplicate(tiny.model)
+        for other in (timestep - 20, timestep - 50):
+            torch.testing.assert_close(step(copied, other), step(untouched, other))
+    assert calls(tiny.model) == calls(alone) == {"observe": 4, "search": 4}
+    assert not dit_opt.report(copied).graphs
+    # whoever runs around the copy keeps the grid
+    set_running_grid((1, 2, 3))
+    step(copied, 600.0)
+    assert running_grid() == (1, 2, 3)
+    set_running_grid(None)
+
+
+def test_a_copy_of_a_regional_model_can_be_compiled_itself():
+    tiny = wan(grid=(4, 12, 16))
+    dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
+    whole, regional = copy.deepcopy(tiny.model), copy.deepcopy(tiny.model)
+    dit_opt.optimize(whole, fullgraph=True, dense_steps=1, **OPTIONS)
+    dit_opt.optimize(regional, regional=True, dense_steps=1, **OPTIONS)
+    for timestep in (999.0, 900.0):
+        with torch.no_grad():
+            for model in (whole, regional):
+                model(**{**tiny.inputs, "timestep": torch.tensor([timestep])})
+    assert calls(whole) == {"observe": 1, "search": 1}
+    assert calls(regional) == {"observe": 2, "search": 2}
+    assert not dit_opt.report(tiny.model).graphs
 
 
 def test_regional_blocks_are_compiled_for_more_shapes_than_dynamo_allows():
