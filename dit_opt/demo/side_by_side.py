@@ -109,7 +109,7 @@ class Contestants:
         schedule = Schedule(dense_steps, options.effective_refresh_every, options.verify_every or 0)
         first: dict[Phase, int] = {}
         for step in range(steps):
-            position = Position(0, step, 0, 1 - step / steps, from_start=True, total=steps)
+            position = Position(0, (0, 0), step, 0, 1 - step / steps, from_start=True, total=steps)
             phase = choose_phase(position, schedule, has_plan=Phase.SEARCH in first)
             first.setdefault(phase, step)
         return min(steps, max(dense_steps + 2, *(step + 1 for step in first.values())))
