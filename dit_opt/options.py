@@ -65,8 +65,9 @@ class Options:
             `frame_tile` (own and reference frames) or `oracle` (`headwise` by every row, as slow
             as dense attention: for measuring).
         density: mean kept share of the score matrix over sparse steps, in (0, 1]; 1 keeps
-            everything through the sparse kernel. Excludes `quality`. Where neither is given,
-            routers with an entry in `DEFAULT_DENSITIES` keep that, others aim at a quality.
+            everything through the sparse kernel. What heads get because a check caught them comes
+            on top. Excludes `quality`. Where neither is given, routers with an entry in
+            `DEFAULT_DENSITIES` keep that, others aim at a quality.
         quality: kept softmax mass to aim at, per head, in (0, 1).
         tail: what stands in for dropped blocks: `drop`, which is nothing, or `centroid`, their
             mean key and value.

@@ -49,15 +49,16 @@ def allot_blocks(
     reaches the target, by one threshold on mass per head. Density holds for each item: the mean
     over the heads comes as close to the target as whole blocks can without exceeding it, by one
     threshold for all heads, and each row keeps its `floor` heaviest blocks. What is always kept
-    counts, and is kept even where it alone exceeds the target.
+    counts, and is kept even where it alone exceeds the target. What a boost adds does not count:
+    the mean exceeds the target by it, and the other heads keep what they would without.
 
     Args:
         mass: float32 [B, H, nq, nk], the share of each row's softmax mass in each key block.
         blocks: their sizes in real tokens, and which of them are always kept.
         capacity: entries per list; rows that need more keep their heaviest blocks. nk if None.
         boost: float32 [B, H], 1 or more: how much less each head may drop than others do. A
-            quality q becomes 1 - (1 - q) / boost; under a density its blocks count so much more.
-            An infinite one keeps everything.
+            quality q becomes 1 - (1 - q) / boost; under a density its blocks score so many times
+            as much against the threshold of all heads. An infinite one keeps everything.
 
     Raises ValueError for an unknown spread and unless one of quality and density is in (0, 1].
     """
@@ -78,11 +79,12 @@ def allot_blocks(
         if spread != "equal" and floor > 0:
             heaviest = mass.topk(min(floor, mass.shape[-1])).indices
             scores = scores.scatter(-1, heaviest, torch.inf)
-        if boost is not None:
-            scores = _favour_heads(scores, boost)
         areas = _share_areas(blocks)
         target = density * mass.shape[1] * _ROUNDING
         threshold = find_threshold(scores, areas, target, (-3, -2, -1), within=True)
+        if boost is not None:
+            # after the threshold, or a favoured head would take the others' budget
+            scores = scores * boost[..., None, None]
     kept = scores >= threshold
     if boost is not None:
         # rounding may leave a little of what is to be kept whole
@@ -149,14 +151,6 @@ def _score_blocks(mass: Tensor, blocks: BlockLayout) -> Tensor:
     """Mass per key token, all different and within the range of thresholds; infinite if forced."""
     per_token = mass * (blocks.key_sizes.amax() / blocks.key_sizes)
     return _break_ties(per_token).masked_fill(blocks.always_kept, torch.inf)
-
-
-def _favour_heads(scores: Tensor, boost: Tensor) -> Tensor:
-    """Scores that count more in some heads of an item, within the range of thresholds."""
-    finite = torch.where(boost == torch.inf, 1.0, boost)
-    factor = (finite / finite.amax(-1, keepdim=True))[..., None, None]
-    scores = torch.where(scores == torch.inf, scores, (scores * factor).clamp(min=LIGHTEST))
-    return scores.masked_fill((boost == torch.inf)[..., None, None], torch.inf)
 
 
 def _break_ties(scores: Tensor) -> Tensor:

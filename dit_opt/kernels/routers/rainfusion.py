@@ -82,7 +82,8 @@ def recognize(
     asks more of a head whose rows disagree. Dense always serves. By density: the best mean recall
     among the candidates of density <= `target`; the sparsest candidate where none is. Arguments as
     in `measure_recall`; `boost`, float32 [B, H], 1 or more: a head may drop 1 / boost of what the
-    quality leaves it, or be boost times as dense. Raises ValueError for a target outside (0, 1].
+    quality leaves it, or be boost times as dense; at infinity it is dense. Raises ValueError for a
+    target outside (0, 1].
     """
     if not 0 < target <= 1:
         raise ValueError(f"The target {by} is {target}; it must lie in (0, 1].")
@@ -100,6 +101,8 @@ def recognize(
         # Rounding must not cost dense its recall of 1: without any match argmax names the sparsest.
         serves[..., -1] = True
         choice = serves.int().argmax(-1)
+    # The sampled rows may lose nothing to a sparser candidate, and the others do.
+    choice = torch.where(boost.squeeze(-1) == torch.inf, len(tables.density) - 1, choice)
     return choice.int(), recall
 
 

@@ -49,7 +49,9 @@ def plan(
     """The plan for q [B, H, N, D] and k [B, Hk, N, D] from one mean per block.
 
     Exactly one of `tau`, `quality` and `density` is given; key_bias as in `measure_block_mass`,
-    the rest as in `allot_blocks`. Scores of a Gaussian row keep 16 % at tau = 1 and 2.7 % at 2.
+    the rest as in `allot_blocks`, of which tau knows neither spread nor boost. Scores of a Gaussian
+    row keep 16 % at tau = 1 and 2.7 % at 2.
+
     Raises ValueError for shapes, targets or a capacity that do not fit.
     """
     check_request(q, k, blocks, capacity)

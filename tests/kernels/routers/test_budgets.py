@@ -130,6 +130,23 @@ def test_items_of_a_batch_do_not_see_each_other():
         assert torch.equal(alone.indices, together.indices[item : item + 1])
 
 
+@pytest.mark.parametrize("spread", ["need", "even", "equal"])
+@pytest.mark.parametrize("target", [{"density": 0.5}, {"quality": 0.6}], ids=str)
+def test_a_boost_takes_nothing_from_other_heads(target, spread):
+    scene = Scene(batch=2, tokens=256, video_tokens=256)
+    mass, blocks = draw_mass(scene), scene.blocks
+    plain, mask = allot(mass, blocks, **target, spread=spread)
+    ones = torch.ones(scene.batch, scene.heads)
+    same, _ = allot(mass, blocks, **target, spread=spread, boost=ones)
+    assert torch.equal(same.counts, plain.counts) and torch.equal(same.indices, plain.indices)
+    boost = ones.clone()
+    boost[0, 0], boost[1, 1] = 3.0, torch.inf
+    _, boosted = allot(mass, blocks, **target, spread=spread, boost=boost)
+    assert torch.equal(boosted[boost == 1], mask[boost == 1])
+    assert (boosted[0, 0] >= mask[0, 0]).all() and boosted[0, 0].sum() > mask[0, 0].sum()
+    assert boosted[1, 1].all() and not mask[1, 1].all()
+
+
 @pytest.mark.parametrize("target", ["quality", "density"])
 def test_a_target_of_one_keeps_all(target):
     scene = Scene()

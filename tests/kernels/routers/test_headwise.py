@@ -151,6 +151,19 @@ def test_a_boost_gives_a_head_more():
     assert raised.recall[0, 1] >= 0.9 - 1e-4 and raised.density[0, 2] > 0.9999
 
 
+def test_a_dense_head_leaves_the_others_their_density():
+    torch.manual_seed(0)
+    scene = Scene(tokens=512, video_tokens=512, block_q=64, block_k=32, heads=4, key_heads=4)
+    q, k, _, scale = make_inputs(scene)
+    orders = build_orders(VideoLayout(8, 8, 8, 0, 512), 64, 32, 1, CPU)
+    boost = torch.tensor([[torch.inf, 1.0, 1.0, 1.0]])
+    plain, _ = headwise.plan(q, k, scale, orders, density=0.25)
+    raised, _ = headwise.plan(q, k, scale, orders, density=0.25, boost=boost)
+    assert raised.density[0, 0] > 0.9999
+    assert torch.equal(raised.density[:, 1:], plain.density[:, 1:])
+    assert torch.equal(raised.recall[:, 1:], plain.recall[:, 1:])
+
+
 def test_wrong_requests_are_refused():
     scene = SCENES["video only"]
     q, k, _, scale = make_inputs(scene)

@@ -253,3 +253,17 @@ def test_bad_input_is_refused():
     for target in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
             recognize(q, q, tables, 1.0, target)
+
+
+@pytest.mark.parametrize("by", ["quality", "density"])
+def test_a_head_without_anything_to_drop_is_dense(by):
+    """Its sampled rows would lose nothing to a pattern of their own."""
+    q, k = plant(GRIDS[0], strength=2000.0)
+    tables = build_tables(*GRIDS[0], *BLOCKS, CPU)
+    plain, recall = recognize(q, k, tables, 1.0, 0.4, by)
+    assert (recall[0, 0, :-1] == 1).any()
+    boost = torch.ones(1, 4)
+    boost[0, 0] = torch.inf
+    choice, _ = recognize(q, k, tables, 1.0, 0.4, by, boost=boost)
+    assert choice[0, 0] == len(tables.names) - 1
+    assert torch.equal(choice[0, 1:], plain[0, 1:])
