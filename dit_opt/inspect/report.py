@@ -39,7 +39,8 @@ class LayerReport:
     Attributes:
         module: as "blocks.0.attn1". layer: name of the parameter that identifies the layer.
         branch: 0 conditional, 1 unconditional (in the order of calls).
-        density: realised mean kept share, over heads and sparse calls, in real tokens.
+        density: realised mean kept share, over heads and sparse calls, in real tokens; that of a
+            head which the guard caught in a call is 1.
         recall: mean softmax mass inside the plans, as sampled at the searches; None where the
             router does not know it.
         heads: how many heads had each type at the last search, over the batch: their patterns

@@ -54,7 +54,7 @@ class LayerState:
         layout: (T, H, W, start, N) of the site, which gives the choices their meaning.
         plan: what the last search found: each head's choice, int32 `[B, H]`, or its lists, packed
             (`kernels.routers.packing`), and its order; none where it follows from shapes.
-        density: fp32 `[B, H]`, summed over sparse calls.
+        density: fp32 `[B, H]`, summed over sparse calls, as executed: 1 for a head that was caught.
         recall: fp32 `[B, H]`, summed over searches.
         last_density: fp32 `[B, H]` of the plan in use.
         calls: sparse calls. searches: those of them that searched.
@@ -108,7 +108,11 @@ class LayerState:
         self, kept: torch.Tensor, error: torch.Tensor, caught: torch.Tensor, searched: bool
     ) -> None:
         """Keep what the guard found: a head that was caught may drop half of what it might before,
-        and none at all after `CATCHES_TO_DENSE` times in a run."""
+        and none at all after `CATCHES_TO_DENSE` times in a run.
+
+        Comes after the record of the call's plan, whose density it corrects: what was caught ran
+        dense.
+        """
         if self.kept is None or self.boost is None:
             self.kept, self.boost = kept.clone(), torch.ones_like(kept)
         elif searched:
@@ -116,6 +120,8 @@ class LayerState:
         dense = self.boost >= 2.0 ** (CATCHES_TO_DENSE - 1)
         raised = torch.where(dense, torch.inf, 2 * self.boost)
         self.boost.copy_(torch.where(caught > 0, raised, self.boost))
+        # not in place: a plan of shapes alone has one density for all items
+        self.density = self.density + caught * (1 - self.last_density)
         if self.guard is None:
             self.guard = GuardState(kept.clone(), error.clone(), caught.clone())
             return

@@ -8,7 +8,7 @@ import torch
 
 from dit_opt.runtime.bound import Bound, GradientError, Wiring
 from dit_opt.runtime.schedule import Clock, Phase, Schedule
-from dit_opt.runtime.state import KEPT_STREAMS, Announcement, announce
+from dit_opt.runtime.state import KEPT_STREAMS, Announcement, LayerState, announce
 
 LAYOUT = (2, 2, 2, 0, 8)
 STATE = {Phase.SEARCH: ("plan", "recall", "density"), Phase.REUSE: ()}
@@ -353,6 +353,26 @@ def test_a_head_that_is_caught_again_and_again_stays_dense():
     boosts = [r[2].tolist()[0][0] for _, r in graph.runs]
     assert boosts == [1, 2, 4, float("inf")]
     assert state.boost.tolist() == [[float("inf"), 1]]
+
+
+def test_a_head_that_was_caught_counts_as_dense():
+    verdicts = [[0, 1], [0, 0], [0, 0], [1, 0]]
+    timesteps = [1000 - 10 * i for i in range(5)]
+    graph, state = run_guarded(verdicts, timesteps, refresh_every=100)
+    assert graph.phases == ["search", "search", "verify", "reuse", "verify"]
+    # plans of densities 0.01 and 0.02, of which the second lives on
+    expected = torch.tensor([[0.01 + 3 * 0.02 + 1, 1 + 4 * 0.02]])
+    torch.testing.assert_close(state.density, expected)
+    torch.testing.assert_close(state.last_density, torch.full((1, 2), 0.02))
+
+
+def test_one_density_for_all_items_is_corrected_for_each():
+    one = torch.full((1, 2), 0.25)
+    state = LayerState(1, LAYOUT, (), one.clone(), one.clone(), one.clone())
+    caught = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    state.record_check(caught, caught, caught, searched=True)
+    state.record_reuse()
+    assert state.density.tolist() == [[1.25, 0.5], [0.5, 0.5]]
 
 
 def test_a_new_trajectory_begins_with_ordinary_budgets():
