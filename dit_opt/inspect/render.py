@@ -7,19 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import mean
 from typing import TYPE_CHECKING
 
 import sympy
 from tabulate import tabulate
 
 from dit_opt.decisions import Decision, GraphRecord, LayoutSummary, Reason, Size
+from dit_opt.inspect.differences import suggest_dense
 
 if TYPE_CHECKING:
     from dit_opt.inspect.report import GraphReport, GuardReport, LayerReport
-
-# of a layer's output, in L2 relative to dense attention
-LARGE_DIFFERENCE = 0.1
 
 _HEADERS = (
     "site",
@@ -168,33 +165,6 @@ def _render_differences(layers: Sequence[LayerReport]) -> str:
     headers = ["difference to dense", "branch", *(f"step {s}" for s in steps)]
     table = tabulate(rows, headers=headers, disable_numparse=True)
     return f"{table}\n{suggest_dense(layers)}"
-
-
-def suggest_dense(layers: Sequence[LayerReport]) -> str:
-    """Which steps and layers differ from dense attention by more than `LARGE_DIFFERENCE`.
-
-    Steps first: a layer is named for those only that remain sparse.
-    """
-    steps = sorted({step for layer in layers for step in layer.differences})
-    large = [
-        step
-        for step in steps
-        if mean([d for layer in layers if (d := layer.differences.get(step)) is not None])
-        > LARGE_DIFFERENCE
-    ]
-    first = large[-1] + 1 if large else 0
-    names = {
-        layer.module
-        for layer in layers
-        if (rest := [d for step, d in layer.differences.items() if step >= first])
-        and mean(rest) > LARGE_DIFFERENCE
-    }
-    advice = [f"dense_steps={first}"] if large else []
-    advice += [f"a larger quality or density for {name}" for name in sorted(names)]
-    bound = f"{LARGE_DIFFERENCE:.0%}"
-    if not advice:
-        return f"No step and no layer differs from dense attention by more than {bound} on average."
-    return f"More than {bound} from dense attention on average; consider {', '.join(advice)}."
 
 
 def _group_layers(decisions: Sequence[Decision]) -> list[tuple[str, list[Decision]]]:

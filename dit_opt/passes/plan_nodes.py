@@ -90,7 +90,7 @@ class Routed:
         counts, indices: the lists.
         plan: what a later call needs to do without a search.
         statistics: recall and density, each `[B or 1, H]`; none without a search.
-        expected: the mass that the guard wants kept, `[B, H]`; None catches no head.
+        expected: the mass that the guard wants kept, `[B, H]`; None catches a head for NaN only.
         inverse: the permutation that moves the output back, or None. per_head: it has one for
             each head, and not one for all.
     """

@@ -6,6 +6,7 @@ from dataclasses import replace
 import sympy
 
 from dit_opt.decisions import GraphRecord, Reason
+from dit_opt.inspect.differences import suggest_dense
 from dit_opt.inspect.render import (
     render_decisions,
     render_json,
@@ -124,6 +125,24 @@ def test_report():
     for part in ("0.250", "0.960", "spatial 9, temporal 3", "spatial 0.200, temporal 0.400", "40"):
         assert part in row
     assert "take 2.5 MB" in text and text.endswith("Mean density over sparse steps: 0.250")
+
+
+def make_layer(module, differences):
+    return LayerReport(
+        module, f"{module}.to_q.weight", 0, 0.25, 0.9, {}, {}, 4, 1, 10, None, differences
+    )
+
+
+def test_what_is_not_a_number_differs_and_is_named():
+    nan = float("nan")
+    whole = make_layer("blocks.0.attn1", {1: 0.01, 2: 0.01, 3: 0.01})
+    broken = make_layer("blocks.1.attn1", {1: 0.01, 2: nan, 3: 0.01})
+    assert suggest_dense([whole]).startswith("No step and no layer")
+    text = suggest_dense([whole, broken])
+    assert "not a number, from step 2 on, in blocks.1.attn1." in text
+    assert "consider dense_steps=3." in text
+    graph = GraphReport(GraphRecord((make_decision(),)), {}, (whole, broken), warm=None)
+    assert text in render_report([graph], 0.25)
 
 
 def test_report_of_nothing():

@@ -52,7 +52,8 @@ def check_plan(
     """The kept softmax mass and the relative L2 error of each head, float32 [B, H] both.
 
     Means over sampled rows, by a float32 softmax over all keys. The error is that of dropping what
-    the lists leave out, without a tail; rows without any key keep everything.
+    the lists leave out, without a tail; heads without any key keep everything. Both are NaN where
+    a score is.
 
     Args:
         q, k, v: [B, H, N, D] and [B, Hk, N, D]. counts, indices: a plan, [B or 1, H, ...].
@@ -74,14 +75,19 @@ def check_plan(
         if key_bias is not None:
             bias = key_bias.expand(-1, heads, -1)[:, part].unsqueeze(2)
             scores = scores + bias
-        mass = scores.softmax(-1).nan_to_num(0.0)
+        mass = scores.softmax(-1)
+        if key_bias is not None:
+            bare = (bias == -torch.inf).all(-1, keepdim=True)
+            mass = mass.masked_fill(bare, 0.0)
         shown = listed[:, part].repeat_interleave(block_k, -1)[..., :tokens]
         inside = mass * shown
         total = inside.sum(-1, keepdim=True)
         values = v.index_select(1, shared).float()
         dense = mass @ values
         sparse = (inside / torch.where(total > 0, total, 1.0)) @ values
-        kept.append(torch.where(mass.sum(-1) > 0, total.squeeze(-1), 1.0).mean(-1))
+        if key_bias is not None:
+            total = total.masked_fill(bare, 1.0)
+        kept.append(total.squeeze(-1).mean(-1))
         norm = dense.flatten(2).norm(dim=-1)
         error.append((sparse - dense).flatten(2).norm(dim=-1) / torch.where(norm > 0, norm, 1.0))
     return torch.cat(kept, 1), torch.cat(error, 1)
@@ -114,7 +120,8 @@ def guard_plan(
     """The plan with every block for the heads that were caught; see `check_plan`.
 
     Args:
-        expected: the mass that a plan should keep, float32 [B, H]; None catches no head.
+        expected: the mass that a plan should keep, float32 [B, H]; None catches those heads only
+            whose mass is not a number, which are always caught.
         slack: how much less it may keep.
 
     Returns:
@@ -124,9 +131,10 @@ def guard_plan(
     kept, error = check_plan(q, k, v, counts, indices, key_bias, scale, block_q, block_k)
     key_blocks = ceil_div(k.shape[2], block_k)
     if expected is None:
-        caught = torch.zeros_like(kept, dtype=torch.bool)
+        caught = kept.isnan()
     else:
-        caught = kept < expected - slack
+        # a comparison with NaN is false
+        caught = ~(kept >= expected - slack)
     counts = torch.where(caught[..., None], key_blocks, counts).int()
     every = torch.arange(key_blocks, dtype=torch.int32, device=q.device)
     indices = torch.where(caught[..., None, None], every, indices)

@@ -101,6 +101,25 @@ def test_rows_without_keys_keep_everything():
     assert (kept[0] == 1).all() and (error[0] == 0).all() and (kept[1] < 1).all()
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("place", [0, 33, 89])
+def test_what_is_not_a_number_is_caught(place, with_bias):
+    q, k, v, mask = make()
+    k[1, 0, place] = torch.nan
+    bias = torch.zeros(2, 1, 90) if with_bias else None
+    plan = list_kept(mask)
+    for expected in (None, torch.zeros(2, 4)):
+        out = guard_plan(q, k, v, *plan, bias, 0.3, expected, 0.1, BLOCK_Q, BLOCK_K)
+        # two query heads share a key head
+        assert out[4].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0]]
+        assert out[2].isnan().tolist() == out[3].isnan().tolist() == out[4].bool().tolist()
+        assert (out[0][1, :2] == mask.shape[-1]).all()
+    never = torch.full((2, 4), torch.nan)
+    k[1, 0, place] = 0
+    out = guard_plan(q, k, v, *plan, bias, 0.3, never, 0.1, BLOCK_Q, BLOCK_K)
+    assert (out[4] == 1).all() and out[2].isfinite().all()
+
+
 def test_differences_by_head():
     dense = torch.randn(2, 3, 8, 4)
     out = dense.clone()
