@@ -93,7 +93,11 @@ def measure_sampled_mass(
     # Query heads that share a key head stand side by side, as columns of one matmul. Contiguous
     # factors, or the products run one by one, each on a copy.
     queries = queries.view(batch, key_heads, shared, count, dim).permute(0, 1, 4, 2, 3).contiguous()
+    bare = None
     if key_bias is not None:
+        # [B, Hk, 1, H / Hk, 1]: a softmax over no key is not a number
+        bare = (key_bias == -torch.inf).all(-1).expand(batch, heads)
+        bare = bare.unflatten(1, (key_heads, 1, -1)).unsqueeze(-1)
         key_bias = key_bias.float().expand(batch, heads, tokens).unflatten(1, (key_heads, -1))
 
     limit = _CPU_SCORE_BYTES if q.device.type == "cpu" else _DEVICE_SCORE_BYTES
@@ -126,7 +130,10 @@ def measure_sampled_mass(
                     mass = scores
                     for level in sums:
                         mass = _sum(mass, level)
-                    yield Part(item, part, group, chunk, mass.unflatten(2, chosen.shape[2:]))
+                    mass = mass.unflatten(2, chosen.shape[2:])
+                    if bare is not None:
+                        mass = mass.masked_fill(bare[item, part, :, group], 0.0)
+                    yield Part(item, part, group, chunk, mass)
 
 
 def _sum(values: Tensor, sums: Sums) -> Tensor:

@@ -164,6 +164,23 @@ def test_a_dense_head_leaves_the_others_their_density():
     assert torch.equal(raised.recall[:, 1:], plain.recall[:, 1:])
 
 
+@pytest.mark.parametrize("target", [{"density": 0.7}, {"quality": 0.8}], ids=str)
+@pytest.mark.parametrize("spread", ["need", "even", "equal"])
+def test_an_item_without_any_key_has_a_plan_and_loses_nothing(target, spread):
+    scene = SCENES["grouped heads, batch"]
+    q, k, _, scale = make_inputs(scene)
+    bias = torch.zeros(2, 1, scene.tokens)
+    bias[1] = -torch.inf
+    orders = orders_of(scene)
+    found, order = headwise.plan(q, k, scale, orders, key_bias=bias, spread=spread, **target)
+    alone, first = headwise.plan(q[:1], k[:1], scale, orders, spread=spread, **target)
+    check_plan(found, orders.blocks)
+    assert torch.equal(found.density[:1], alone.density) and torch.equal(order[:1], first)
+    assert (found.recall[1] == 1).all() and (order[1] == 0).all()
+    if "density" in target:
+        assert 0.6 < found.density[1].mean() <= 0.7 + 1e-5
+
+
 def test_wrong_requests_are_refused():
     scene = SCENES["video only"]
     q, k, _, scale = make_inputs(scene)

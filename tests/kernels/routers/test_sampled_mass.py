@@ -57,6 +57,25 @@ def test_half_precision_is_summed_in_float32(dtype):
     torch.testing.assert_close(found.sum(-1), torch.full_like(found[..., 0], 2), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("columns", [1, 3, 1000])
+def test_an_item_or_a_head_without_any_key_has_no_mass(columns, monkeypatch):
+    scene = SCENES["grouped heads, batch"]
+    q, k, _, scale = make_inputs(scene)
+    monkeypatch.setattr(sampled_mass, "_CPU_SCORE_BYTES", 4 * scene.tokens * columns)
+    sums = lay_sums(torch.arange(scene.tokens)[None], 16, q.device)
+    by_item = torch.zeros(2, 1, scene.tokens)
+    by_item[1] = -torch.inf
+    by_head = torch.zeros(1, scene.heads, scene.tokens)
+    by_head[:, 1] = -torch.inf
+    for bias, bare in ((by_item, (1, slice(None))), (by_head, (slice(None), 1))):
+        total = torch.full((2, scene.key_heads, scene.heads // scene.key_heads, 5), torch.nan)
+        for part in measure_sampled_mass(q, k, ROWS, sums, scale, bias):
+            total[part.item, part.keys, part.group, part.rows] = part.mass.sum(1)
+        expected = torch.ones(2, scene.heads, 5)
+        expected[bare] = 0.0
+        torch.testing.assert_close(total.flatten(1, 2), expected)
+
+
 def test_orders_that_share_no_tokens_are_summed_at_once_and_others_in_two_levels():
     order = torch.arange(96)
     values = torch.rand(1, 96, 3)
