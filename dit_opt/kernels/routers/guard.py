@@ -29,7 +29,11 @@ _library.define("compare_heads_v1(Tensor out, Tensor dense) -> Tensor")
 
 
 def sample_rows(queries: int, block_q: int, device: torch.device) -> Tensor:
-    """Query rows to check, ascending: one of every block, or of `MAX_ROWS` blocks; int64 [m]."""
+    """Query rows to check, ascending: one of every block, or of `MAX_ROWS` blocks; int64 [m].
+
+    Always the same ones: what a plan keeps is compared with what it kept when it was made, and
+    other rows would differ without having changed. Of longer sequences other blocks are never seen.
+    """
     blocks = ceil_div(queries, block_q)
     count = min(blocks, MAX_ROWS)
     number = torch.arange(count, device=device)
