@@ -142,7 +142,7 @@ def _bind(
             if options.verify_every:
                 phases.add(Phase.VERIFY)
     forms = {phase: _choose_form(phase, options) for phase in phases - {Phase.OBSERVE}}
-    plan_tensors = count_plan_tensors(options.effective_router)
+    plan_tensors = count_plan_tensors(options.effective_router, options.verify_every is not None)
     heads = read_sizes([e for s in searching for e in count_heads(s)], placeholders)
     lengths = [count_tokens(s) for s in sparse]
     layouts = [(*(s.grid or (0, 0, 0)), s.start, count_tokens(s)) for s in searching]
@@ -248,6 +248,7 @@ def _choose_form(phase: Phase, options: Options) -> SparseForm:
         reuse=phase in (Phase.REUSE, Phase.VERIFY),
         guard=options.verify_every is not None and phase is not Phase.REUSE,
         compare=options.verify,
+        boosted=options.verify_every is not None,
     )
 
 

@@ -122,9 +122,9 @@ def takes_cube_order(router: str) -> bool:
     return router in ("adaspa", "subblock", "sol")
 
 
-def count_plan_tensors(router: str) -> int:
-    """How many tensors a router keeps from one search to the next."""
-    return {"full": 0, "frame_tile": 0, "headwise": 2, "oracle": 2}.get(router, 1)
+def count_plan_tensors(router: str, boosted: bool) -> int:
+    """How many tensors a router keeps from one search to the next; see `SparseForm.boosted`."""
+    return {"full": 0, "frame_tile": int(boosted), "headwise": 2, "oracle": 2}.get(router, 1)
 
 
 def write_plan(place: Place) -> Routed:
@@ -178,17 +178,17 @@ def _write_rainfusion(place: Place) -> Routed:
 
 def _write_frame_tile(place: Place) -> Routed:
     graph, (q, k, v) = place.graph, place.qkv
+    # The tiles follow from shapes; only which heads the guard made dense is kept.
+    boost = place.add_input("boost", dtype=torch.float32) if place.form.boosted else None
     plan = graph.call_function(
         torch.ops.ditopt.frame_tile_plan_v1.default,
-        (q, place.sparse.target, *place.write_grid(), BLOCK_Q, BLOCK_K),
+        (q, place.sparse.target, *place.write_grid(), BLOCK_Q, BLOCK_K, boost),
     )
     counts, indices, recall, density = unpack(graph, plan, 4)
     statistics = () if place.form.reuse else (recall, density)
-    if not place.form.reuse:
-        # These tiles are no larger for a head that needs more: the input stays unused.
-        place.add_boost()
+    kept = () if boost is None else (boost,)
     expected = place.write_expected(statistics)
-    return Routed(q, k, v, place.bias, counts, indices, (), statistics, expected, None)
+    return Routed(q, k, v, place.bias, counts, indices, kept, statistics, expected, None)
 
 
 def _write_headwise(place: Place) -> Routed:

@@ -27,11 +27,14 @@ class SparseForm:
         guard: a few rows of each plan are checked before it is used. A search then takes how much
             more each head is to keep, float32 `[B, H]`; a reused plan comes with what it kept.
         compare: dense attention runs beside, for its difference.
+        boosted: some variant of the graph has the guard, so that a search may have been told to
+            keep more of a head.
     """
 
     reuse: bool = False
     guard: bool = False
     compare: bool = False
+    boosted: bool = False
 
     def name_outputs(self, plan_tensors: int) -> tuple[str, ...]:
         """What each searching site adds to the graph's outputs, in order."""

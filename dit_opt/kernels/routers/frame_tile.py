@@ -22,7 +22,7 @@ _DIAGONAL = Pattern(HeadKind.SPATIAL, reach=(0, None, None))
 _library = torch.library.Library("ditopt", "FRAGMENT")
 _library.define(
     "frame_tile_plan_v1(Tensor like_q, float density, SymInt T, SymInt H, SymInt W, "
-    "SymInt video_start, int block_q, int block_k) "
+    "SymInt video_start, int block_q, int block_k, Tensor? boost=None) "
     "-> (Tensor counts, Tensor indices, Tensor recall, Tensor density)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -75,19 +75,26 @@ def plan(
     block_q: int,
     block_k: int,
     device: torch.device,
+    boost: Tensor | None = None,
 ) -> Plan:
     """The same lists for every head and item: counts [1, heads, nq]; the recall is not known (NaN).
 
-    Raises as `build_tiles` does.
+    With a boost, float32 [B, heads], of each item, and every block for the heads where it is
+    infinite; a finite one adds nothing. Raises as `build_tiles` does.
     """
     tiles = build_tiles(layout, density, block_q, block_k, device)
+    batch = 1 if boost is None else boost.shape[0]
     # Copies, because whoever gets a plan may write over it.
-    return Plan(
-        counts=tiles.counts.repeat(1, heads, 1),
-        indices=tiles.indices.repeat(1, heads, 1, 1),
-        recall=torch.full((1, heads), torch.nan, device=device),
-        density=torch.full((1, heads), tiles.density, device=device),
-    )
+    counts, indices = tiles.counts.repeat(batch, heads, 1), tiles.indices.repeat(batch, heads, 1, 1)
+    recall = torch.full((batch, heads), torch.nan, device=device)
+    kept = torch.full((batch, heads), tiles.density, device=device)
+    if boost is not None:
+        dense, key_blocks = boost == torch.inf, indices.shape[-1]
+        every = torch.arange(key_blocks, dtype=torch.int32, device=device)
+        counts = torch.where(dense[..., None], key_blocks, counts).int()
+        indices = torch.where(dense[..., None, None], every, indices)
+        kept = kept.masked_fill(dense, 1.0)
+    return Plan(counts, indices, recall, kept)
 
 
 def _touch_references(keys: Boxes, frames: int, references: int) -> Tensor:
@@ -107,9 +114,11 @@ def _plan(
     video_start: int,
     block_q: int,
     block_k: int,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = VideoLayout(T, H, W, video_start, like_q.shape[2])
-    return plan(layout, like_q.shape[1], density, block_q, block_k, like_q.device).tensors
+    heads, device = like_q.shape[1], like_q.device
+    return plan(layout, heads, density, block_q, block_k, device, boost).tensors
 
 
 @torch.library.register_fake("ditopt::frame_tile_plan_v1", lib=_library)
@@ -122,12 +131,14 @@ def _describe(
     video_start: int,
     block_q: int,
     block_k: int,
+    boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, tokens = like_q.shape[1:3]
-    rows = (1, heads, ceil_div(tokens, block_q))
+    batch = 1 if boost is None else boost.shape[0]
+    rows = (batch, heads, ceil_div(tokens, block_q))
     return (
         like_q.new_empty(rows, dtype=torch.int32),
         like_q.new_empty((*rows, ceil_div(tokens, block_k)), dtype=torch.int32),
-        like_q.new_empty((1, heads), dtype=torch.float32),
-        like_q.new_empty((1, heads), dtype=torch.float32),
+        like_q.new_empty((batch, heads), dtype=torch.float32),
+        like_q.new_empty((batch, heads), dtype=torch.float32),
     )

@@ -71,6 +71,21 @@ def test_the_operator_returns_the_plan_and_passes_opcheck():
     assert set(results.values()) == {"SUCCESS"}
 
 
+def test_a_head_that_may_drop_nothing_gets_every_block():
+    arguments = (torch.zeros(2, 3, 161, 8), 0.7, *GRIDS[1][:4], 32, 16)
+    boost = torch.ones(2, 3)
+    boost[0, 1], boost[1, 2] = torch.inf, 4.0
+    plain, found = operator(*arguments), operator(*arguments, boost)
+    dense = boost == torch.inf
+    assert (found[0][dense] == 11).all() and (found[3][dense] == 1).all()
+    assert torch.equal(found[1][0, 1, 0], torch.arange(11, dtype=torch.int32))
+    for x, y in zip(found, plain, strict=True):
+        others = y.expand_as(x)[~dense]
+        torch.testing.assert_close(x[~dense], others, equal_nan=True)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator.default, (*arguments, boost), test_utils=checks)
+
+
 def test_a_density_that_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match=r"density is 0\.0"):
         build_tiles(VideoLayout(*GRIDS[0]), 0.0, 32, 16, CPU)
