@@ -76,12 +76,13 @@ def check_plan(
         part = slice(first, min(first + step, heads))
         shared = torch.arange(first, part.stop, device=q.device) // group
         scores = sampled[:, part] @ k.index_select(1, shared).float().mT
+        bare = None
         if key_bias is not None:
             bias = key_bias.expand(-1, heads, -1)[:, part].unsqueeze(2)
             scores = scores + bias
-        mass = scores.softmax(-1)
-        if key_bias is not None:
             bare = (bias == -torch.inf).all(-1, keepdim=True)
+        mass = scores.softmax(-1)
+        if bare is not None:
             mass = mass.masked_fill(bare, 0.0)
         shown = listed[:, part].repeat_interleave(block_k, -1)[..., :tokens]
         inside = mass * shown
@@ -89,7 +90,7 @@ def check_plan(
         values = v.index_select(1, shared).float()
         dense = mass @ values
         sparse = (inside / torch.where(total > 0, total, 1.0)) @ values
-        if key_bias is not None:
+        if bare is not None:
             total = total.masked_fill(bare, 1.0)
         kept.append(total.squeeze(-1).mean(-1))
         norm = dense.flatten(2).norm(dim=-1)
