@@ -16,7 +16,7 @@ import torch
 from dit_opt._compat import allow_recompiles
 from dit_opt.analysis import read_grid
 from dit_opt.options import Options
-from dit_opt.runtime.bound import read_timestep
+from dit_opt.runtime.bound import read_timesteps
 from dit_opt.runtime.schedule import Clock
 from dit_opt.runtime.state import Announcement, announce, remember, set_running_grid
 
@@ -150,7 +150,7 @@ class _StepHook(_Hook):
         stream = (threading.get_ident(), shape)
         clock = announcement.clocks.get(stream) or Clock()
         remember(announcement.clocks, stream, clock)
-        value, rounding = read_timestep(timestep)
+        value, rounding = read_timesteps({0: timestep})[0]
         announcement.position = clock.tick(value, announcement.timesteps(), rounding)
 
 

@@ -38,9 +38,7 @@ from dit_opt.demo.side_by_side import (
     run_interleaved,
     run_steps,
 )
-from dit_opt.inspect.report import Report
 from dit_opt.options import OptionError
-from dit_opt.runtime.schedule import Phase
 
 EAGER_STEPS = 3
 # below this, pictures differ visibly and a speedup would be bought with quality
@@ -190,7 +188,7 @@ def run_demo(contestants: Contestants, task: Task, notify: Notify) -> DemoResult
             for name, run in warm.items()
         },
         attention_share=attention_share,
-        density=_read_density(report),
+        density=report.density,
         layers=[asdict(layer) for graph in report.graphs for layer in graph.layers],
         compile_cache_hit=[graph.warm for graph in report.graphs],
         machine=describe_machine(task.device),
@@ -214,16 +212,6 @@ def _own_errors() -> Iterator[None]:
         if isinstance(cause, OptionError):
             raise DemoError(str(cause)) from error
         raise
-
-
-def _read_density(report: Report) -> float | None:
-    """As reported, but for graphs that keep everything: they search nothing to report on."""
-    kept_all = any(
-        decision.router == "full" and graph.calls.get(Phase.SEARCH.value)
-        for graph in report.graphs
-        for decision in graph.record.decisions
-    )
-    return 1.0 if report.density is None and kept_all else report.density
 
 
 def check_outputs(out: Path, json_file: Path | None) -> None:

@@ -93,10 +93,20 @@ class Report:
 
     @property
     def density(self) -> float | None:
-        """Mean realised density over layers and sparse calls; None before the first one."""
+        """Mean realised density over layers and sparse calls; None before the first one.
+
+        Graphs that keep everything search nothing, and have no layers to tell it.
+        """
         rows = [(row.density, row.calls) for g in self.graphs for row in g.layers]
         calls = sum(c for _, c in rows)
-        return sum(d * c for d, c in rows) / calls if calls else None
+        if calls:
+            return sum(d * c for d, c in rows) / calls
+        kept_all = any(
+            decision.router == "full" and g.calls.get(Phase.SEARCH.value)
+            for g in self.graphs
+            for decision in g.record.decisions
+        )
+        return 1.0 if kept_all else None
 
     def to_json(self) -> str:
         graphs = [

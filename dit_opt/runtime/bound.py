@@ -95,32 +95,45 @@ class Stream:
     def locate(self, args: tuple[Any, ...], timesteps: list[float] | None) -> Position:
         """Read the candidates, and tell the timestep from a guidance scale: it is in the
         scheduler's list, or else what changed last, the other one being constant."""
-        read = {i: read_timestep(args[i]) for i in self._clocks}
-        values = {i: value for i, (value, _) in read.items()}
-        listed = [i for i, (value, off) in read.items() if _is_listed(value, timesteps, off)]
-        changed = [i for i in self._values if values[i] != self._values[i]]
-        for group in (listed, changed):
-            if group and self._chosen not in group:
-                self._chosen = group[0]
-            if group:
-                break
-        self._values = values
-        positions = {i: self._clocks[i].tick(v, timesteps, off) for i, (v, off) in read.items()}
+        read = read_timesteps({i: args[i] for i in self._clocks})
+        if len(read) > 1:
+            self._choose(read, timesteps)
+        positions = {i: self._clocks[i].tick(t, timesteps, off) for i, (t, off) in read.items()}
         return positions[self._chosen]
 
+    def _choose(self, read: dict[int, tuple[float, float]], timesteps: list[float] | None) -> None:
+        listed = [
+            i
+            for i, (value, rounding) in read.items()
+            if find_step(value, timesteps, max(LISTED, rounding)) is not None
+        ]
+        likely = listed or list(read)
+        changed = [i for i in likely if i in self._values and self._values[i] != read[i][0]]
+        for group in (likely, changed):
+            if group and self._chosen not in group:
+                self._chosen = group[0]
+        self._values = {i: value for i, (value, _) in read.items()}
 
-def _is_listed(value: float, timesteps: list[float] | None, rounding: float) -> bool:
-    return find_step(value, timesteps, max(LISTED, rounding)) is not None
+
+def read_timesteps(given: Mapping[int, Any]) -> dict[int, tuple[float, float]]:
+    """Of each timestep its value, and how much its dtype may have moved it, relatively.
+
+    Per-token timesteps mark conditioning tokens as clean; the largest tells the step. One host
+    read for each device.
+    """
+    values = {i: float(t) for i, t in given.items() if not isinstance(t, torch.Tensor)}
+    tensors = {i: t for i, t in given.items() if isinstance(t, torch.Tensor)}
+    for device in {t.device for t in tensors.values()}:
+        here = [i for i, t in tensors.items() if t.device == device]
+        largest = torch.stack([tensors[i].max().float() for i in here]).tolist()
+        values.update(zip(here, largest, strict=True))
+    return {i: (values[i], _rounding(t)) for i, t in given.items()}
 
 
-def read_timestep(timestep: Any) -> tuple[float, float]:
-    """A timestep, and how much its dtype may have moved it, relatively."""
-    if not isinstance(timestep, torch.Tensor):
-        return float(timestep), 0.0
+def _rounding(timestep: Any) -> float:
     # Divided by 1000 or not, it may have been rounded twice.
-    rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-    # per-token timesteps mark conditioning tokens as clean; the others tell the step
-    return float(timestep.max()), rounding
+    is_float = isinstance(timestep, torch.Tensor) and timestep.is_floating_point()
+    return torch.finfo(timestep.dtype).eps if is_float else 0.0
 
 
 class Bound:

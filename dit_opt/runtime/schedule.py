@@ -148,10 +148,14 @@ class Clock:
                 return False
             self._scale = 1000.0
         rises = timestep > self._last
-        if self._step == 0 and rises != self._rising:
-            # The second timestep tells the direction; the first one was a guess. A jump to pure
-            # noise is a new run.
-            self._rising = rises and timestep <= START_LEVEL * self._scale
+        if self._step == 0:
+            if rises and timestep > START_LEVEL * self._scale:
+                # from wherever a warm-up was to pure noise
+                return False
+            if rises != self._rising:
+                # The first timestep told the direction wrong, or was of another clip.
+                self._rising = rises
+                self._given_up += 1
         return rises == self._rising
 
     def _end_step(self) -> None:
@@ -192,8 +196,7 @@ def find_step(timestep: float, timesteps: Sequence[float] | None, tolerance: flo
     best, least = None, tolerance
     for i, value in enumerate(timesteps or ()):
         for scaled in (value, value / 1000):
-            off = abs(scaled - timestep)
-            off = off / abs(scaled) if off > SAME * SAME and scaled else off
+            off = abs(scaled - timestep) / (abs(scaled) or 1.0)
             if off <= least and (best is None or off < least):
                 best, least = i, off
     return best

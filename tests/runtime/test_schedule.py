@@ -210,3 +210,14 @@ def test_a_timestep_off_the_list_is_the_next_step_of_its_run():
     timesteps = [1000.0, 750.0, 500.0, 250.0]
     seen = positions([1000.0, 751.0, 480.0, 250.0], timesteps)
     assert [(p.step, p.total) for p in seen] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+@pytest.mark.parametrize("warm_up", [0, 0.5, 1, 40, 500])
+def test_a_jump_to_pure_noise_is_a_new_run(warm_up):
+    assert [made for _, made in plans([warm_up, 999, 900])] == [[], [], [1]]
+
+
+@pytest.mark.parametrize("calls", [[500, 800, 700], [0.1, 0.3, 0.6], [40, 30, 20]])
+def test_plans_from_before_the_direction_was_known_are_given_up(calls):
+    """The first call may have been of another clip."""
+    assert plans(calls)[1] == (0, [])
