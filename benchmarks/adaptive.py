@@ -144,9 +144,10 @@ def measure_searches(call: Call, density: float, seconds: float) -> dict[str, An
     """Time of one search as a share of dense attention, and of attention over a trajectory.
 
     In a trajectory of `STEPS` steps the first `DENSE_STEPS` are dense; the others pay for sparse
-    attention at `density`, and every few of them for a search. Shares are of all attention, the
-    searches included. "order" is what every step of `headwise` pays beside the attention op, to
-    move tokens into the order of each head and back; it is in no other figure.
+    attention at `density`, every few of them for a search and for packing its lists, and those
+    between for unpacking them; `rainfusion` keeps a choice for each head, which is no list. Shares
+    are of all attention, these included. "order" is what every step of `headwise` pays beside the
+    attention op, to move tokens into the order of each head and back; it is in no other figure.
     """
     q, k, v, scale = call.q, call.k, call.v, call.q.shape[-1] ** -0.5
     rivals: dict[str, Callable[[], Any]] = {
@@ -158,23 +159,38 @@ def measure_searches(call: Call, density: float, seconds: float) -> dict[str, An
         q, k, v, *plan[:2], None, scale, BLOCK_Q, BLOCK_K
     )
     rivals["order"] = make_mover(q, k, v, GRID, rivals["headwise"]()[2])
+    rivals["pack"] = lambda: torch.ops.ditopt.pack_plan_v1(*plan[:2], TOKENS, BLOCK_K)
+    words = rivals["pack"]()
+    rivals["unpack"] = lambda: torch.ops.ditopt.unpack_plan_v1(words, TOKENS, BLOCK_K)
     times = time_in_turns(rivals, seconds, q.device)
-    dense, sparse = times["dense"].median, times["sparse"].median
-    searches = {n: t for n, t in times.items() if n not in ("dense", "sparse", "order")}
+    medians = {name: t.median for name, t in times.items()}
+    dense, sparse, order = (medians.pop(name) for name in ("dense", "sparse", "order"))
+    kept = {name: medians.pop(name) for name in ("pack", "unpack")}
     attention = DENSE_STEPS * dense + (STEPS - DENSE_STEPS) * sparse
+    spent = {
+        name: {
+            every: _spend(search, every, {} if name == "rainfusion" else kept) for every in REFRESH
+        }
+        for name, search in medians.items()
+    }
     return {
         "milliseconds": {name: dataclasses.asdict(t) for name, t in times.items()},
-        "order_share_of_sparse": times["order"].median / sparse,
-        "share_of_dense": {name: t.median / dense for name, t in searches.items()},
+        "order_share_of_sparse": order / sparse,
+        "share_of_dense": {name: search / dense for name, search in medians.items()},
         "share_of_trajectory": {
-            name: {
-                every: spent / (attention + spent)
-                for every in REFRESH
-                for spent in [t.median * (STEPS - DENSE_STEPS) / every]
-            }
-            for name, t in searches.items()
+            name: {every: time / (attention + time) for every, time in row.items()}
+            for name, row in spent.items()
         },
     }
+
+
+def _spend(search: float, every: int, kept: dict[str, float]) -> float:
+    """Of a trajectory: searches, and keeping their lists for the steps until the next."""
+    sparse = STEPS - DENSE_STEPS
+    searches = sparse / every
+    if every == 1 or not kept:
+        return searches * search
+    return searches * (search + kept["pack"]) + (sparse - searches) * kept["unpack"]
 
 
 def _measure_mass(call: Call) -> torch.Tensor:
@@ -203,7 +219,8 @@ def render(result: dict[str, Any]) -> str:
             tabulate(recalls, ["budgets", "mean", "5th percentile", "least"], floatfmt=".3f"),
             "relative error of the output, exact search",
             tabulate(tails, ["", "drop", "centroid"], floatfmt=".4f"),
-            f"searches: share of a dense call; of all attention in {STEPS} steps, every ... steps",
+            "searches: share of a dense call; with their lists kept for ... steps, share of all "
+            f"attention in {STEPS} steps",
             tabulate(searches, ["", "one", *map(str, REFRESH)], floatfmt=".3%"),
             "moving tokens into the order of each head and back, beside each sparse call: "
             f"{result['search']['order_share_of_sparse']:.1%} of it",

@@ -35,9 +35,13 @@ def test_errors_are_those_of_each_layer(small):
 def test_searches_are_timed_beside_dense_attention(small):
     found = adaptive.measure_searches(small[0], 0.4, 0.01)
     assert set(found["share_of_dense"]) == {"headwise", "adaspa", "subblock", "sol", "rainfusion"}
-    for row in found["share_of_trajectory"].values():
-        assert 1 > row[1] > row[2] > row[10] > 0
-        assert row[1] / (1 - row[1]) == pytest.approx(10 * row[10] / (1 - row[10]))
+    median = {name: row["median"] for name, row in found["milliseconds"].items()}
+    for name, row in found["share_of_trajectory"].items():
+        # of a step, in units of attention
+        spent = {every: share / (1 - share) * median["sparse"] for every, share in row.items()}
+        assert spent[1] == pytest.approx(median[name])
+        kept = 0 if name == "rainfusion" else (median["pack"] + 9 * median["unpack"]) / 10
+        assert spent[10] == pytest.approx(median[name] / 10 + kept)
     result = {
         "density": 0.4,
         "recall": adaptive.measure_recalls(small, 0.4),

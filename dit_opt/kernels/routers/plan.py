@@ -119,13 +119,14 @@ def list_kept(mask: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor
     the capacity (all nk blocks if None) is left out from the end.
     """
     capacity = mask.shape[-1] if capacity is None else capacity
-    slots = torch.arange(capacity, dtype=torch.int32, device=mask.device)
     place = mask.cumsum(-1, dtype=torch.int32)
-    # The block in slot c is the first one up to which c + 1 are kept.
-    wanted = (slots + 1).expand(*mask.shape[:-1], capacity).contiguous()
-    indices = torch.searchsorted(place, wanted, out_int32=True)
+    # The last of these slots takes what is not kept, and what does not fit.
+    slots = torch.where(mask, place - 1, capacity).clamp_(max=capacity).long()
+    blocks = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    indices = blocks.new_zeros(*mask.shape[:-1], capacity + 1)
+    indices.scatter_(-1, slots, blocks.expand_as(slots))
     counts = place[..., -1].clamp(max=capacity).contiguous()
-    return counts, torch.where(slots < counts.unsqueeze(-1), indices, 0)
+    return counts, indices[..., :-1].contiguous()
 
 
 def describe_plan(

@@ -110,6 +110,10 @@ def measure_sampled_mass(
     # One buffer for all parts: fresh memory costs a page fault for every 4 KiB.
     size = min(step, key_heads) * tokens * min(columns, shared * count)
     buffer = q.new_empty(size, dtype=torch.float32)
+    levels, length = [], tokens
+    for level in sums:
+        levels.append(_repeat(level, length, min(step, key_heads)))
+        length = level.offsets.numel()
     for item in range(batch):
         for first in range(0, key_heads, step):
             part = slice(first, min(first + step, key_heads))
@@ -128,7 +132,7 @@ def measure_sampled_mass(
                         scores.unflatten(2, (bias.shape[2], -1)).add_(bias)
                     torch.softmax(scores, 1, out=scores)
                     mass = scores
-                    for level in sums:
+                    for level in levels:
                         mass = _sum(mass, level)
                     mass = mass.unflatten(2, chosen.shape[2:])
                     if bare is not None:
@@ -136,12 +140,15 @@ def measure_sampled_mass(
                     yield Part(item, part, group, chunk, mass)
 
 
+def _repeat(sums: Sums, length: int, count: int) -> Sums:
+    """The same sums of each of `count` matrices of `length` values, which follow each other."""
+    number = torch.arange(count, device=sums.gather.device)[:, None]
+    return Sums(sums.gather + number * length, sums.offsets + number * sums.gather.numel())
+
+
 def _sum(values: Tensor, sums: Sums) -> Tensor:
-    """Sums [n, sums, columns] of values [n, N, columns]."""
-    matrices = torch.arange(values.shape[0], device=values.device)[:, None]
-    indices = (sums.gather + matrices * values.shape[1]).flatten()
-    starts = (sums.offsets + matrices * sums.gather.numel()).flatten()
+    """Sums [n, sums, columns] of values [n, N, columns], by `_repeat` for n matrices or more."""
+    count = values.shape[0]
+    gather, offsets = sums.gather[:count].flatten(), sums.offsets[:count].flatten()
     # An embedding bag gathers and sums in one pass, without the permuted copy.
-    return torch.embedding_bag(values.flatten(0, 1), indices, starts)[0].unflatten(
-        0, (values.shape[0], -1)
-    )
+    return torch.embedding_bag(values.flatten(0, 1), gather, offsets)[0].unflatten(0, (count, -1))

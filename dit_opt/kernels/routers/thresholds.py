@@ -40,15 +40,13 @@ def find_threshold(
     # The lowest threshold serves by definition; searching within, the one below it exceeds.
     shape = [1 if axis - scores.dim() in dims else n for axis, n in enumerate(scores.shape)]
     low = scores.new_full(shape, lowest - within, dtype=torch.int32)
-    high = torch.full_like(low, highest)
-    for _ in range(steps):
-        middle = low + (high - low + 1) // 2
-        kept = torch.where(scores >= middle.view(torch.float32), gains, 0.0)
-        total = kept.sum(dims, keepdim=True)
+    nothing = gains.new_zeros(())
+    for step in reversed(range(steps)):
+        middle = low + (1 << step)
+        total = torch.where(scores >= middle.view(torch.float32), gains, nothing).sum(dims, True)
         rises = total > target if within else total >= target
         low = torch.where(rises, middle, low)
-        high = torch.where(rises, high, middle - 1)
-    return (low + within).view(torch.float32)
+    return (low.clamp(max=highest) + within).view(torch.float32)
 
 
 def _read_bits(value: float) -> int:
