@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.routers.plan import BlockLayout, Plan, list_kept
-from dit_opt.kernels.routers.thresholds import LIGHTEST, find_threshold
+from dit_opt.kernels.routers.thresholds import HEAVIEST, LIGHTEST, find_threshold
 
 # Equal masses are told apart by up to this much, or a threshold would take all of them or none.
 _TIE_WIDTH = 2.0**-10
@@ -157,7 +157,7 @@ def _break_ties(scores: Tensor) -> Tensor:
     """Scores within the range of thresholds, equal ones a little apart in an even pattern."""
     rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
     tie = (rows[:, None] * _ROW_STEP + columns * _COLUMN_STEP) % 1
-    return scores.clamp(LIGHTEST, 1.0) * (1 + _TIE_WIDTH * tie)
+    return scores.clamp(LIGHTEST, HEAVIEST / 2) * (1 + _TIE_WIDTH * tie)
 
 
 def _square_losses(scores: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Thresholds on scores that keep a wanted sum, by bisection on the bits of a float.
 
 Sorting every block of a layer would hold several copies of it in 64-bit indices. Halving the range
-of float32 down to its last bit reads the scores 28 times, whatever they are, and holds one copy;
+of float32 down to its last bit reads the scores 29 times, whatever they are, and holds one copy;
 the blocks that are kept are the same.
 """
 
@@ -13,8 +13,9 @@ from torch import Tensor
 # Scores at or under this count as one and the same: a row of 2^17 such shares holds 10^-4.
 LIGHTEST = 2.0**-30
 
-# Above every finite score.
-HEAVIEST = 2.0
+# Above every finite score: a block with one token of 128 and all mass of its row scores 2^7 per
+# token, and its loss 2^15.
+HEAVIEST = 2.0**16
 
 
 def find_threshold(

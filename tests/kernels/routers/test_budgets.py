@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
@@ -42,6 +42,8 @@ def keep_mass(mass, mask, blocks):
     quality=st.floats(0.2, 0.99),
     scene=st.sampled_from(list(SCENES.values())),
 )
+# a ragged block holds more mass per token than a full one can
+@example(seed=415, quality=0.25, scene=SCENES["video only"])
 def test_quality_is_reached_and_no_kept_block_could_go(seed, quality, scene):
     mass, blocks = draw_mass(scene, seed), scene.blocks
     plan, mask = allot(mass, blocks, quality=quality)

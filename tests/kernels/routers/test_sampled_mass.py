@@ -84,6 +84,7 @@ def test_orders_that_share_no_tokens_are_summed_at_once_and_others_in_two_levels
         assert len(sums) == levels
         found = values
         for level in sums:
-            found = sampled_mass._sum(found, level)
+            repeated = sampled_mass._repeat(level, found.shape[1], 1)
+            found = sampled_mass._sum(found, repeated)
         expected = [values[0, rows].sum(0) for o in (order, other) for rows in o.split(4)]
         torch.testing.assert_close(found[0], torch.stack(expected))
