@@ -65,6 +65,16 @@ def size_expression(size: int | torch.SymInt) -> sympy.Expr:
     return sympy.Integer(int(size))
 
 
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """What the size was when the graph was traced, None where it depends on data; no guard.
+
+    `int(size)` would be one.
+    """
+    if isinstance(size, torch.SymInt):
+        return size.node.hint if size.node.has_hint() else None
+    return int(size)
+
+
 def proved_sizes(size: torch.SymInt) -> dict[sympy.Symbol, sympy.Expr]:
     """Symbols of a size's graph that its guards prove to be expressions of other symbols.
 

@@ -19,7 +19,6 @@ from torch.fx import GraphModule
 import dit_opt.kernels.block_sparse_attention
 import dit_opt.kernels.routers
 import dit_opt.kernels.token_order  # noqa: F401
-from dit_opt import cost
 from dit_opt._compat import cache_counts, compile_with_inductor
 from dit_opt.analysis import Analysis, analyse
 from dit_opt.call_sizes import count_heads, count_outputs, count_tokens, read_sizes
@@ -163,7 +162,7 @@ def _bind(
             for s, place in zip(searching, zip(*[iter(where(args))] * 5), strict=True)
         ],
         lengths=read_sizes(lengths, placeholders),
-        min_tokens=_min_tokens(sparse, options),
+        min_tokens=min((site.min_tokens for site in sparse), default=0),
     )
 
     # Dynamo changes and clears its graph once the backend has returned
@@ -281,12 +280,6 @@ def _rewrite(
 def _replace_site(sparse: SparseSite, site: Site, at: dict[str, Any]) -> SparseSite:
     mask = None if sparse.key_mask is None else at[sparse.key_mask.name]
     return dataclasses.replace(sparse, site=site, key_mask=mask)
-
-
-def _min_tokens(sparse: Sequence[SparseSite], options: Options) -> int:
-    if not sparse:
-        return 0
-    return cost.min_tokens(options.min_tokens, sparse[0].example.device.type)
 
 
 def live_bounds() -> list[Bound]:

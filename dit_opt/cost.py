@@ -1,21 +1,98 @@
 """What attention costs, in symbols, and from which length on sparse attention pays.
 
+Dense attention of n tokens takes `F = 4 * B * H * n^2 * D` FLOP at the rate R of the best dense
+kernel. A sparse step takes the kept share of them at a part of R, its share of a search, moves of
+tokens into the router's order and back, and the launches of more operators:
+
+    dense(n)  = F / R + launch
+    sparse(n) = density * F / (efficiency * R) + search(n) / steps + moved(n) / W + launches
+
+Both are polynomials of degree two, so they meet at a root. Reads of tiles are in the rate: tiles of
+128 queries make 128 FLOP of a byte, which the second-level cache of a GPU feeds at R; the accesses
+of FlashAttention are `n^2 D^2 / M`, and for block-sparse lists the kept share of that (arXiv
+2205.14135). R and W are measured for each device; the other figures hold for its kind.
+
 Sizes are sympy expressions, so nothing here can add a guard to a graph.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import sympy
 
-# Density and kernel efficiency (speedup over the best dense kernel x density) that predictions
-# assume; reports give the realised figures.
+# What a quality target is taken to keep; reports give the realised figure.
 EXPECTED_DENSITY = 0.4
-EFFICIENCY = 0.7
-RECOGNITION_SHARE = 0.02
-# Shortest sequences on which a plan is worth its search, by device type. CPU: measured break-even
-# of the bucketed path. Elsewhere: the least that published systems use on GPUs.
-MIN_TOKENS = {"cpu": 1024}
-MIN_TOKENS_ELSEWHERE = 4096
+
+TOKENS = sympy.Symbol("n", integer=True, positive=True)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device attains.
+
+    Attributes:
+        rate: FLOP/s of the fastest dense attention, at long sequences.
+        bandwidth: bytes/s, read and written, of moving rows of tokens.
+        efficiency: part of `rate` that sparse attention attains on what it keeps.
+        search: part of `rate` that searches attain.
+        launch: seconds that an operator takes whatever its size.
+        sparse_launch, sparse_head: seconds that sparse attention takes beside its products, and for
+            each head.
+    """
+
+    rate: float
+    bandwidth: float
+    efficiency: float
+    search: float
+    launch: float
+    sparse_launch: float = 0.0
+    sparse_head: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a sparse step of a site does.
+
+    Attributes:
+        density: kept share of the score matrix.
+        pairs: queries times keys that one search scores, in `TOKENS`.
+        search_operators, operators: of a search, and of each step beside it.
+        steps: that share a search.
+        moved: tensors `[B, H, n, D]` that are moved into an order or back.
+    """
+
+    density: float
+    pairs: sympy.Expr
+    search_operators: int
+    operators: int
+    steps: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one attention call, dense and sparse, in `TOKENS`."""
+
+    dense: sympy.Expr
+    sparse: sympy.Expr
+
+    def gain(self, tokens: int) -> float:
+        """Time of the dense call over that of the sparse one."""
+        return float((self.dense / self.sparse).subs(TOKENS, tokens))
+
+    @property
+    def crossover(self) -> int | None:
+        """The least number of tokens from which on sparse attention is faster; None if none is."""
+        square, linear, constant = _coefficients(self.dense - self.sparse)
+        if square <= 0:
+            return None
+        discriminant = linear**2 - 4 * square * constant
+        if discriminant <= 0:
+            return 1
+        root = (-linear + math.sqrt(discriminant)) / (2 * square)
+        return max(1, math.ceil(root))
 
 
 def dense_flops(
@@ -25,11 +102,54 @@ def dense_flops(
     return 4 * heads * queries * keys * dim
 
 
-def attention_gain(density: float) -> float:
-    """Predicted speedup of one attention call, recognition included."""
-    return 1 / (density / EFFICIENCY + RECOGNITION_SHARE)
+def predict(heads: int, dim: int, itemsize: int, step: Step, device: Device) -> Prediction:
+    """Times of self-attention of `TOKENS` tokens with `heads` = B * H heads of `dim`."""
+    flops = dense_flops(sympy.Integer(heads), TOKENS, TOKENS, sympy.Integer(dim))
+    search = (
+        2 * heads * dim * step.pairs / (device.search * device.rate)
+        + step.search_operators * device.launch
+    )
+    # each is read once and written once
+    moved = 2 * step.moved * heads * dim * itemsize * TOKENS
+    return Prediction(
+        dense=flops / device.rate + device.launch,
+        sparse=step.density * flops / (device.efficiency * device.rate)
+        + search / step.steps
+        + moved / device.bandwidth
+        + step.operators * device.launch
+        + device.sparse_launch
+        + heads * device.sparse_head,
+    )
 
 
-def min_tokens(option: int | None, device: str) -> int:
-    """The `min_tokens` option, or the device's own."""
-    return MIN_TOKENS.get(device, MIN_TOKENS_ELSEWHERE) if option is None else option
+# Of a processor, two cores with AVX-512 in float32, measured by `benchmarks.crossover`: what counts
+# are ratios. Of GPUs, the best dense bfloat16 kernels and copies as published, not yet measured.
+_CPU = {
+    "efficiency": 0.72,
+    "search": 0.5,
+    "launch": 3e-6,
+    "sparse_launch": 1.3e-3,
+    "sparse_head": 2e-4,
+}
+_GPU = {"efficiency": 0.75, "search": 0.3, "launch": 6e-6}
+# By a part of the name; the first that fits.
+DEVICES = {
+    "cpu": Device(rate=1.6e11, bandwidth=2.5e10, **_CPU),
+    "H200": Device(rate=6.0e14, bandwidth=4.3e12, **_GPU),
+    "H100": Device(rate=6.0e14, bandwidth=2.8e12, **_GPU),
+    "A100": Device(rate=1.9e14, bandwidth=1.5e12, **_GPU),
+    # any other
+    "": Device(rate=1.9e14, bandwidth=1.5e12, **_GPU),
+}
+
+
+def find_device(name: str) -> Device:
+    """The figures of a device by its name, as "cpu" or "NVIDIA H200"."""
+    return next(device for part, device in DEVICES.items() if part in name)
+
+
+def _coefficients(polynomial: sympy.Expr) -> tuple[float, float, float]:
+    """Of the square, the first power and the constant."""
+    terms = sympy.Poly(polynomial, TOKENS).all_coeffs()
+    square, linear, constant = ([0.0] * (3 - len(terms)) + [float(t) for t in terms])[-3:]
+    return square, linear, constant

@@ -27,6 +27,10 @@ class Reason(Enum):
         "It has fewer keys than the sparse kernel needs to win.",
         "Set min_tokens lower to replace it nevertheless.",
     )
+    TOO_DENSE = (
+        "Block-sparse attention of its density is not predicted to be faster, whatever the length.",
+        "Ask for a lower density or quality, or set min_tokens to replace it nevertheless.",
+    )
     ROUTER_DENSE = ("router='dense' leaves every site alone.", "Choose router='auto'.")
     CAUSAL = ("It is causal; the routers assume that every query may see every key.", "")
     DROPOUT = ("It drops attention weights at random.", "Put the model in eval mode.")
@@ -122,7 +126,8 @@ class Decision:
         layout: what is known about its tokens, or None.
         router: name of the router, "" where the site was left alone.
         flops_dense, flops_sparse: of one call; expressions under dynamic shapes.
-        gain: predicted time of dense attention over that of sparse; None where unknown.
+        gain: predicted time of dense attention over that of sparse, as traced; None where unknown.
+        pays_from: tokens from which on sparse attention is predicted to be faster, or None.
     """
 
     site: int
@@ -136,6 +141,7 @@ class Decision:
     flops_dense: Size | None = None
     flops_sparse: Size | None = None
     gain: float | None = None
+    pays_from: int | None = None
 
     @property
     def replaced(self) -> bool:
@@ -167,6 +173,7 @@ class Decision:
             "flops_dense": _plain(self.flops_dense),
             "flops_sparse": _plain(self.flops_sparse),
             "gain": self.gain,
+            "pays_from": self.pays_from,
         }
 
 

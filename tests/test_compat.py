@@ -41,6 +41,17 @@ def test_size_expression_adds_no_guard():
     assert _compat.size_expression(7) == sympy.Integer(7)
 
 
+def test_size_hint_adds_no_guard():
+    gm = capture_one(lambda x: x.reshape(-1) + 1, torch.ones(6, 4), dynamic=True)
+    x = gm.graph.find_nodes(op="placeholder")[-1].meta["example_value"]
+    environment = x.shape[0].node.shape_env
+    before = len(environment.guards)
+    assert [_compat.size_hint(size) for size in x.shape] == [6, 4]
+    assert len(environment.guards) == before
+    assert _compat.size_hint(7) == 7
+    assert _compat.size_hint(environment.create_unbacked_symint()) is None
+
+
 def test_proved_sizes_are_those_that_guards_tie():
     def scale(x, table):
         return x.flatten(1) * table

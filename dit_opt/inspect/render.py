@@ -29,6 +29,7 @@ _HEADERS = (
     "GFLOP dense",
     "sparse",
     "gain",
+    "pays from",
     "source",
 )
 
@@ -203,6 +204,7 @@ def _make_row(name: str, members: list[Decision]) -> tuple[str, ...]:
         _describe_flops(first.flops_dense),
         _describe_flops(first.flops_sparse),
         "" if first.gain is None else f"{first.gain:.2f}x",
+        "" if first.pays_from is None else f"{first.pays_from:,} tokens",
         first.source,
     )
 

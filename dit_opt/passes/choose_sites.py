@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from dit_opt import cost
-from dit_opt._compat import size_expression
+from dit_opt._compat import size_expression, size_hint
 from dit_opt.decisions import Decision, LayoutSummary, Reason
 from dit_opt.facts.masks import MaskKind, classify_mask
 from dit_opt.facts.sites import Site
@@ -26,12 +26,15 @@ from dit_opt.facts.tokens import (
     declare_grid,
 )
 from dit_opt.options import OptionError, Options
-from dit_opt.passes.sparse_site import SparseSite
+from dit_opt.passes.site_cost import predict_site
+from dit_opt.passes.sparse_site import BLOCK_K, SparseSite
 
 # Routers whose patterns are made of frames, rows and columns.
 GRID_ROUTERS = ("rainfusion", "frame_tile")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257)
+# Rows that pick from fewer key blocks have little to choose from, however fast that is.
+LEAST_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,13 @@ def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
     grid = layout.grid if layout else None
     dense = cost.dense_flops(*_shape(site)) if site.query is not None else None
     router = "full" if options.density == 1 else options.effective_router
+    prediction, least = None, options.min_tokens or 0
+    if reason is Reason.REPLACED and router != "full":
+        prediction = predict_site(site, options)
+        if options.min_tokens is None:
+            least = _choose_least(prediction)
+    if reason is Reason.REPLACED:
+        reason, detail = _weigh_length(site, least, detail)
     sparse = None
     if reason is Reason.REPLACED:
         assert layout is not None
@@ -106,6 +116,7 @@ def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
             scale=site.scale if site.scale is not None else head_dim**-0.5,
             target=options.effective_density or options.effective_quality,
             by_density=options.effective_density is not None,
+            min_tokens=least,
         )
     kept = options.effective_density or cost.EXPECTED_DENSITY
     return Choice(
@@ -120,7 +131,8 @@ def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
             router=router if sparse else "",
             flops_dense=dense,
             flops_sparse=None if sparse is None or dense is None else dense * kept,
-            gain=cost.attention_gain(kept) if sparse and router != "full" else None,
+            gain=_predict_gain(site, prediction) if sparse else None,
+            pays_from=prediction.crossover if prediction else None,
         ),
         sparse,
         layout,
@@ -145,14 +157,34 @@ def _find_obstacle(site: Site, layout: Layout | None, options: Options) -> tuple
         return Reason.CROSS_ATTENTION, ""
     if classify_mask(site).kind is MaskKind.OTHER:
         return Reason.MASK_NOT_KEY_PADDING, ""
-    if _fewer(_length(site), cost.min_tokens(options.min_tokens, example.device.type)):
-        return Reason.TOO_SHORT, f"{_length(site)} tokens"
     if options.density == 1:
         return Reason.REPLACED, ""
     if layout.grid is None and options.effective_router in GRID_ROUTERS:
         return Reason.NO_GRID, layout.reason
     # Served in the model's own order; why there is no grid may still matter to the user.
     return Reason.REPLACED, "" if layout.grid is not None else layout.reason
+
+
+def _choose_least(prediction: cost.Prediction) -> int | None:
+    """The least tokens that are worth it; None where no number is."""
+    crossover = prediction.crossover
+    return None if crossover is None else max(crossover, LEAST_BLOCKS * BLOCK_K)
+
+
+def _weigh_length(site: Site, least: int | None, detail: str) -> tuple[Reason, str]:
+    """Whether a site that could be replaced should be; of unknown lengths each call is judged."""
+    if least is None:
+        return Reason.TOO_DENSE, ""
+    if _fewer(_length(site), least):
+        return Reason.TOO_SHORT, f"{_length(site)} tokens of {least}"
+    return Reason.REPLACED, detail
+
+
+def _predict_gain(site: Site, prediction: cost.Prediction | None) -> float | None:
+    """At the length that the site was traced with."""
+    assert site.query is not None
+    tokens = size_hint(site.query.meta["example_value"].shape[-2])
+    return None if prediction is None or tokens is None else prediction.gain(tokens)
 
 
 def _shape(site: Site):

@@ -62,6 +62,7 @@ class SparseSite:
         scale: factor of the scores.
         target: softmax mass to keep per head, or the density to stay under.
         by_density: which of the two `target` is.
+        min_tokens: the least tokens of a call that is worth it.
     """
 
     site: Site
@@ -76,6 +77,7 @@ class SparseSite:
     scale: float
     target: float
     by_density: bool
+    min_tokens: int = 0
 
     @property
     def example(self) -> torch.Tensor:

@@ -8,12 +8,12 @@ import pytest
 import sympy
 import torch
 
-from dit_opt import cost
 from dit_opt.decisions import Reason
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import SiteKind, find_tokens
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.choose_sites import choose_sites
+from dit_opt.passes.site_cost import predict_site
 from tests.graphs import capture_one, capture_tiny
 from tests.tiny_models import cogvideox, flux, hunyuan_video, sd3, wan
 
@@ -44,7 +44,9 @@ def test_a_replaced_site_carries_grid_start_and_target():
     assert choice.decision.layout.grid_source == "latents"
     heads, n, d = 2 * 2, 67, 16
     assert choice.decision.flops_dense == 4 * heads * n * n * d
-    assert choice.decision.gain == pytest.approx(cost.attention_gain(cost.EXPECTED_DENSITY))
+    prediction = predict_site(choice.sparse.site, options)
+    assert choice.decision.gain == prediction.gain(n)
+    assert choice.decision.pays_from == prediction.crossover
 
 
 def test_a_density_is_handed_on_as_one():
@@ -72,6 +74,23 @@ def test_short_sites_stay_dense():
     assert Reason.TOO_SHORT in reasons({"min_tokens": 61})
     assert Reason.TOO_SHORT not in reasons({"min_tokens": 60})
     assert Reason.TOO_SHORT in reasons({})
+
+
+def test_sites_that_no_length_makes_worth_it_stay_dense():
+    assert Reason.TOO_DENSE in reasons({"density": 0.95})
+    assert Reason.TOO_DENSE not in reasons({"density": 0.95, "min_tokens": 0})
+    # asked for to see that nothing changes
+    assert reasons({"density": 1})[0] is Reason.REPLACED
+
+
+def test_a_length_that_varies_is_judged_in_each_call():
+    tiny = wan()
+    gm = capture_one(tiny.model, dynamic=True, **tiny.inputs)
+    sites = find_sites(gm.graph)
+    choice = choose_sites(gm, sites, find_tokens(gm.graph, sites), Options())[0]
+    assert choice.decision.replaced
+    assert choice.sparse.min_tokens == max(choice.decision.pays_from, 1024)
+    assert choice.decision.gain < 1
 
 
 def test_the_dense_router_replaces_nothing():

@@ -1,0 +1,67 @@
+"""What a site would cost, dense and sparse: the work of each router, for the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+import torch
+
+from dit_opt import cost
+from dit_opt._compat import size_expression
+from dit_opt.facts.sites import Site
+from dit_opt.options import Options
+from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP
+
+# Query-key pairs that one search scores, and the operators that it launches.
+_SEARCHES: dict[str, tuple[Callable[[sympy.Expr], sympy.Expr], int]] = {
+    "headwise": (lambda n: n**2 / HEADWISE_CELL, 520),
+    "adaspa": (lambda n: n**2 / ROW_STEP, 490),
+    "subblock": (lambda n: (n / CELL) ** 2, 440),
+    "sol": (lambda n: (n / CELL) ** 2, 440),
+    # as many rows as it ever looks at
+    "rainfusion": (lambda n: 64 * n, 50),
+    "frame_tile": (lambda n: sympy.Integer(0), 0),
+    "oracle": (lambda n: n**2, 520),
+}
+# Of a step that unpacks lists and moves queries, keys, values and the output.
+_STEP_OPERATORS = 40
+_MOVED = 4
+
+
+def predict_site(site: Site, options: Options) -> cost.Prediction:
+    """Times of one call of a site by the options' router; a batch of unknown size counts as one,
+    since more of it only pays sooner."""
+    assert site.query is not None
+    example = site.query.meta["example_value"]
+    heads = 1
+    for size in map(size_expression, example.shape[:-2]):
+        heads *= int(size) if size.is_Integer else 1
+    dim = int(example.shape[-1])
+    return predict_attention(heads, dim, example.element_size(), example.device, options)
+
+
+def predict_attention(
+    heads: int, dim: int, itemsize: int, device: torch.device, options: Options
+) -> cost.Prediction:
+    """Times of attention with `heads` = B * H heads of `dim` over any number of tokens.
+
+    Moves are those of a call of its own; tokens that are ordered once for a model save them.
+    """
+    pairs, operators = _SEARCHES[options.effective_router]
+    step = cost.Step(
+        density=options.effective_density or cost.EXPECTED_DENSITY,
+        pairs=pairs(cost.TOKENS),
+        search_operators=operators,
+        operators=_STEP_OPERATORS,
+        steps=options.effective_refresh_every,
+        moved=_MOVED,
+    )
+    return cost.predict(heads, dim, itemsize, step, cost.find_device(_name_device(device)))
+
+
+def _name_device(device: torch.device) -> str:
+    """A GPU's own name where there is one to ask, its type else."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    return device.type
