@@ -117,3 +117,18 @@ for _name, _real, _fake in (
 ):
     _lib.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditopt::{_name}", _fake, lib=_lib)
+
+
+@torch.library.impl(_lib, "gather_tokens_v1", "CUDA")
+def _gather_on_gpu(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    # Imported here because Triton is absent where there is no GPU to run it on.
+    from dit_opt.kernels import token_order_triton
+
+    return token_order_triton.gather_tokens(x, rows)
+
+
+@torch.library.impl(_lib, "scatter_tokens_v1", "CUDA")
+def _scatter_on_gpu(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    from dit_opt.kernels import token_order_triton
+
+    return token_order_triton.scatter_tokens(x, inverse)
