@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from benchmarks.crossover import measure_length
 from benchmarks.gpu_attention import check_case, measure_case, measure_ceilings
 from benchmarks.gpu_cases import Case, list_cases
 from benchmarks.gpu_models import list_shapes, measure_model
@@ -34,12 +35,17 @@ from dit_opt.demo.machine import describe_run
 from dit_opt.kernels.aot import check_builds
 from dit_opt.kernels.block_sparse_attention.builds import list_builds as list_attention
 from dit_opt.kernels.routers.builds import list_builds as list_block_mass
+from dit_opt.kernels.token_order_builds import list_builds as list_token_order
+from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES
+from dit_opt.tune import Workload, tune_kernel
 
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 # Seconds that each contest is timed for.
 SECONDS = 0.3
+# Tokens at which the cost model is compared with the clock.
+LENGTHS = (2048, 4096, 8192, 16384, 32768)
 CHECKED = tuple(
     Case(dim, tokens, 3, density, block_k=block_k, plan=plan)
     for dim in (64, 80, 128, 256)
@@ -52,11 +58,13 @@ CHECKED = tuple(
 HEADERS = {
     "correctness": ("case", "dtype", "relative_error", "passed"),
     "ceilings": ("case", "matmul_tflops", "memory_tb_per_s", "cache_tb_per_s"),
+    "tilings": ("case", "milliseconds", "refusals"),
     "attention": (
         "case", "fastest_dense", "dense_tflops", "eta", "speedup", "speedup_vs_default",
         "speedup_vs_flex", "refused",
     ),
     "routers": ("case", "fastest_dense", "share_of_dense", "speedup_with_search"),
+    "crossover": ("case", "gain", "predicted_gain"),
     "models": ("case", "milliseconds", "speedup_of_a_reuse_step", "speedup", "peak_gib"),
 }  # fmt: skip
 
@@ -71,6 +79,11 @@ def list_rows(part: str, device: torch.device) -> dict[str, Callable[[], dict[st
         }
     if part == "ceilings":
         return {"device": partial(measure_ceilings, device)}
+    if part == "tilings":
+        return {f"D={dim}": partial(measure_tilings, dim, device) for dim in (64, 128)}
+    if part == "crossover":
+        shape = (24, 128, DEFAULT_DENSITIES[AUTO_ROUTER], device, SECONDS)
+        return {f"N={n} H=24 D=128": partial(measure_length, n, *shape) for n in LENGTHS}
     if part == "attention":
         return {c.name: partial(measure_case, c, device, SECONDS) for c in list_cases()}
     if part == "routers":
@@ -78,6 +91,24 @@ def list_rows(part: str, device: torch.device) -> dict[str, Callable[[], dict[st
             "x".join(map(str, grid)): partial(measure_grid, grid, device, SECONDS) for grid in GRIDS
         }
     return {shape.case: partial(measure_model, shape, device) for shape in list_shapes()}
+
+
+def measure_tilings(dim: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of every candidate of a head dimension; the fastest are used from then on."""
+    trials, file = tune_kernel([dim], Workload(), device)
+    milliseconds, refusals = {}, {}
+    for key, found in trials.items():
+        for trial in found:
+            tiling = trial.tiling
+            name = (
+                f"{key.rsplit(' ', 1)[-1]} tile {tiling.tile_q}x{tiling.tile_k} "
+                f"warps {tiling.num_warps} stages {tiling.num_stages}"
+            )
+            if trial.milliseconds is None:
+                refusals[name] = trial.refused
+            else:
+                milliseconds[name] = trial.milliseconds
+    return {"milliseconds": milliseconds, "refusals": refusals, "file": str(file)}
 
 
 def run_part(part: str, out: Path, device: torch.device) -> None:
@@ -148,7 +179,8 @@ def _as_text(value: Any) -> Any:
 
 def compile_kernels(target: str = "sm_90") -> int:
     """Compile every shipped kernel ahead of time; how many have faults."""
-    rows = list(check_builds([*list_attention(target), *list_block_mass(target)]))
+    lists = (list_attention, list_block_mass, list_token_order)
+    rows = list(check_builds([build for listed in lists for build in listed(target)]))
     faults = [(build.config, ", ".join(found)) for build, _, found in rows if found]
     log.info("%d kernels compiled for %s, %d with faults", len(rows), target, len(faults))
     if faults:

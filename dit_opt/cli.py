@@ -114,9 +114,47 @@ def demo(
         raise typer.Exit(1)
 
 
-def _refuse(error: Exception) -> typer.Exit:
+@app.command()
+def tune(
+    dim: Annotated[
+        list[int] | None, typer.Option(min=16, max=256, help="Head dimension; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1024, help="Length of the sequence.")] = 32768,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 24,
+    density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Kept share.")] = 0.25,
+) -> None:
+    """Measure tile sizes of the attention kernel on this GPU, and use the fastest from now on.
+
+    Exit code 2: there is no GPU with anything to measure.
+    """
+    torch = importlib.import_module("torch")
+    from dit_opt.tune import NothingToTune, Workload, tune_kernel
+
+    try:
+        workload = Workload(tokens, heads, density)
+        trials, file = tune_kernel(dim or [64, 128], workload, torch.device("cuda"))
+    except NothingToTune as error:
+        raise _refuse(error, "tune") from error
+    console = Console()
+    for key, found in trials.items():
+        table = Table(title=key)
+        for heading in ("tile", "warps", "stages", "ms"):
+            table.add_column(heading, justify="right")
+        for trial in found:
+            tiling = trial.tiling
+            table.add_row(
+                f"{tiling.tile_q}x{tiling.tile_k}",
+                str(tiling.num_warps),
+                str(tiling.num_stages),
+                trial.refused if trial.milliseconds is None else f"{trial.milliseconds:.3f}",
+            )
+        console.print(table)
+    console.print(f"Wrote {file}", soft_wrap=True)
+
+
+def _refuse(error: Exception, command: str = "demo") -> typer.Exit:
     """Says what is wrong with the input."""
-    typer.echo(f"ditopt demo: {error}", err=True)
+    typer.echo(f"ditopt {command}: {error}", err=True)
     return typer.Exit(2)
 
 

@@ -47,6 +47,12 @@ def test_help_and_version(invoke):
     assert invoke("--version").stdout == f"ditopt {dit_opt.__version__}\n"
 
 
+def test_tuning_needs_a_gpu(invoke, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = invoke("tune")
+    assert result.exit_code == 2 and "PyTorch sees none" in result.stderr
+
+
 def test_the_console_script_is_the_command(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["ditopt", "demo", "--prompt", "a cow"])
     with pytest.raises(SystemExit, match="2"):

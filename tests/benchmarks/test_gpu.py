@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_cases import Case
+from dit_opt.kernels.block_sparse_attention.tilings import Tiling
+from dit_opt.kernels.block_sparse_attention.tuning import Trial
 
 CPU = torch.device("cpu")
 
@@ -35,6 +38,17 @@ def test_every_part_names_its_rows():
     for part in gpu.HEADERS:
         assert len(gpu.list_rows(part, CPU)) >= 1
     assert len(gpu.list_rows("attention", CPU)) > 30
+
+
+def test_a_row_of_tilings_has_the_time_of_each_candidate(monkeypatch):
+    trials = [Trial(Tiling(128, 64, 8, 3), 1.5), Trial(Tiling(64, 64, 4, 3), None, "wrong")]
+    key = "card | triton 3 | kernel 0 | D=64 bfloat16 128x64"
+    monkeypatch.setattr(gpu, "tune_kernel", lambda dims, *_: ({key: trials}, Path("file")))
+    assert gpu.list_rows("tilings", CPU)["D=64"]() == {
+        "milliseconds": {"128x64 tile 128x64 warps 8 stages 3": 1.5},
+        "refusals": {"128x64 tile 64x64 warps 4 stages 3": "wrong"},
+        "file": "file",
+    }
 
 
 def test_rows_are_written_one_by_one_and_not_measured_twice(small, tmp_path):

@@ -5,6 +5,7 @@ Mirrors what `triton.launch` would compile on first use, so that the linter sees
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,9 @@ import torch
 from dit_opt.kernels.aot import Build
 from dit_opt.kernels.block_sparse_attention import triton as _launcher
 from dit_opt.kernels.block_sparse_attention import triton_tail as _tail
+from dit_opt.kernels.block_sparse_attention.candidates import list_candidates
 from dit_opt.kernels.block_sparse_attention.tilings import (
+    Tiling,
     choose_precision,
     choose_tail_tile,
     choose_tiling,
@@ -26,6 +29,7 @@ _ALIGNED = [["tt.divisibility", 16]]
 _ALWAYS_ALIGNED = (
     "p_counts",
     "p_indices",
+    "p_order",
     "p_out",
     "p_lse",
     "p_bias",
@@ -54,11 +58,16 @@ def make_build(
     bias: bool = False,
     aligned: bool = True,
     tail: bool = False,
+    tiling: Tiling | None = None,
 ) -> Build:
-    """One configuration; `aligned` false is what tensors that fit no descriptor get."""
+    """One configuration; `aligned` false is what tensors that fit no descriptor get.
+
+    The tiling is that of the table, unless another one is given.
+    """
     kernel = _launcher.block_sparse_attention_fwd_kernel
     padded_dim = pad_dim(dim)
-    tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k, aligned, tail)
+    if tiling is None:
+        tiling = choose_tiling(target, padded_dim, dtype.itemsize, block_q, block_k, aligned, tail)
     use_descriptors = aligned and takes_descriptors(target, dtype.itemsize)
     tile_tail = choose_tail_tile(tiling, padded_dim, use_descriptors)
     constexprs = {
@@ -154,6 +163,11 @@ def list_builds(target: str) -> Iterator[Build]:
     yield make_build(target, 256, bf16, bias=True, tail=True)
     yield make_build(target, 128, bf16, block_k=128, tail=True)
     yield make_build(target, 128, bf16, aligned=False, tail=True)
+    for dim, block_k in itertools.product((32, 64, 128, 256), (64, 128)):
+        usual = choose_tiling(target, dim, 2, 128, block_k)
+        for tiling in list_candidates(target, dim, 2, 128, block_k):
+            if tiling != usual:
+                yield make_build(target, dim, bf16, block_k=block_k, tiling=tiling)
     yield make_pack_build(target)
 
 
@@ -162,7 +176,7 @@ def _type_of(argument: str, name: str, constexprs: dict[str, object]) -> str:
         return "constexpr"
     if argument in ("p_bias", "p_lse", "p_log_lengths"):
         return "*fp32"
-    if argument in ("p_counts", "p_indices", "p_words"):
+    if argument in ("p_counts", "p_indices", "p_order", "p_words"):
         return "*i32"
     if argument.startswith("p_"):
         return f"*{name}"

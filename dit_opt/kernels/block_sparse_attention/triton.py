@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
 from dit_opt.kernels.block_sparse_attention.tail import Tail
 from dit_opt.kernels.block_sparse_attention.tilings import (
+    Tiling,
     choose_precision,
     choose_tail_tile,
     choose_tiling,
@@ -24,12 +25,13 @@ from dit_opt.kernels.block_sparse_attention.tilings import (
 )
 from dit_opt.kernels.block_sparse_attention.triton_tail import attend_centroids, pack_lists
 from dit_opt.kernels.block_sparse_attention.triton_tiles import attend_tile, load_tile
+from dit_opt.kernels.block_sparse_attention.tuning import find_tiling
 from dit_opt.kernels.scores import LOG2_E
 
 
 @triton.jit
 def block_sparse_attention_fwd_kernel(
-    p_q, p_k, p_v, p_bias, p_counts, p_indices, p_out, p_lse,
+    p_q, p_k, p_v, p_bias, p_counts, p_indices, p_order, p_out, p_lse,
     scale_log2, num_queries, num_keys, num_heads, group, plan_heads, query_blocks, capacity,
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -48,8 +50,11 @@ def block_sparse_attention_fwd_kernel(
     pointers, the last two to contiguous memory. Full key blocks run without a mask; a ragged last
     block is peeled, so that the listed index stays out of the arithmetic of the main loop and the
     compiler can prefetch it. The centroids come last, all of them, kept ones without weight.
+
+    Programs start head after head, whose keys then stay in the second-level cache, and within a
+    head with the longest list, or one that comes last would be waited for.
     """
-    first_query = tl.program_id(0) * TILE_Q
+    TILES_Q: tl.constexpr = BLOCK_Q // TILE_Q
     row = tl.program_id(1)
     batch = row // num_heads
     head = row % num_heads
@@ -60,9 +65,13 @@ def block_sparse_attention_fwd_kernel(
         p_v += batch.to(tl.int64) * stride_vb + key_head.to(tl.int64) * stride_vh
     if HAS_BIAS:
         p_bias += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
-    plan_row = (row % plan_heads).to(tl.int64) * query_blocks + first_query // BLOCK_Q
+    plan_row = (row % plan_heads).to(tl.int64) * query_blocks
+    query_block = tl.load(p_order + plan_row + tl.program_id(0) // TILES_Q)
+    first_query = query_block * BLOCK_Q + (tl.program_id(0) % TILES_Q) * TILE_Q
+    plan_row += query_block
     p_list = p_indices + plan_row * capacity
-    count = tl.load(p_counts + plan_row)
+    # a ragged last block may end before its last tile
+    count = tl.where(first_query < num_queries, tl.load(p_counts + plan_row), 0)
     TILES: tl.constexpr = BLOCK_K // TILE_K
 
     b_q = load_tile(
@@ -133,11 +142,13 @@ def launch(
     block_q: int,
     block_k: int,
     tail: Tail | None = None,
+    tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `reference.attend`; the arguments are not checked here.
 
     Runs on the device of `q`, or on CPU tensors under TRITON_INTERPRET=1. q, k and v are not
-    copied but read through their strides.
+    copied but read through their strides. Without a `tiling` the one that was measured to be the
+    fastest is taken, or else that of the table; measurements are of calls without bias and tail.
     """
     out, lse = new_outputs(q)
     batch, heads, queries, dim = q.shape
@@ -155,10 +166,13 @@ def launch(
         sources += [tail.centroids, tail.values]
         words = pack_lists(counts, indices, ceil_div(keys, block_k))
     aligned = all(is_aligned(x) for x in sources)
-    tiling = choose_tiling(
-        architecture, padded_dim, itemsize, block_q, block_k, aligned, tail=tail is not None
-    )
     use_descriptors = aligned and takes_descriptors(architecture, itemsize)
+    if tiling is None and use_descriptors and tail is None and key_bias is None:
+        tiling = find_tiling(q.device, dim, q.dtype, block_q, block_k)
+    if tiling is None:
+        tiling = choose_tiling(
+            architecture, padded_dim, itemsize, block_q, block_k, aligned, tail=tail is not None
+        )
     tile_tail = choose_tail_tile(tiling, padded_dim, use_descriptors)
     if key_bias is not None:
         key_bias = key_bias.contiguous()
@@ -170,13 +184,15 @@ def launch(
             for x, tile in zip(sources, tiles, strict=True)
         ]
     query_blocks = ceil_div(queries, block_q)
-    grid = (ceil_div(queries, tiling.tile_q), batch * heads)
+    order = counts.argsort(dim=-1, descending=True, stable=True).int()
+    grid = (query_blocks * (block_q // tiling.tile_q), batch * heads)
     block_sparse_attention_fwd_kernel[grid](
         *sources[:3],
         # A pointer must be given; it is never read without HAS_BIAS.
         key_bias if key_bias is not None else lse,
         counts,
         indices,
+        order,
         out,
         lse,
         scale * LOG2_E,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dit_opt.kernels.block_sparse_attention import triton as kernel
+from dit_opt.kernels.block_sparse_attention.candidates import list_candidates
 from dit_opt.kernels.block_sparse_attention.contract import new_outputs
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.block_sparse_attention.tail import Tail
@@ -26,6 +27,7 @@ CASES = {
     "even": Case(dim=64, queries=256, keys=256, block_q=128),
     "ragged": Case(dim=64, queries=150, keys=201),
     "ragged below one tile": Case(dim=48, queries=70, keys=130, block_q=128, block_k=128),
+    "a tile beyond the end": Case(dim=64, queries=180, keys=130, block_q=128),
     "grouped heads, batch": Case(batch=2, heads=4, key_heads=2, dim=32, queries=100, keys=190),
     "one plan each": Case(batch=2, plan_batch=2, dim=64, queries=150, keys=150),
     "bias": Case(batch=2, bias=True, dim=64, queries=150, keys=201),
@@ -65,7 +67,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(kernel, "new_outputs", new_poisoned)
 
 
-def launch(arguments):
+def launch(arguments, **options):
     """Run the kernel on the device of these tests."""
 
     def move(x):
@@ -73,7 +75,7 @@ def launch(arguments):
             return Tail(*(move(part) for part in x))
         return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
 
-    return tuple(x.cpu() for x in kernel.launch(*(move(x) for x in arguments)))
+    return tuple(x.cpu() for x in kernel.launch(*(move(x) for x in arguments), **options))
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
@@ -81,6 +83,18 @@ def launch(arguments):
 def test_matches_the_reference(case, dtype):
     arguments = make_inputs(case, dtype)
     assert_matches_reference(launch(arguments), arguments, *ERRORS[dtype])
+
+
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_candidate_matches_the_reference(dim, block_k):
+    case = Case(batch=2, dim=dim, queries=300, keys=300, block_q=128, block_k=block_k)
+    arguments = make_inputs(case, torch.float16)
+    candidates = list_candidates("sm_90", dim, 2, 128, block_k)
+    assert candidates
+    for tiling in candidates:
+        found = launch(arguments, tiling=tiling)
+        assert_matches_reference(found, arguments, *ERRORS[torch.float16])
 
 
 def test_keys_that_start_off_alignment():

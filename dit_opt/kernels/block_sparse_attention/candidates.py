@@ -1,0 +1,95 @@
+"""Tile sizes that fit a Hopper GPU: the solutions of what its multiprocessor can hold.
+
+Found by enumeration, since the domains are small. For tiles that are loaded by descriptors, what a
+program takes follows from their sizes: the machine code has the same shared memory and the same
+registers, or up to 32 more where the compiler has some to spare. What runs fastest among them is
+for a measurement to say; see `tuning`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from dit_opt.kernels.block_sparse_attention.tilings import Tiling, takes_descriptors
+
+MOST, MOST_OF_A_SHAPE = 5, 2
+_REGISTERS = 65536
+_REGISTERS_PER_THREAD = 255
+_SHARED_PER_PROGRAM = 227 * 1024
+_SHARED = 228 * 1024
+# Rows of the smallest tensor product of one warp.
+_ROWS_PER_WARP = 16
+# Addresses, row sums and loop counters of a thread.
+_FIXED_REGISTERS = 26
+# What the compiler may take beyond need.
+_SPARE_REGISTERS = 32
+# Barriers beside the tiles.
+_FIXED_SHARED = 64
+# The listed index is one stage of the pipeline: three stages hold two pairs of key and value tiles
+# and prefetch the index, five hold three pairs. Two would wait for the index.
+_PAIRS = {3: 2, 5: 3}
+_TILES_Q, _TILES_K, _WARPS = (64, 128), (32, 64, 128), (4, 8)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one program takes: registers of each thread, and bytes of shared memory."""
+
+    registers: int
+    shared: int
+
+    def occupancy(self, warps: int) -> int:
+        """Programs that a multiprocessor holds at once."""
+        # registers are handed out in units of 8
+        threads = 32 * warps * (-(-self.registers // 8) * 8)
+        return min(_REGISTERS // threads, _SHARED // (self.shared + 1024))
+
+
+def estimate_demand(tiling: Tiling, padded_dim: int) -> Demand:
+    """Of 16-bit tiles loaded by descriptors.
+
+    Registers hold the output and the scores in float32, and the weights in 16 bits; shared memory
+    the queries and the buffered keys and values.
+    """
+    threads = 32 * tiling.num_warps
+    held = tiling.tile_q * (padded_dim + tiling.tile_k + tiling.tile_k // 2)
+    pairs = _PAIRS[tiling.num_stages]
+    rows = tiling.tile_q + 2 * pairs * tiling.tile_k
+    return Demand(
+        registers=-(-held // threads) + _FIXED_REGISTERS,
+        shared=2 * padded_dim * rows + _FIXED_SHARED,
+    )
+
+
+def list_candidates(
+    architecture: str, padded_dim: int, itemsize: int, block_q: int, block_k: int
+) -> list[Tiling]:
+    """At most `MOST` tilings for 16-bit tensors on Hopper, the most promising first.
+
+    The largest products of a step come first, and of a shape the one that keeps most warps in
+    flight; no shape comes more than twice. Nothing is known of other architectures, dtypes and
+    unaligned tensors: no candidates.
+    """
+    if architecture != "sm_90" or not takes_descriptors(architecture, itemsize):
+        return []
+    fitting: list[tuple[int, int, int, Tiling]] = []
+    for tile_q, tile_k, warps, stages in itertools.product(_TILES_Q, _TILES_K, _WARPS, _PAIRS):
+        tiling = Tiling(tile_q, tile_k, warps, stages)
+        demand = estimate_demand(tiling, padded_dim)
+        fits = (
+            block_q % tile_q == 0
+            and block_k % tile_k == 0
+            and tile_q % (_ROWS_PER_WARP * warps) == 0
+            and demand.registers + _SPARE_REGISTERS <= _REGISTERS_PER_THREAD
+            and demand.shared <= _SHARED_PER_PROGRAM
+        )
+        if fits:
+            in_flight = warps * demand.occupancy(warps)
+            fitting.append((-tile_q * tile_k, -in_flight, stages, tiling))
+    found: list[Tiling] = []
+    for *_, tiling in sorted(fitting, key=lambda entry: entry[:3]):
+        shape = (tiling.tile_q, tiling.tile_k)
+        if sum((t.tile_q, t.tile_k) == shape for t in found) < MOST_OF_A_SHAPE:
+            found.append(tiling)
+    return found[:MOST]

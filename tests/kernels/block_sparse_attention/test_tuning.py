@@ -1,0 +1,97 @@
+"""Only a tiling that is right and faster replaces the table's, and only where it was measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dit_opt.kernels.block_sparse_attention import tuning
+from dit_opt.kernels.block_sparse_attention.tilings import Tiling
+
+TABLE, FAST, WRONG, BROKEN = (Tiling(128, 64, 8, stages) for stages in (3, 5, 2, 4))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DITOPT_CACHE_DIR", str(tmp_path / "new"))
+    tuning._read.cache_clear()
+    yield tmp_path / "new"
+    tuning._read.cache_clear()
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretends that there is a GPU of a name."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    return torch.device("cuda", 0)
+
+
+def test_candidates_are_checked_and_timed():
+    x = torch.randn(64)
+
+    def attend(tiling):
+        if tiling is BROKEN:
+            raise RuntimeError("out of resources\nand more")
+        return x * (1.5 if tiling is WRONG else 1 + 1e-3 * (tiling is FAST))
+
+    times = iter([2.0, 1.0])
+
+    def measure(call):
+        call()
+        return next(times)
+
+    trials = tuning.try_candidates(TABLE, [FAST, TABLE, WRONG, BROKEN], attend, measure)
+    assert [t.tiling for t in trials] == [TABLE, FAST, WRONG, BROKEN]
+    assert [t.milliseconds for t in trials] == [2.0, 1.0, None, None]
+    assert trials[2].refused == "its output is 0.5 off"
+    assert trials[3].refused == "RuntimeError: out of resources"
+    assert tuning.choose_fastest(trials) == FAST
+
+
+def test_noise_does_not_choose():
+    trials = [tuning.Trial(TABLE, 1.0), tuning.Trial(FAST, 0.995)]
+    assert tuning.choose_fastest(trials) == TABLE
+
+
+def test_a_measured_tiling_is_found_again(folder, card):
+    key = tuning.make_key("a card", 96, torch.bfloat16, 128, 64)
+    assert tuning.find_tiling(card, 96, torch.bfloat16, 128, 64) is None
+    assert tuning.store({key: FAST}) == folder / "tilings.json"
+    tuning.store({tuning.make_key("a card", 64, torch.bfloat16, 128, 64): TABLE})
+    assert tuning.find_tiling(card, 96, torch.bfloat16, 128, 64) == FAST
+    # heads are padded, so this one runs the same code
+    assert tuning.find_tiling(card, 128, torch.bfloat16, 128, 64) == FAST
+    for other in ((96, torch.float16, 128, 64), (96, torch.bfloat16, 128, 128)):
+        assert tuning.find_tiling(card, *other) is None
+    assert [f.name for f in folder.iterdir()] == ["tilings.json"]
+
+
+@pytest.mark.parametrize("change", ["card", "triton", "kernel"])
+def test_a_measurement_holds_for_one_card_compiler_and_kernel(folder, card, change, monkeypatch):
+    tuning.store({tuning.make_key("a card", 64, torch.bfloat16, 128, 64): FAST})
+    if change == "card":
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another card")
+    elif change == "triton":
+        monkeypatch.setattr(tuning.triton, "__version__", "0.1")
+    else:
+        monkeypatch.setattr(tuning, "_hash_kernel", lambda: "edited")
+    assert tuning.find_tiling(card, 64, torch.bfloat16, 128, 64) is None
+
+
+def test_a_processor_has_no_measured_tiling(folder):
+    tuning.store({tuning.make_key("cpu", 64, torch.float32, 128, 64): FAST})
+    assert tuning.find_tiling(torch.device("cpu"), 64, torch.float32, 128, 64) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", json.dumps({"key": {"tile": 1}})])
+def test_a_damaged_file_leaves_the_table(folder, card, text, caplog):
+    folder.mkdir()
+    (folder / "tilings.json").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert tuning.find_tiling(card, 64, torch.bfloat16, 128, 64) is None
+    assert "ditopt tune" in caplog.text
