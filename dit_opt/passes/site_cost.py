@@ -25,7 +25,7 @@ _SEARCHES: dict[str, tuple[Callable[[sympy.Expr], sympy.Expr], int]] = {
     "oracle": (lambda n: n**2, 520),
 }
 # Of a step that unpacks lists and moves queries, keys, values and the output.
-_STEP_OPERATORS = 40
+_STEP_OPERATORS = 15
 _MOVED = 4
 
 

@@ -1,6 +1,6 @@
-"""Every configuration of the block mass kernel that ships, ready for compilation ahead of time.
+"""Every configuration of the routers' kernels that ships, ready for compilation ahead of time.
 
-Mirrors what `block_mass_triton.launch` would compile on first use.
+Mirrors what `block_mass_triton` and `packing_triton` would compile on first use.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from dit_opt.kernels.aot import Build
 from dit_opt.kernels.block_sparse_attention.tilings import choose_precision, pad_dim
 from dit_opt.kernels.routers import block_mass_triton as _launcher
+from dit_opt.kernels.routers import packing_triton as _packing
 from dit_opt.kernels.routers.block_mass import STALE_LIMIT
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -76,6 +77,21 @@ def make_build(
     )
 
 
+def make_unpack_build(target: str) -> Build:
+    """The kernel that makes lists of packed plans."""
+    kernel = _packing.unpack_words_kernel
+    pointers = ("p_words", "p_counts", "p_indices")
+    return Build(
+        config=f"unpack plan chunk {_packing.CHUNK}",
+        target=target,
+        kernel=f"{_packing.__name__}:{kernel.__name__}",
+        signature=dict.fromkeys(pointers, "*i32")
+        | {"blocks": "i32", "words": "i32", "CHUNK": "constexpr"},
+        constexprs={"CHUNK": _packing.CHUNK},
+        attrs={(position,): [["tt.divisibility", 16]] for position in range(len(pointers))},
+    )
+
+
 def list_builds(target: str) -> Iterator[Build]:
     """The shipped configurations for one target: every tiling, and every branch of the kernel."""
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -87,6 +103,7 @@ def list_builds(target: str) -> Iterator[Build]:
     yield make_build(target, 128, bf16, cached=True, ragged=False)
     yield make_build(target, 128, bf16, block_k=128, cached=True, bias=True)
     yield make_build(target, 80, torch.float16)
+    yield make_unpack_build(target)
 
 
 def _type_of(argument: str, name: str, constexprs: dict[str, object]) -> str:

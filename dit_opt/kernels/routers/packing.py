@@ -54,6 +54,21 @@ _library.impl("pack_plan_v1", pack_plan, "CompositeExplicitAutograd")
 _library.impl("unpack_plan_v1", unpack_plan, "CompositeExplicitAutograd")
 
 
+@torch.library.impl(_library, "pack_plan_v1", "CUDA")
+def _pack_on_gpu(counts: Tensor, indices: Tensor, tokens: int, block_k: int) -> Tensor:
+    # Imported here because Triton is absent where there is no GPU to run it on.
+    from dit_opt.kernels.block_sparse_attention.triton_tail import pack_lists
+
+    return pack_lists(counts.contiguous(), indices.contiguous(), ceil_div(tokens, block_k))
+
+
+@torch.library.impl(_library, "unpack_plan_v1", "CUDA")
+def _unpack_on_gpu(words: Tensor, tokens: int, block_k: int) -> tuple[Tensor, Tensor]:
+    from dit_opt.kernels.routers import packing_triton
+
+    return packing_triton.unpack_plan(words, tokens, block_k)
+
+
 @torch.library.register_fake("ditopt::pack_plan_v1", lib=_library)
 def _describe_words(counts: Tensor, indices: Tensor, N: int, block_k: int) -> Tensor:
     return counts.new_empty((*counts.shape, ceil_div(ceil_div(N, block_k), WORD)))
