@@ -77,17 +77,20 @@ def make_build(
     )
 
 
-def make_unpack_build(target: str) -> Build:
-    """The kernel that makes lists of packed plans."""
-    kernel = _packing.unpack_words_kernel
-    pointers = ("p_words", "p_counts", "p_indices")
+def make_list_build(target: str, packed: bool) -> Build:
+    """The kernel that makes lists of packed plans, or of block masks."""
+    kernel = _packing.list_blocks_kernel
+    kept = {"p_kept": "*i32" if packed else "*u8"}
+    pointers = kept | dict.fromkeys(("p_counts", "p_indices"), "*i32")
+    constexprs = {"PACKED": packed, "CHUNK": _packing.CHUNK}
     return Build(
-        config=f"unpack plan chunk {_packing.CHUNK}",
+        config=f"list {'packed' if packed else 'masked'} blocks chunk {_packing.CHUNK}",
         target=target,
         kernel=f"{_packing.__name__}:{kernel.__name__}",
-        signature=dict.fromkeys(pointers, "*i32")
-        | {"blocks": "i32", "words": "i32", "CHUNK": "constexpr"},
-        constexprs={"CHUNK": _packing.CHUNK},
+        signature=pointers
+        | dict.fromkeys(("blocks", "width", "capacity"), "i32")
+        | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
         attrs={(position,): [["tt.divisibility", 16]] for position in range(len(pointers))},
     )
 
@@ -103,7 +106,8 @@ def list_builds(target: str) -> Iterator[Build]:
     yield make_build(target, 128, bf16, cached=True, ragged=False)
     yield make_build(target, 128, bf16, block_k=128, cached=True, bias=True)
     yield make_build(target, 80, torch.float16)
-    yield make_unpack_build(target)
+    yield make_list_build(target, packed=True)
+    yield make_list_build(target, packed=False)
 
 
 def _type_of(argument: str, name: str, constexprs: dict[str, object]) -> str:

@@ -1,7 +1,8 @@
-"""Lists out of packed plans on GPUs, in one launch: every step between two searches needs them."""
+"""Lists of kept blocks on GPUs, in one launch: of a block mask, or of a packed plan."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,31 +14,52 @@ CHUNK = 256
 
 
 @triton.jit
-def unpack_words_kernel(p_words, p_counts, p_indices, blocks, words, CHUNK: tl.constexpr):
-    """The count and the ascending list of one row (grid axis 0), zero after its entries."""
+def list_blocks_kernel(
+    p_kept, p_counts, p_indices, blocks, width, capacity,
+    PACKED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The count and the ascending list of one row (grid axis 0), zero after its entries.
+
+    `p_kept`: rows of `width` int32 words with a bit for each block, or of as many bytes as blocks.
+    """
     row = tl.program_id(0).to(tl.int64)
-    p_list = p_indices + row * blocks
+    p_list = p_indices + row * capacity
+    p_kept += row * width
     count = 0
     for first in tl.range(0, blocks, CHUNK):
         o_j = first + tl.arange(0, CHUNK)
-        b_word = tl.load(p_words + row * words + (o_j >> 5), mask=o_j < blocks, other=0)
-        b_bit = (b_word >> (o_j & 31)) & 1
-        b_place = count + tl.cumsum(b_bit, 0) - b_bit
-        tl.store(p_list + b_place, o_j, mask=b_bit != 0)
-        count += tl.sum(b_bit, 0)
+        if PACKED:
+            b_word = tl.load(p_kept + (o_j >> 5), mask=o_j < blocks, other=0)
+            b_kept = (b_word >> (o_j & 31)) & 1
+        else:
+            b_kept = tl.load(p_kept + o_j, mask=o_j < blocks, other=0).to(tl.int32)
+        b_place = count + tl.cumsum(b_kept, 0) - b_kept
+        tl.store(p_list + b_place, o_j, mask=(b_kept != 0) & (b_place < capacity))
+        count += tl.sum(b_kept, 0)
+    count = tl.minimum(count, capacity)
     tl.store(p_counts + row, count)
-    for first in tl.range(0, blocks, CHUNK):
+    for first in tl.range(0, capacity, CHUNK):
         o_j = first + tl.arange(0, CHUNK)
-        tl.store(p_list + o_j, tl.zeros([CHUNK], tl.int32), mask=(o_j >= count) & (o_j < blocks))
+        tl.store(p_list + o_j, tl.zeros([CHUNK], tl.int32), mask=(o_j >= count) & (o_j < capacity))
+
+
+def list_kept(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """As `plan.list_kept`."""
+    kept = mask.contiguous().view(torch.uint8)
+    return _list(kept, mask.shape[-1], capacity, packed=False)
 
 
 def unpack_plan(words: Tensor, tokens: int, block_k: int) -> tuple[Tensor, Tensor]:
     """As `packing.unpack_plan`."""
-    words, blocks = words.contiguous(), ceil_div(tokens, block_k)
-    counts = words.new_empty(words.shape[:-1])
-    indices = words.new_empty((*words.shape[:-1], blocks))
+    blocks = ceil_div(tokens, block_k)
+    return _list(words.contiguous(), blocks, blocks, packed=True)
+
+
+def _list(kept: Tensor, blocks: int, capacity: int, packed: bool) -> tuple[Tensor, Tensor]:
+    counts = kept.new_empty(kept.shape[:-1], dtype=torch.int32)
+    indices = kept.new_empty((*kept.shape[:-1], capacity), dtype=torch.int32)
     if counts.numel():
-        unpack_words_kernel[(counts.numel(),)](
-            words, counts, indices, blocks, words.shape[-1], CHUNK=CHUNK
+        list_blocks_kernel[(counts.numel(),)](
+            kept, counts, indices, blocks, kept.shape[-1], capacity, PACKED=packed, CHUNK=CHUNK
         )
     return counts, indices

@@ -119,6 +119,11 @@ def list_kept(mask: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor
     the capacity (all nk blocks if None) is left out from the end.
     """
     capacity = mask.shape[-1] if capacity is None else capacity
+    if mask.is_cuda:
+        # Imported here because Triton is absent where there is no GPU to run it on.
+        from dit_opt.kernels.routers import packing_triton
+
+        return packing_triton.list_kept(mask, capacity)
     place = mask.cumsum(-1, dtype=torch.int32)
     # The last of these slots takes what is not kept, and what does not fit.
     slots = torch.where(mask, place - 1, capacity).clamp_(max=capacity).long()
