@@ -55,7 +55,7 @@ def test_all_candidates_compile_and_take_what_was_estimated():
     for (dim, tiling), (_, report, faults) in zip(builds, reports, strict=True):
         demand = estimate_demand(tiling, dim)
         assert faults == []
-        assert -2 <= report.registers - demand.registers <= 32, (dim, tiling)
+        assert -2 <= report.registers - demand.registers <= 40, (dim, tiling)
         assert report.shared_bytes == pytest.approx(demand.shared, abs=64), (dim, tiling)
         real = Demand(report.registers, report.shared_bytes)
         assert real.occupancy(tiling.num_warps) == demand.occupancy(tiling.num_warps)
