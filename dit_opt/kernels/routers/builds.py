@@ -1,10 +1,11 @@
 """Every configuration of the routers' kernels that ships, ready for compilation ahead of time.
 
-Mirrors what `block_mass_triton` and `packing_triton` would compile on first use.
+Mirrors what `block_mass_triton`, `packing_triton` and `thresholds_triton` would compile.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from dit_opt.kernels.aot import Build
 from dit_opt.kernels.block_sparse_attention.tilings import choose_precision, pad_dim
 from dit_opt.kernels.routers import block_mass_triton as _launcher
 from dit_opt.kernels.routers import packing_triton as _packing
+from dit_opt.kernels.routers import thresholds_triton as _thresholds
 from dit_opt.kernels.routers.block_mass import STALE_LIMIT
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -95,6 +97,39 @@ def make_list_build(target: str, packed: bool) -> Build:
     )
 
 
+def make_threshold_build(target: str, place: str, within: bool, repeats: bool) -> Build:
+    """One launch of a search for a threshold: the "first", a "middle" or the "last" one."""
+    kernel = _thresholds.sum_above_kernel
+    constexprs = {
+        "IS_FIRST": place == "first",
+        "IS_LAST": place == "last",
+        "WITHIN": within,
+        "REPEATS": repeats,
+        "PARTS": _thresholds.PARTS,
+        "CHUNK": _thresholds.CHUNK,
+    }
+    pointers = dict.fromkeys(("p_low", "p_next"), "*i32") | dict.fromkeys(
+        ("p_scores", "p_gains", "p_target", "p_parts", "p_sums"), "*fp32"
+    )
+    signature = {
+        name: "constexpr" if name in constexprs else pointers.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    return Build(
+        config=f"threshold {place}{' within' if within else ''}{' repeats' if repeats else ''}",
+        target=target,
+        kernel=f"{_thresholds.__name__}:{kernel.__name__}",
+        signature=signature,
+        constexprs=constexprs,
+        # Rows of two: the second one starts anywhere.
+        attrs={
+            (position,): [["tt.divisibility", 16]]
+            for position, name in enumerate(kernel.arg_names)
+            if name in ("p_scores", "p_gains", "p_target")
+        },
+    )
+
+
 def list_builds(target: str) -> Iterator[Build]:
     """The shipped configurations for one target: every tiling, and every branch of the kernel."""
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -108,6 +143,8 @@ def list_builds(target: str) -> Iterator[Build]:
     yield make_build(target, 80, torch.float16)
     yield make_list_build(target, packed=True)
     yield make_list_build(target, packed=False)
+    for place, within in itertools.product(("first", "middle", "last"), (False, True)):
+        yield make_threshold_build(target, place, within, repeats=within)
 
 
 def _type_of(argument: str, name: str, constexprs: dict[str, object]) -> str:

@@ -7,6 +7,8 @@ the blocks that are kept are the same.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,9 @@ def find_threshold(
     steps = (highest - lowest + 1).bit_length()
     # The lowest threshold serves by definition; searching within, the one below it exceeds.
     shape = [1 if axis - scores.dim() in dims else n for axis, n in enumerate(scores.shape)]
+    if _is_on_gpu(scores):
+        low = _search_on_gpu(scores, gains, target, shape, lowest - within, steps, within)
+        return (low.clamp(max=highest) + within).view(torch.float32)
     low = scores.new_full(shape, lowest - within, dtype=torch.int32)
     nothing = gains.new_zeros(())
     for step in reversed(range(steps)):
@@ -48,6 +53,31 @@ def find_threshold(
         rises = total > target if within else total >= target
         low = torch.where(rises, middle, low)
     return (low.clamp(max=highest) + within).view(torch.float32)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _search_on_gpu(
+    scores: Tensor,
+    gains: Tensor,
+    target: float | Tensor,
+    shape: list[int],
+    lowest: int,
+    steps: int,
+    within: bool,
+) -> Tensor:
+    # Imported here because Triton is absent where there is no GPU to run it on.
+    from dit_opt.kernels.routers.thresholds_triton import search_bits
+
+    groups = math.prod(shape)
+    gains = gains.expand(scores.shape[scores.dim() - gains.dim() :]).contiguous()
+    if not isinstance(target, Tensor):
+        target = scores.new_full((), target)
+    goals = target.expand(shape).reshape(groups).contiguous()
+    rows = scores.reshape(groups, -1).contiguous()
+    return search_bits(rows, gains, goals, lowest, steps, within).view(shape)
 
 
 def _read_bits(value: float) -> int:

@@ -1,0 +1,91 @@
+"""Thresholds on GPUs: one launch for each bit, where PyTorch needs seven.
+
+Each launch sums the gains above the next candidate in parts. The parts of the launch before tell
+every program whether that candidate held, so nothing has to wait for all parts in between.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Parts of a sum, and values that a program adds at a time.
+PARTS, CHUNK = 1024, 1024
+
+
+@triton.jit(do_not_specialize=["step"])
+def sum_above_kernel(
+    p_scores, p_gains, p_target, p_low, p_next, p_parts, p_sums,
+    size, span, period, parts, step,
+    IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, WITHIN: tl.constexpr, REPEATS: tl.constexpr,
+    PARTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One part (grid axis 0) of the sum of one group (axis 1), `span` of its `size` values.
+
+    `p_low` and `p_parts` are of the launch before, whose bit was step + 1; `p_next` and `p_sums`
+    of this one. Gains that repeat do so after `period` values, and are the same in all groups.
+    """
+    part = tl.program_id(0)
+    group = tl.program_id(1)
+    low = tl.load(p_low + group)
+    if not IS_FIRST:
+        o_p = tl.arange(0, PARTS)
+        total = tl.sum(tl.load(p_parts + group * parts + o_p, mask=o_p < parts, other=0.0), 0)
+        target = tl.load(p_target + group)
+        holds = total > target if WITHIN else total >= target
+        low = tl.where(holds, low + (1 << (step + 1)), low)
+    if part == 0:
+        tl.store(p_next + group, low)
+    if not IS_LAST:
+        threshold = (low + (1 << step)).to(tl.float32, bitcast=True)
+        start = group.to(tl.int64) * size
+        stop = tl.minimum((part + 1) * span, size)
+        b_sum = tl.zeros([CHUNK], tl.float32)
+        for first in tl.range(part * span, stop, CHUNK):
+            o_s = first + tl.arange(0, CHUNK)
+            b_score = tl.load(p_scores + start + o_s, mask=o_s < stop, other=0.0)
+            o_g = o_s % period if REPEATS else start + o_s
+            b_gain = tl.load(p_gains + o_g, mask=o_s < stop, other=0.0)
+            b_sum += tl.where(b_score >= threshold, b_gain, 0.0)
+        tl.store(p_sums + group * parts + part, tl.sum(b_sum, 0))
+
+
+def search_bits(
+    scores: Tensor, gains: Tensor, target: Tensor, lowest: int, steps: int, within: bool
+) -> Tensor:
+    """The bits of the last candidate that holds, int32 [G]: from `lowest` on, `steps` bits of it.
+
+    Args:
+        scores: float32 [G, M]; gains: float32, as many, or as a divisor of M, which repeat.
+        target: float32 [G].
+    """
+    groups, size = scores.shape
+    parts = min(PARTS, triton.cdiv(size, CHUNK))
+    span = triton.cdiv(triton.cdiv(size, parts), CHUNK) * CHUNK
+    low = torch.full((2, groups), lowest, dtype=torch.int32, device=scores.device)
+    sums = scores.new_empty((2, groups, parts))
+    for step in reversed(range(-1, steps)):
+        now, then = step % 2, (step + 1) % 2
+        sum_above_kernel[(parts, groups)](
+            scores,
+            gains,
+            target,
+            low[then],
+            low[now],
+            sums[then],
+            sums[now],
+            size,
+            span,
+            gains.numel(),
+            parts,
+            step,
+            IS_FIRST=step == steps - 1,
+            IS_LAST=step < 0,
+            WITHIN=within,
+            REPEATS=gains.numel() < scores.numel(),
+            PARTS=PARTS,
+            CHUNK=CHUNK,
+        )
+    return low[1]
