@@ -66,7 +66,8 @@ def block_sparse_attention_fwd_kernel(
     if HAS_BIAS:
         p_bias += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
     plan_row = (row % plan_heads).to(tl.int64) * query_blocks
-    query_block = tl.load(p_order + plan_row + tl.program_id(0) // TILES_Q)
+    p_order += plan_row + tl.program_id(0) // TILES_Q
+    query_block = tl.load(p_order)
     first_query = query_block * BLOCK_Q + (tl.program_id(0) % TILES_Q) * TILE_Q
     plan_row += query_block
     p_list = p_indices + plan_row * capacity
@@ -118,6 +119,9 @@ def block_sparse_attention_fwd_kernel(
                 TILE_TAIL, DIM, PADDED_DIM, USE_DESCRIPTORS, PRECISION,
             )  # fmt: skip
 
+    # Read again, or it would take a register throughout the loop, which some tilings do not have.
+    query_block = tl.load(p_order, volatile=True)
+    first_query = query_block * BLOCK_Q + (tl.program_id(0) % TILES_Q) * TILE_Q
     o_q = first_query + tl.arange(0, TILE_Q)
     o_d = tl.arange(0, PADDED_DIM)
     is_query = o_q < num_queries
