@@ -52,8 +52,7 @@ def make_build(target: str, dim: int, dtype: torch.dtype, *, aligned: bool = Tru
 
 def list_builds(target: str) -> Iterator[Build]:
     """The shipped configurations for one target."""
-    for dim in (32, 64, 80, 128, 256):
-        yield make_build(target, dim, torch.bfloat16)
-        yield make_build(target, dim, torch.float32)
-    yield make_build(target, 128, torch.float16)
+    yield make_build(target, 128, torch.bfloat16)
+    yield make_build(target, 128, torch.float32)
+    yield make_build(target, 80, torch.float16)
     yield make_build(target, 128, torch.bfloat16, aligned=False)

@@ -14,7 +14,7 @@ from dit_opt.kernels.token_order_builds import list_builds, make_build
 def test_every_shipped_configuration_compiles_clean():
     builds = [build for target in TARGETS for build in list_builds(target)]
     checked = list(check_builds(builds))
-    assert len(checked) == len(builds) >= 40
+    assert len(checked) == len(builds) >= 16
     assert [(b.target, b.config, faults) for b, _, faults in checked if faults] == []
     # rows that are aligned move by whole vectors, which need few addresses
     aligned = [r.registers for build, r, _ in checked if "unaligned" not in build.config]

@@ -163,7 +163,7 @@ def list_builds(target: str) -> Iterator[Build]:
     yield make_build(target, 256, bf16, bias=True, tail=True)
     yield make_build(target, 128, bf16, block_k=128, tail=True)
     yield make_build(target, 128, bf16, aligned=False, tail=True)
-    for dim, block_k in itertools.product((32, 64, 128, 256), (64, 128)):
+    for dim, block_k in itertools.product((64, 128), (64, 128)):
         usual = choose_tiling(target, dim, 2, 128, block_k)
         for tiling in list_candidates(target, dim, 2, 128, block_k):
             if tiling != usual:

@@ -119,9 +119,10 @@ def block_sparse_attention_fwd_kernel(
                 TILE_TAIL, DIM, PADDED_DIM, USE_DESCRIPTORS, PRECISION,
             )  # fmt: skip
 
-    # Read again, or it would take a register throughout the loop, which some tilings do not have.
-    query_block = tl.load(p_order, volatile=True)
-    first_query = query_block * BLOCK_Q + (tl.program_id(0) % TILES_Q) * TILE_Q
+    if not USE_DESCRIPTORS:
+        # Read again, or it would take a register throughout the loop, which pointers leave none of.
+        query_block = tl.load(p_order, volatile=True)
+        first_query = query_block * BLOCK_Q + (tl.program_id(0) % TILES_Q) * TILE_Q
     o_q = first_query + tl.arange(0, TILE_Q)
     o_d = tl.arange(0, PADDED_DIM)
     is_query = o_q < num_queries

@@ -5,7 +5,6 @@ Mirrors what `block_mass_triton`, `packing_triton` and `thresholds_triton` would
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -143,7 +142,7 @@ def list_builds(target: str) -> Iterator[Build]:
     yield make_build(target, 80, torch.float16)
     yield make_list_build(target, packed=True)
     yield make_list_build(target, packed=False)
-    for place, within in itertools.product(("first", "middle", "last"), (False, True)):
+    for place, within in (("first", False), ("middle", True), ("last", True)):
         yield make_threshold_build(target, place, within, repeats=within)
 
 

