@@ -51,6 +51,7 @@ __all__ = [
     "parameter_path",
     "proved_sizes",
     "size_expression",
+    "size_hint",
     "writes_in_place",
 ]
 
@@ -123,15 +124,15 @@ def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function or bound method with a code object of its own, which Dynamo has never seen.
 
     Dynamo keeps what it compiled, and the sizes that it has met, by code object and by its name;
-    all instances of a class share one. Anything else that can be called comes back as it is, but
-    for what `torch.compile` had wrapped around it.
+    all instances of a class share one. What `torch.compile` had wrapped around it is left out.
+    Anything else that can be called, as the partial functions of hooks, comes back in a function.
     """
     from torch._dynamo.eval_frame import innermost_fn
 
     plain = innermost_fn(function)
     inner = plain.__func__ if isinstance(plain, types.MethodType) else plain
     if not isinstance(inner, types.FunctionType):
-        return plain
+        return fresh_code(lambda *args, **kwargs: plain(*args, **kwargs))
     code = inner.__code__
     copy = types.FunctionType(
         code.replace(co_name=f"{code.co_name}_copy_{next(_copies)}"),

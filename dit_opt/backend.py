@@ -162,7 +162,7 @@ def _bind(
             for s, place in zip(searching, zip(*[iter(where(args))] * 5), strict=True)
         ],
         lengths=read_sizes(lengths, placeholders),
-        min_tokens=min((site.min_tokens for site in sparse), default=0),
+        min_tokens=tuple(site.min_tokens for site in sparse),
     )
 
     # Dynamo changes and clears its graph once the backend has returned
@@ -184,11 +184,7 @@ def _bind(
         compile_variant,
         frozenset(phases),
         wiring,
-        Schedule(
-            options.effective_dense_steps,
-            options.effective_refresh_every,
-            options.verify_every or 0,
-        ),
+        make_schedule(options),
         record,
     )
     # While Dynamo traces, the symbols of a graph may still gain guards; later they may not. A
@@ -240,6 +236,13 @@ def _tell_layers(
 def _first_phase(bound: Bound) -> Phase:
     sparse_first = Phase.SEARCH in bound.phases and not bound.schedule.dense_steps
     return Phase.SEARCH if sparse_first else Phase.OBSERVE
+
+
+def make_schedule(options: Options) -> Schedule:
+    """When the options are dense, search and check."""
+    return Schedule(
+        options.effective_dense_steps, options.effective_refresh_every, options.verify_every or 0
+    )
 
 
 def _choose_form(phase: Phase, options: Options) -> SparseForm:

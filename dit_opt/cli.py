@@ -6,6 +6,7 @@ It exists so that a fresh machine can show what ditopt does in one line.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,7 +120,7 @@ def tune(
     dim: Annotated[
         list[int] | None, typer.Option(min=16, max=256, help="Head dimension; repeatable.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1024, help="Length of the sequence.")] = 32768,
+    tokens: Annotated[int, typer.Option(min=1024, help="Length of the sequence.")] = 32760,
     heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 24,
     density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Kept share.")] = 0.25,
 ) -> None:
@@ -128,6 +129,8 @@ def tune(
     Exit code 2: there is no GPU with anything to measure.
     """
     torch = importlib.import_module("torch")
+    if importlib.util.find_spec("triton") is None:
+        raise _refuse("Tilings are measured with Triton, which is not installed here.", "tune")
     from dit_opt.tune import NothingToTune, Workload, tune_kernel
 
     try:
@@ -152,7 +155,7 @@ def tune(
     console.print(f"Wrote {file}", soft_wrap=True)
 
 
-def _refuse(error: Exception, command: str = "demo") -> typer.Exit:
+def _refuse(error: Exception | str, command: str = "demo") -> typer.Exit:
     """Says what is wrong with the input."""
     typer.echo(f"ditopt {command}: {error}", err=True)
     return typer.Exit(2)

@@ -17,6 +17,7 @@ Sizes are sympy expressions, so nothing here can add a guard to a graph.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ class Prediction:
         """Time of the dense call over that of the sparse one."""
         return float((self.dense / self.sparse).subs(TOKENS, tokens))
 
-    @property
+    @functools.cached_property
     def crossover(self) -> int | None:
         """The least number of tokens from which on sparse attention is faster; None if none is."""
         square, linear, constant = _coefficients(self.dense - self.sparse)

@@ -27,9 +27,9 @@ class Reason(Enum):
         "It has fewer keys than the sparse kernel needs to win.",
         "Set min_tokens lower to replace it nevertheless.",
     )
-    TOO_DENSE = (
-        "Block-sparse attention of its density is not predicted to be faster, whatever the length.",
-        "Ask for a lower density or quality, or set min_tokens to replace it nevertheless.",
+    NEVER_PAYS = (
+        "Block-sparse attention and its search are not predicted to be faster, at any length.",
+        "Lower density or raise refresh_every, or set min_tokens to replace it nevertheless.",
     )
     ROUTER_DENSE = ("router='dense' leaves every site alone.", "Choose router='auto'.")
     CAUSAL = ("It is causal; the routers assume that every query may see every key.", "")

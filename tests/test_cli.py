@@ -47,7 +47,14 @@ def test_help_and_version(invoke):
     assert invoke("--version").stdout == f"ditopt {dit_opt.__version__}\n"
 
 
+def test_tuning_needs_triton(invoke, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = invoke("tune")
+    assert result.exit_code == 2 and "Triton, which is not installed" in result.stderr
+
+
 def test_tuning_needs_a_gpu(invoke, monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = invoke("tune")
     assert result.exit_code == 2 and "PyTorch sees none" in result.stderr

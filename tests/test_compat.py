@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -222,7 +223,8 @@ def test_fresh_code_is_the_same_function_with_other_code():
     assert [c(3) for c in copies] == [7, 7] and copies[0].__self__ is method.__self__
     compiled = torch.compile(lambda x: x + 1, backend="eager")
     assert not hasattr(_compat.fresh_code(compiled), "_torchdynamo_orig_callable")
-    assert _compat.fresh_code(len) is len
+    wrapped = [_compat.fresh_code(functools.partial(Scale().scale, by=5)) for _ in range(2)]
+    assert wrapped[0].__code__ is not wrapped[1].__code__ and wrapped[0](3, more=2) == 17
 
 
 def test_only_what_is_new_to_dynamo_is_forgotten():

@@ -45,8 +45,9 @@ def test_every_shape_is_measured_and_kept(tmp_path, monkeypatch):
     assert len(trials) == 4 and {s[:2] for s in seen} == {
         (d, b) for d in (64, 128) for b in (64, 128)
     }
-    for key, found in trials.items():
-        assert tuning._read(file)[key] == found[-1].tiling
+    kept = tuning._read()
+    assert file.parent == tmp_path and len(kept) == 4
+    assert all(kept[key] == found[-1].tiling for key, found in trials.items())
 
 
 def test_a_card_without_candidates_says_so(monkeypatch):
@@ -57,8 +58,23 @@ def test_a_card_without_candidates_says_so(monkeypatch):
         tune.tune_kernel([64], SMALL, torch.device("cuda"))
 
 
-def test_inputs_keep_about_the_asked_share():
+def test_a_dimension_without_candidates_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(tune.kernel, "read_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "make_inputs", lambda *_: pytest.fail("measured"))
+    with pytest.raises(tune.NothingToTune, match="heads of 300"):
+        tune.tune_kernel([64, 300], SMALL, torch.device("cuda"))
+
+
+def test_inputs_keep_the_asked_share_in_rows_that_differ():
     inputs = tune.make_inputs(SMALL, 32, 64, torch.device("cpu"))
     assert inputs.q.shape == (1, 2, 300, 32) and inputs.q.transpose(1, 2).is_contiguous()
     assert inputs.counts.shape == (1, 2, 3) and inputs.indices.shape == (1, 2, 3, 5)
-    assert 0.2 < float(inputs.counts.float().mean()) / 5 < 0.9 and int(inputs.counts.min()) >= 1
+    longer = tune.Workload(tokens=16000, heads=2, density=0.5, dtype=torch.float16)
+    counts = tune.make_inputs(longer, 16, 64, torch.device("cpu")).counts.float() / 250
+    assert float(counts.mean()) == pytest.approx(0.5, abs=0.03)
+    # shares are even between 0.4 and 1.6 times the mean
+    assert float(counts.std()) == pytest.approx(0.3 / 3**0.5, abs=0.03)
+    again = tune.make_inputs(longer, 16, 64, torch.device("cpu")).counts.float() / 250
+    assert torch.equal(counts, again)

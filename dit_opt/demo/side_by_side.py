@@ -18,11 +18,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
 import dit_opt
+from dit_opt.backend import make_schedule
 from dit_opt.demo import clips
 from dit_opt.demo.model import load_model
 from dit_opt.demo.sampler import SHIFT, STEPS, Step, denoise
 from dit_opt.options import Options
-from dit_opt.runtime.schedule import Phase, Position, Schedule, choose_phase
+from dit_opt.runtime.schedule import Phase, Position, choose_phase
 
 Model = Callable[..., tuple[torch.Tensor, ...]]
 # told of the start and of every finished step: the name of the run, steps done, steps in all
@@ -105,14 +106,13 @@ class Contestants:
 
         Two after the dense start at least.
         """
-        options, dense_steps = self.options, self.dense_steps(steps)
-        schedule = Schedule(dense_steps, options.effective_refresh_every, options.verify_every or 0)
+        schedule = make_schedule(self.options)
         first: dict[Phase, int] = {}
         for step in range(steps):
             position = Position(0, (0, 0), step, 0, 1 - step / steps, from_start=True, total=steps)
             phase = choose_phase(position, schedule, has_plan=Phase.SEARCH in first)
             first.setdefault(phase, step)
-        return min(steps, max(dense_steps + 2, *(step + 1 for step in first.values())))
+        return min(steps, max(self.dense_steps(steps) + 2, *(i + 1 for i in first.values())))
 
 
 def load_contestants(

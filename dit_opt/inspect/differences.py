@@ -58,4 +58,4 @@ def _name_nan(layers: Sequence[LayerReport]) -> str:
     if not found:
         return ""
     modules = ", ".join(dict.fromkeys(module for _, module in found))
-    return f"The output is not a number, from step {min(found)[0]} on, in {modules}."
+    return f"The output is not a number, first at step {min(found)[0]}, in {modules}."

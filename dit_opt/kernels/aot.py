@@ -185,7 +185,7 @@ def _lint_nvidia(compiled: CompiledKernel, config: str) -> KernelReport:
         # Triton drops the warnings of its own ptxas run, hence a second one.
         name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
         log_text = _run(_find_tool("ptxas", arch), "-v", "--gpu-name", name, ptx, "-o", cubin)
-        code = _run(_find_tool("nvdisasm", arch), "-c", cubin)
+        code = _run(_find_tool("nvdisasm", arch), "-c", "-ndf", cubin)
     return KernelReport(
         target=f"sm_{arch}",
         config=config,

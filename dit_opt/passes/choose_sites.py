@@ -174,7 +174,7 @@ def _choose_least(prediction: cost.Prediction) -> int | None:
 def _weigh_length(site: Site, least: int | None, detail: str) -> tuple[Reason, str]:
     """Whether a site that could be replaced should be; of unknown lengths each call is judged."""
     if least is None:
-        return Reason.TOO_DENSE, ""
+        return Reason.NEVER_PAYS, ""
     if _fewer(_length(site), least):
         return Reason.TOO_SHORT, f"{_length(site)} tokens of {least}"
     return Reason.REPLACED, detail

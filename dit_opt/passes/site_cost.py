@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import sympy
@@ -41,6 +42,7 @@ def predict_site(site: Site, options: Options) -> cost.Prediction:
     return predict_attention(heads, dim, example.element_size(), example.device, options)
 
 
+@functools.lru_cache(maxsize=64)
 def predict_attention(
     heads: int, dim: int, itemsize: int, device: torch.device, options: Options
 ) -> cost.Prediction:

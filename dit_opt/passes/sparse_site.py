@@ -77,7 +77,7 @@ class SparseSite:
     scale: float
     target: float
     by_density: bool
-    min_tokens: int = 0
+    min_tokens: int
 
     @property
     def example(self) -> torch.Tensor:

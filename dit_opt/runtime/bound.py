@@ -12,16 +12,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit_opt.runtime.schedule import (
-    LISTED,
-    Clock,
-    Phase,
-    Position,
-    Schedule,
-    choose_phase,
-    find_step,
-    new_run,
-)
+from dit_opt.runtime.schedule import Clock, Phase, Position, Schedule, choose_phase, new_run
 from dit_opt.runtime.state import (
     Announcement,
     LayerState,
@@ -68,7 +59,7 @@ class Wiring:
         layouts: (T, H, W, start, N) of each searching site, from the arguments of a call.
         hold: makes the tables that the sites of a call look up on a device.
         lengths: tokens of each replaced site, from the arguments of a call.
-        min_tokens: a call in which every site is shorter stays dense.
+        min_tokens: of each replaced site; a call in which every site is shorter stays dense.
     """
 
     outputs: int
@@ -80,7 +71,7 @@ class Wiring:
     layouts: Callable[[tuple[Any, ...]], list[tuple[int, ...]]]
     hold: Callable[[tuple[Any, ...], torch.device], Any]
     lengths: Callable[[tuple[Any, ...]], list[int]]
-    min_tokens: int
+    min_tokens: tuple[int, ...]
 
 
 class Stream:
@@ -96,23 +87,19 @@ class Stream:
         """Read the candidates, and tell the timestep from a guidance scale: it is in the
         scheduler's list, or else what changed last, the other one being constant."""
         read = read_timesteps({i: args[i] for i in self._clocks})
-        if len(read) > 1:
-            self._choose(read, timesteps)
         positions = {i: self._clocks[i].tick(t, timesteps, off) for i, (t, off) in read.items()}
+        if len(read) > 1:
+            self._choose({i: value for i, (value, _) in read.items()}, positions)
         return positions[self._chosen]
 
-    def _choose(self, read: dict[int, tuple[float, float]], timesteps: list[float] | None) -> None:
-        listed = [
-            i
-            for i, (value, rounding) in read.items()
-            if find_step(value, timesteps, max(LISTED, rounding)) is not None
-        ]
-        likely = listed or list(read)
-        changed = [i for i in likely if i in self._values and self._values[i] != read[i][0]]
+    def _choose(self, values: dict[int, float], positions: dict[int, Position]) -> None:
+        listed = [i for i, position in positions.items() if position.total is not None]
+        likely = listed or list(values)
+        changed = [i for i in likely if i in self._values and self._values[i] != values[i]]
         for group in (likely, changed):
             if group and self._chosen not in group:
                 self._chosen = group[0]
-        self._values = {i: value for i, (value, _) in read.items()}
+        self._values = values
 
 
 def read_timesteps(given: Mapping[int, Any]) -> dict[int, tuple[float, float]]:
@@ -243,7 +230,8 @@ class Bound:
         position: Position | None,
         states: Sequence[LayerState | None],
     ) -> Phase:
-        if max(self._wiring.lengths(args)) < self._wiring.min_tokens:
+        lengths = zip(self._wiring.lengths(args), self._wiring.min_tokens, strict=True)
+        if all(length < least for length, least in lengths):
             return Phase.OBSERVE
         if position is None and self.schedule.dense_steps:
             # nothing tells the step: the promise of a dense start is kept by staying dense

@@ -111,6 +111,7 @@ class Clock:
         """
         is_new = timesteps is not self._timesteps
         self._timesteps = timesteps
+        step = (self.run, self._step)
         if self._last is None or is_new:
             self._begin(timestep)
         elif abs(timestep - self._last) <= SAME * self._scale:
@@ -126,7 +127,7 @@ class Clock:
             self._index = self._find_next(timestep, rounding)
         else:
             self._begin(timestep)
-        if self._index is None:
+        if self._index is None and (self.run, self._step) != step:
             self._index = find_step(timestep, timesteps, max(LISTED, rounding))
         self._last = timestep
         level, first = (
@@ -149,8 +150,8 @@ class Clock:
             self._scale = 1000.0
         rises = timestep > self._last
         if self._step == 0:
-            if rises and timestep > START_LEVEL * self._scale:
-                # from wherever a warm-up was to pure noise
+            if timestep == 0 or (rises and timestep > START_LEVEL * self._scale):
+                # from wherever a warm-up was to pure noise, where a rising model counts from
                 return False
             if rises != self._rising:
                 # The first timestep told the direction wrong, or was of another clip.
@@ -162,7 +163,7 @@ class Clock:
         calls = self._branch + 1
         if self._step > 0:
             self._most = max(self._most, calls)
-        elif self._index is None and (self._split or calls != (self._usual or 1)):
+        elif self._split or (self._index is None and calls != (self._usual or 1)):
             self._given_up += 1
 
     def _begin(self, timestep: float) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -110,7 +111,10 @@ def count_graphs(seen):
 def test_explaining_leaves_nothing_behind(breaks):
     model = Model(breaks)
     for count in range(4, 4 + 11):
-        assert len(dit_opt.explain(model, tokens(count)).decisions) == 2
+        decisions = dit_opt.explain(model, tokens(count)).decisions
+        # a size that Dynamo has met before would be a symbol now
+        assert breaks or [d.shapes[0] for d in decisions] == [f"[1, 2, {count}, 16]"] * 2
+        assert len(decisions) == 2
     assert all(
         not torch._dynamo.eval_frame._debug_get_cache_entry_list(kind.forward.__code__)
         for kind in (Model, Attention)
@@ -118,6 +122,17 @@ def test_explaining_leaves_nothing_behind(breaks):
     seen = []
     torch.compile(model, backend=count_graphs(seen))(tokens())
     assert sum("scaled_dot_product_attention" in gm.code for gm in seen) == 1 + breaks
+
+
+def test_a_forward_that_is_a_partial_function_is_traced_afresh():
+    shapes = []
+    for count in (4, 5, 6):
+        model = Model()
+        # as hooks for offloading replace it
+        model.forward = functools.partial(Model.forward, model)
+        decisions = dit_opt.explain(model, tokens(count)).decisions
+        shapes.append({d.shapes[0] for d in decisions})
+    assert shapes == [{f"[1, 2, {count}, 16]"} for count in (4, 5, 6)]
 
 
 @pytest.mark.parametrize("breaks", [False, True])

@@ -139,7 +139,7 @@ def test_what_is_not_a_number_differs_and_is_named():
     broken = make_layer("blocks.1.attn1", {1: 0.01, 2: nan, 3: 0.01})
     assert suggest_dense([whole]).startswith("No step and no layer")
     text = suggest_dense([whole, broken])
-    assert "not a number, from step 2 on, in blocks.1.attn1." in text
+    assert "not a number, first at step 2, in blocks.1.attn1." in text
     assert "consider dense_steps=3." in text
     graph = GraphReport(GraphRecord((make_decision(),)), {}, (whole, broken), warm=None)
     assert text in render_report([graph], 0.25)

@@ -1,4 +1,4 @@
-"""Every shipped configuration of the kernel that moves tokens compiles without a GPU."""
+"""Configurations tell the compiler what the launcher would; `test_shipped_builds` compiles them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_opt.kernels.aot import TARGETS, check_builds
-from dit_opt.kernels.token_order_builds import list_builds, make_build
-
-
-def test_every_shipped_configuration_compiles_clean():
-    builds = [build for target in TARGETS for build in list_builds(target)]
-    checked = list(check_builds(builds))
-    assert len(checked) == len(builds) >= 16
-    assert [(b.target, b.config, faults) for b, _, faults in checked if faults] == []
-    # rows that are aligned move by whole vectors, which need few addresses
-    aligned = [r.registers for build, r, _ in checked if "unaligned" not in build.config]
-    assert max(aligned) <= 64
+from dit_opt.kernels.token_order_builds import make_build
 
 
 def test_the_signature_names_every_argument():

@@ -8,12 +8,13 @@ import pytest
 import sympy
 import torch
 
+from dit_opt import cost
 from dit_opt.decisions import Reason
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import SiteKind, find_tokens
-from dit_opt.options import OptionError, Options
+from dit_opt.options import ROUTERS, OptionError, Options
 from dit_opt.passes.choose_sites import choose_sites
-from dit_opt.passes.site_cost import predict_site
+from dit_opt.passes.site_cost import predict_attention, predict_site
 from tests.graphs import capture_one, capture_tiny
 from tests.tiny_models import cogvideox, flux, hunyuan_video, sd3, wan
 
@@ -77,8 +78,8 @@ def test_short_sites_stay_dense():
 
 
 def test_sites_that_no_length_makes_worth_it_stay_dense():
-    assert Reason.TOO_DENSE in reasons({"density": 0.95})
-    assert Reason.TOO_DENSE not in reasons({"density": 0.95, "min_tokens": 0})
+    assert Reason.NEVER_PAYS in reasons({"density": 0.95})
+    assert Reason.NEVER_PAYS not in reasons({"density": 0.95, "min_tokens": 0})
     # asked for to see that nothing changes
     assert reasons({"density": 1})[0] is Reason.REPLACED
 
@@ -203,3 +204,14 @@ def test_symbolic_lengths_are_judged_in_each_call():
     from dit_opt.passes.choose_sites import _fewer
 
     assert _fewer(sympy.Integer(5), 6) and not _fewer(sympy.Symbol("s0"), 6)
+
+
+def test_every_router_has_a_cost():
+    times = {}
+    for router in set(ROUTERS) - {"auto", "dense"}:
+        options = Options(router=router, density=0.2, refresh_every=1)
+        found = predict_attention(8, 64, 4, torch.device("cpu"), options)
+        times[router] = float(found.sparse.subs(cost.TOKENS, 8192))
+    # one searches nothing, the other everything
+    assert min(times, key=times.__getitem__) == "frame_tile"
+    assert max(times, key=times.__getitem__) == "oracle"

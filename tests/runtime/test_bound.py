@@ -53,7 +53,7 @@ def bind(graph, timesteps=(1,), phases=frozenset(Phase), dense_steps=1, refresh_
         layouts=lambda args: [LAYOUT],
         hold=kwargs.pop("hold", None),
         lengths=kwargs.pop("lengths", lambda args: [8]),
-        min_tokens=4,
+        min_tokens=kwargs.pop("min_tokens", (4,)),
     )
     schedule = Schedule(dense_steps, refresh_every, kwargs.pop("verify_every", 0))
     return Bound(graph.compile, phases, wiring, schedule, None)
@@ -223,6 +223,14 @@ def test_short_calls_stay_dense():
     assert graph.phases == ["observe", "observe"]
 
 
+def test_each_site_has_its_own_least_length():
+    graph = Graph()
+    state = {"layers": (0,), "lengths": lambda args: [20, 27], "min_tokens": (26, 80)}
+    run(bind(graph, **state, dense_steps=0), weight(), [1000])
+    run(bind(graph, **state | {"min_tokens": (80, 26)}, dense_steps=0), weight(), [1000])
+    assert graph.phases == ["observe", "search"]
+
+
 def test_without_a_timestep_a_dense_start_means_dense_with_a_warning(caplog):
     graph = Graph()
     bound, w = bind(graph, timesteps=()), weight()
@@ -368,7 +376,7 @@ def test_a_head_that_was_caught_counts_as_dense():
 
 def test_one_density_for_all_items_is_corrected_for_each():
     one = torch.full((1, 2), 0.25)
-    state = LayerState(1, LAYOUT, (), one.clone(), one.clone(), one.clone())
+    state = LayerState((1, 0), LAYOUT, (), one.clone(), one.clone(), one.clone())
     caught = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     state.record_check(caught, caught, caught, searched=True)
     state.record_reuse()

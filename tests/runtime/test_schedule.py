@@ -167,6 +167,22 @@ def test_a_model_of_one_step_has_no_end_of_branches():
     assert len({p.run for p in positions([1000] * 6)}) == 2
 
 
+@pytest.mark.parametrize("timesteps", [None, [1000.0, 500.0, 250.0]])
+def test_more_windows_than_branches_never_get_each_others_plans(timesteps):
+    clock = Clock()
+    seen = [clock.tick(t, timesteps) for t in (1000.0, 500.0, 250.0) for _ in range(6)]
+    window_of = {}
+    for call, position in enumerate(seen):
+        assert window_of.setdefault((position.plans, position.branch), call % 6) == call % 6
+    # once a step was seen to its end, plans serve
+    assert {p.plans for p in seen[6:]} == {seen[-1].plans}
+
+
+def test_a_jump_to_where_a_rising_model_starts_is_a_new_run():
+    assert [made for _, made in plans([0.5, 0.0, 0.1, 0.2])] == [[], [], [1], [1, 2]]
+    assert [is_dense(p, 2) for p in positions([0.5, 0.0, 0.1, 0.2])][1:] == [True, True, False]
+
+
 def test_as_many_windows_in_a_step_as_the_last_run_had_are_one_step():
     calls = [t for t in (1000, 500, 250) for _ in range(6)]
     assert [branch for branch, _ in plans(calls * 2)][18:] == [*range(6)] * 3

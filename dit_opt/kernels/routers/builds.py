@@ -136,7 +136,6 @@ def list_builds(target: str) -> Iterator[Build]:
         yield make_build(target, dim, bf16)
         yield make_build(target, dim, fp32)
     yield make_build(target, 128, bf16, bias=True)
-    yield make_build(target, 128, bf16, cached=True)
     yield make_build(target, 128, bf16, cached=True, ragged=False)
     yield make_build(target, 128, bf16, block_k=128, cached=True, bias=True)
     yield make_build(target, 80, torch.float16)

@@ -40,44 +40,61 @@ def find_threshold(
     """
     lowest, highest = _read_bits(LIGHTEST), _read_bits(HEAVIEST)
     steps = (highest - lowest + 1).bit_length()
+    search = _search_on_gpu if scores.is_cuda else _search
     # The lowest threshold serves by definition; searching within, the one below it exceeds.
-    shape = [1 if axis - scores.dim() in dims else n for axis, n in enumerate(scores.shape)]
-    if _is_on_gpu(scores):
-        low = _search_on_gpu(scores, gains, target, shape, lowest - within, steps, within)
-        return (low.clamp(max=highest) + within).view(torch.float32)
-    low = scores.new_full(shape, lowest - within, dtype=torch.int32)
+    low = search(scores, gains, target, dims, lowest - within, steps, within)
+    return (low.clamp(max=highest) + within).view(torch.float32)
+
+
+def _search(
+    scores: Tensor,
+    gains: Tensor,
+    target: float | Tensor,
+    dims: tuple[int, ...],
+    lowest: int,
+    steps: int,
+    within: bool,
+) -> Tensor:
+    """The bits of the last candidate that holds: from `lowest` on, `steps` bits of it."""
+    low = scores.new_full(_reduce(scores, dims), lowest, dtype=torch.int32)
     nothing = gains.new_zeros(())
     for step in reversed(range(steps)):
         middle = low + (1 << step)
         total = torch.where(scores >= middle.view(torch.float32), gains, nothing).sum(dims, True)
         rises = total > target if within else total >= target
         low = torch.where(rises, middle, low)
-    return (low.clamp(max=highest) + within).view(torch.float32)
-
-
-def _is_on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
+    return low
 
 
 def _search_on_gpu(
     scores: Tensor,
     gains: Tensor,
     target: float | Tensor,
-    shape: list[int],
+    dims: tuple[int, ...],
     lowest: int,
     steps: int,
     within: bool,
 ) -> Tensor:
+    """As `_search`."""
     # Imported here because Triton is absent where there is no GPU to run it on.
     from dit_opt.kernels.routers.thresholds_triton import search_bits
 
+    shape = _reduce(scores, dims)
     groups = math.prod(shape)
-    gains = gains.expand(scores.shape[scores.dim() - gains.dim() :]).contiguous()
+    rows = scores.reshape(groups, -1).contiguous()
+    gains = gains.expand(scores.shape[scores.dim() - gains.dim() :])
+    if rows.shape[-1] % gains.numel():
+        # They differ from group to group.
+        gains = gains.expand(scores.shape)
     if not isinstance(target, Tensor):
         target = scores.new_full((), target)
     goals = target.expand(shape).reshape(groups).contiguous()
-    rows = scores.reshape(groups, -1).contiguous()
-    return search_bits(rows, gains, goals, lowest, steps, within).view(shape)
+    return search_bits(rows, gains.contiguous(), goals, lowest, steps, within).view(shape)
+
+
+def _reduce(scores: Tensor, dims: tuple[int, ...]) -> list[int]:
+    """The shape with 1 along `dims`."""
+    return [1 if axis - scores.dim() in dims else n for axis, n in enumerate(scores.shape)]
 
 
 def _read_bits(value: float) -> int:

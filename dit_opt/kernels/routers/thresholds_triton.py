@@ -15,20 +15,21 @@ from torch import Tensor
 PARTS, CHUNK = 1024, 1024
 
 
-@triton.jit(do_not_specialize=["step"])
+# Sizes that are not specialised: another length must not compile it again.
+@triton.jit(do_not_specialize=["size", "span", "period", "parts", "step"])
 def sum_above_kernel(
     p_scores, p_gains, p_target, p_low, p_next, p_parts, p_sums,
     size, span, period, parts, step,
     IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, WITHIN: tl.constexpr, REPEATS: tl.constexpr,
     PARTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One part (grid axis 0) of the sum of one group (axis 1), `span` of its `size` values.
+    """One part (grid axis 1) of the sum of one group (axis 0), `span` of its `size` values.
 
     `p_low` and `p_parts` are of the launch before, whose bit was step + 1; `p_next` and `p_sums`
     of this one. Gains that repeat do so after `period` values, and are the same in all groups.
     """
-    part = tl.program_id(0)
-    group = tl.program_id(1)
+    group = tl.program_id(0)
+    part = tl.program_id(1)
     low = tl.load(p_low + group)
     if not IS_FIRST:
         o_p = tl.arange(0, PARTS)
@@ -66,16 +67,17 @@ def search_bits(
     span = triton.cdiv(triton.cdiv(size, parts), CHUNK) * CHUNK
     low = torch.full((2, groups), lowest, dtype=torch.int32, device=scores.device)
     sums = scores.new_empty((2, groups, parts))
+    (low, last), (sums, next_sums) = low.unbind(), sums.unbind()
     for step in reversed(range(-1, steps)):
-        now, then = step % 2, (step + 1) % 2
-        sum_above_kernel[(parts, groups)](
+        # of groups there may be more than the second axis of a grid takes
+        sum_above_kernel[(groups, parts)](
             scores,
             gains,
             target,
-            low[then],
-            low[now],
-            sums[then],
-            sums[now],
+            low,
+            last,
+            sums,
+            next_sums,
             size,
             span,
             gains.numel(),
@@ -88,4 +90,5 @@ def search_bits(
             PARTS=PARTS,
             CHUNK=CHUNK,
         )
-    return low[1]
+        low, last, sums, next_sums = last, low, next_sums, sums
+    return low

@@ -1,4 +1,4 @@
-"""Every shipped configuration compiles for every target, without spills, without a GPU."""
+"""Configurations tell the compiler what the launcher would; `test_shipped_builds` compiles them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_opt.kernels.aot import TARGETS, check_builds
-from dit_opt.kernels.block_sparse_attention.builds import list_builds, make_build
-
-
-def test_every_shipped_configuration_compiles_clean():
-    builds = [build for target in TARGETS for build in list_builds(target)]
-    checked = list(check_builds(builds))
-    assert len(checked) == len(builds) >= 60
-    faults = [(b.target, b.config, faults) for b, _, faults in checked if faults]
-    assert faults == []
-    hopper = [report for build, report, _ in checked if build.expects_wgmma]
-    assert hopper and all(r.wgmma > 0 and r.tma_loads > 0 for r in hopper)
-
-
-def test_builds_of_a_target_are_distinct():
-    configs = [build.config for build in list_builds("sm_90")]
-    assert len(set(configs)) == len(configs)
+from dit_opt.kernels.block_sparse_attention.builds import make_build
 
 
 def test_the_signature_names_every_argument():

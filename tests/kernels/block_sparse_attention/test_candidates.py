@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_opt.kernels.aot import check_builds
+from dit_opt.kernels.aot import check_build
 from dit_opt.kernels.block_sparse_attention.builds import make_build
 from dit_opt.kernels.block_sparse_attention.candidates import (
     MOST,
@@ -44,19 +44,18 @@ def test_nothing_is_known_of_others(architecture, itemsize):
 
 
 def test_all_candidates_compile_and_take_what_was_estimated():
-    builds = {
-        (dim, tiling): make_build(
-            "sm_90", dim, torch.bfloat16, block_k=block_k, ragged=False, tiling=tiling
-        )
+    found = [
+        (dim, block_k, tiling)
         for dim, block_k in itertools.product(DIMS, BLOCKS)
         for tiling in list_candidates("sm_90", dim, 2, 128, block_k)
-    }
-    reports = check_builds(builds.values())
-    for (dim, tiling), (_, report, faults) in zip(builds, reports, strict=True):
+    ]
+    for dim, block_k, tiling in found:
+        build = make_build("sm_90", dim, torch.bfloat16, block_k=block_k, tiling=tiling)
+        report, faults = check_build(build)
         demand = estimate_demand(tiling, dim)
         assert faults == []
-        assert -2 <= report.registers - demand.registers <= 40, (dim, tiling)
-        assert report.shared_bytes == pytest.approx(demand.shared, abs=64), (dim, tiling)
+        assert 0 <= report.registers - demand.registers <= 30, (dim, tiling)
+        assert report.shared_bytes == pytest.approx(demand.shared, abs=32), (dim, tiling)
         real = Demand(report.registers, report.shared_bytes)
         assert real.occupancy(tiling.num_warps) == demand.occupancy(tiling.num_warps)
 

@@ -19,9 +19,9 @@ TABLE, FAST, WRONG, BROKEN = (Tiling(128, 64, 8, stages) for stages in (3, 5, 2,
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DITOPT_CACHE_DIR", str(tmp_path / "new"))
-    tuning._read.cache_clear()
+    tuning.find_tiling.cache_clear()
     yield tmp_path / "new"
-    tuning._read.cache_clear()
+    tuning.find_tiling.cache_clear()
 
 
 @pytest.fixture
@@ -88,10 +88,42 @@ def test_a_processor_has_no_measured_tiling(folder):
     assert tuning.find_tiling(torch.device("cpu"), 64, torch.float32, 128, 64) is None
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", json.dumps({"key": {"tile": 1}})])
-def test_a_damaged_file_leaves_the_table(folder, card, text, caplog):
-    folder.mkdir()
-    (folder / "tilings.json").write_text(text)
+DAMAGED = [b"{", b"[1]", json.dumps({"key": {"tile": 1}}).encode(), b"\xff", None]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=str)
+def test_a_damaged_file_leaves_the_table(folder, card, content, caplog):
+    file = folder / "tilings.json"
+    if content is None:
+        file.mkdir(parents=True)
+    else:
+        folder.mkdir()
+        file.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         assert tuning.find_tiling(card, 64, torch.bfloat16, 128, 64) is None
     assert "ditopt tune" in caplog.text
+
+
+def test_without_a_home_the_table_serves(card, monkeypatch, caplog):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    tuning.find_tiling.cache_clear()
+    monkeypatch.delenv("DITOPT_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tuning.Path, "home", fail)
+    assert tuning.find_tiling(card, 64, torch.bfloat16, 128, 64) is None
+    assert "home directory" in caplog.text
+    tuning.find_tiling.cache_clear()
+
+
+def test_a_file_is_looked_up_once(folder, card, monkeypatch):
+    tuning.store({tuning.make_key("a card", 64, torch.bfloat16, 128, 64): FAST})
+    found = [tuning.find_tiling(card, 64, torch.bfloat16, 128, 64)]
+    monkeypatch.setattr(tuning, "_read", lambda: pytest.fail("read again"))
+    found.append(tuning.find_tiling(card, 64, torch.bfloat16, 128, 64))
+    assert found == [FAST, FAST]
+
+
+def test_a_table_that_is_not_finite_serves_no_comparison():
+    with pytest.raises(RuntimeError, match="not finite"):
+        tuning.try_candidates(TABLE, [FAST], lambda t: torch.tensor([torch.nan]), lambda call: 1.0)

@@ -17,7 +17,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 def search_both(scores, gains, target, dims, within, monkeypatch):
     """The threshold by PyTorch and by the kernel, of gains whose sums are exact in any order."""
     expected = find_threshold(scores, gains, target, dims, within=within)
-    monkeypatch.setattr(thresholds, "_is_on_gpu", lambda x: True)
+    monkeypatch.setattr(thresholds, "_search", thresholds._search_on_gpu)
     # few values in a part, so that there are several of them
     monkeypatch.setattr(thresholds_triton, "CHUNK", 64)
     moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in (scores, gains, target))
@@ -46,3 +46,12 @@ def test_gains_of_columns_serve_all_rows(monkeypatch):
     gains = torch.arange(30.0)[None]
     expected, found = search_both(scores, gains, 400.0, (-3, -2, -1), True, monkeypatch)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gains_of_each_head_serve_all_items(rows, monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.rand(2, 2, 5, 30, generator=generator)
+    gains = torch.randint(1, 9, (2, rows, 30), generator=generator) / 8
+    expected, found = search_both(scores, gains, 40.0, (-2, -1), False, monkeypatch)
+    assert torch.equal(found, expected) and found.unique().numel() == 4
