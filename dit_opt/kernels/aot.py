@@ -70,7 +70,8 @@ class KernelReport:
         registers: per thread (vector registers on AMD).
         spill_bytes: stored to local memory for lack of registers (on AMD, 4 per spilled register).
         shared_bytes: of one program.
-        wgmma, tma_loads: HGMMA and UTMALDG instructions (Hopper's matrix product and bulk copy).
+        wgmma, tma_loads: HGMMA and UTMALDG instructions (Hopper's matrix product and bulk copy);
+            on Blackwell tcgen05.mma and bulk copies.
         mma_sync: matrix products of the older, per-warp kind (MFMA on AMD).
         serialized: ptxas warning codes (C75xx) that say matrix products do not overlap.
     """
@@ -185,16 +186,19 @@ def _lint_nvidia(compiled: CompiledKernel, config: str) -> KernelReport:
         # Triton drops the warnings of its own ptxas run, hence a second one.
         name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
         log_text = _run(_find_tool("ptxas", arch), "-v", "--gpu-name", name, ptx, "-o", cubin)
-        code = _run(_find_tool("nvdisasm", arch), "-c", "-ndf", cubin)
+        code = compiled.asm["ptx"]
+        if arch == 90:
+            # Only here the counts are judged, so that the machine code has to tell them.
+            code = _run(_find_tool("nvdisasm", arch), "-c", "-ndf", cubin)
     return KernelReport(
         target=f"sm_{arch}",
         config=config,
         registers=_read_number(r"Used (\d+) registers", log_text),
         spill_bytes=_read_number(r"(\d+) bytes spill stores", log_text),
         shared_bytes=compiled.metadata.shared,
-        wgmma=len(re.findall(r"\b[HQI]GMMA", code)),
-        tma_loads=code.count("UTMALDG"),
-        mma_sync=len(re.findall(r"\b[HQI]MMA\.", code)),
+        wgmma=len(re.findall(r"\b[HQI]GMMA|\btcgen05\.mma\.", code)),
+        tma_loads=len(re.findall(r"\bUTMALDG|\bcp\.async\.bulk\.tensor\.", code)),
+        mma_sync=len(re.findall(r"\b[HQI]MMA\.|\bmma\.sync\.", code)),
         serialized=tuple(sorted(set(re.findall(r"\(?(C75\d\d)\)?", log_text)))),
     )
 

@@ -21,7 +21,8 @@ INTERPRET = pytest.mark.parametrize("interpret", ["1", pytest.param("0", marks=N
 def run_cases(cases: Path, interpret: str) -> None:
     """Fail unless every case passes, and there are some."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        # one process: others would spend more on imports than the cases take
+        [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", str(cases)],
         env=os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,

@@ -30,6 +30,13 @@ def test_lint_reads_hopper_code(build):
     assert report.shared_bytes >= (128 + 4 * 64) * 64 * 2
 
 
+def test_lint_counts_products_and_copies_of_others():
+    report, faults = aot.check_build(make_build("sm_80", 64, torch.float16))
+    assert faults == [] and report.mma_sync > 0 and report.wgmma == report.tma_loads == 0
+    report, faults = aot.check_build(make_build("sm_100", 64, torch.float16))
+    assert faults == [] and report.wgmma > 0 and report.tma_loads > 0 and report.mma_sync == 0
+
+
 def test_lint_reads_amd_code():
     report, faults = aot.check_build(make_build("gfx942", 64, torch.float16))
     assert report.target == "gfx942" and faults == []
