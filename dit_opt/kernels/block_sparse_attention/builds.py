@@ -154,12 +154,12 @@ def list_builds(target: str) -> Iterator[Build]:
         if dim > 32:
             # of 32 channels the tiling is that of 64
             yield make_build(target, dim, bf16, bias=True)
+        if dim in (64, 128):
             yield make_build(target, dim, bf16, tail=True)
     yield make_build(target, 128, bf16, block_k=128, ragged=False)
     yield make_build(target, 128, bf16, block_q=64)
     yield make_build(target, 128, bf16, aligned=False)
-    yield make_build(target, 128, fp16)
-    yield make_build(target, 80, bf16)
+    yield make_build(target, 80, fp16)
     yield make_build(target, 128, bf16, bias=True, tail=True)
     yield make_build(target, 256, bf16, bias=True, tail=True)
     yield make_build(target, 128, bf16, block_k=128, tail=True)
