@@ -1,0 +1,77 @@
+"""The specification of `ditopt::norm_rope_v1`: plain PyTorch in float32, and what it is written to.
+
+Also what runs on processors, where the op is not worth taking: Inductor fuses the model's own
+operations there, so the pass takes the op on GPUs only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def new_output(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Allocate the result for `x` [B, N, H, D]: `x.dtype`, [B, H, N, D].
+
+    In [B, N, H, D] memory without `rows`, as models have it: writes stay contiguous per token, and
+    whoever reads that layout still can. Contiguous with `rows`, as every head has an order of its
+    own.
+    """
+    batch, tokens, heads, dim = x.shape
+    if rows is None:
+        return x.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return x.new_empty((batch, heads, tokens, dim))
+
+
+def compute_plainly(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    across_heads: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    halves: bool,
+    rope_start: int,
+    rows: Tensor | None,
+) -> Tensor:
+    """Same arguments and result as `op.norm_rope`, which checks them; one rounding, at the end."""
+    y = x.float()
+    if eps >= 0:
+        dims = (-2, -1) if across_heads else (-1,)
+        y = y * torch.rsqrt(y.square().mean(dims, keepdim=True) + eps)
+    if weight is not None:
+        # [H, D] across heads, else [1, D]
+        y = y * weight.float().reshape(-1, x.shape[-1])
+    if cos is not None and sin is not None:
+        y = _rotate(y, cos, sin, halves, rope_start)
+    y = y.transpose(1, 2)
+    if rows is not None:
+        y = y.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+    return new_output(x, rows).copy_(y)
+
+
+def _rotate(y: Tensor, cos: Tensor, sin: Tensor, halves: bool, start: int) -> Tensor:
+    """Rotate the pairs of the tokens [start, start + M) of `y` [B, N, H, D]."""
+    stop = start + cos.shape[0]
+    a, b = _split(y[:, start:stop], halves)
+    cos_a, cos_b = _split_table(cos, y.shape[-1], halves)
+    sin_a, sin_b = _split_table(sin, y.shape[-1], halves)
+    rotated = _join(a * cos_a - b * sin_a, b * cos_b + a * sin_b, halves)
+    return torch.cat([y[:, :start], rotated, y[:, stop:]], 1)
+
+
+def _split_table(table: Tensor, dim: int, halves: bool) -> tuple[Tensor, Tensor]:
+    """The factors of both members of the pairs, each float32 [M, 1, D / 2]."""
+    table = table.float().unsqueeze(1)
+    return _split(table, halves) if table.shape[-1] == dim else (table, table)
+
+
+def _split(y: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
+    """Both members of the pairs of channels, each [..., D / 2]."""
+    a, b = y.chunk(2, -1) if halves else y.unflatten(-1, (-1, 2)).unbind(-1)
+    return a, b
+
+
+def _join(a: Tensor, b: Tensor, halves: bool) -> Tensor:
+    """The inverse of `_split`."""
+    return torch.cat([a, b], -1) if halves else torch.stack([a, b], -1).flatten(-2)
