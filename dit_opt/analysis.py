@@ -17,9 +17,10 @@ from dit_opt.facts.order import OrderRefusal, OrderRegion, find_order_region
 from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import Site, find_sites
 from dit_opt.facts.tokens import Tokens, find_tokens
-from dit_opt.options import Options
+from dit_opt.options import OptionError, Options
 from dit_opt.passes.choose_sites import Choice, choose_sites
 from dit_opt.passes.plan_nodes import takes_cube_order
+from dit_opt.passes.qk_prologue import describe_prologues
 from dit_opt.passes.sparse_site import SparseSite
 
 
@@ -32,6 +33,7 @@ class Analysis:
         timesteps: placeholder positions that may be the timestep.
         order: where all tokens can be kept in one order, or why they cannot; None where no router
             asks for it.
+        prologue: which queries and keys one kernel makes, in words.
     """
 
     sites: tuple[Site, ...]
@@ -40,6 +42,7 @@ class Analysis:
     timesteps: tuple[int, ...]
     timestep_name: str | None
     order: OrderRegion | OrderRefusal | None
+    prologue: str = ""
 
     @property
     def sparse(self) -> tuple[SparseSite, ...]:
@@ -57,6 +60,7 @@ class Analysis:
             decisions=tuple(c.decision for c in self.choices),
             timestep=self.timestep_name,
             order=order,
+            prologue=self.prologue,
             passes=tuple(passes),
         )
 
@@ -91,6 +95,7 @@ def analyse(
             timesteps=tuple(placeholders.index(n) for n in candidates),
             timestep_name=None if timestep is None else timestep.candidates[0].name,
             order=order,
+            prologue=timed("find_prologues", _find_prologues, choices) if options.fuse else "",
         ),
         passes,
     )
@@ -105,6 +110,23 @@ def _find_order(
         if c.sparse and c.layout and takes_cube_order(c.sparse.router)
     ]
     return find_order_region(gm.graph, tokens.labels, wanting) if wanting else None
+
+
+def _find_prologues(choices: Sequence[Choice]) -> str:
+    sites = [c.sparse for c in choices if c.sparse]
+    refuse_processors(sites)
+    return describe_prologues([sparse.site for sparse in sites]) if sites else ""
+
+
+def refuse_processors(sites: Sequence[SparseSite]) -> None:
+    """Raises OptionError where the kernel of `fuse` would have to run elsewhere than on a GPU."""
+    for sparse in sites:
+        if sparse.example.device.type != "cuda":
+            raise OptionError(
+                f"fuse=True makes queries and keys by a Triton kernel, but the attention of "
+                f"{sparse.site.module or 'a site'} is on {sparse.example.device}, where Inductor "
+                "does it; leave `fuse` out."
+            )
 
 
 def _mark_ordered(

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 # registering ops is a side effect that must happen before any tracing
 import dit_opt.kernels.block_sparse_attention
+import dit_opt.kernels.norm_rope
 import dit_opt.kernels.routers
 import dit_opt.kernels.token_order  # noqa: F401
 from dit_opt._compat import cache_counts, compile_with_inductor
@@ -33,6 +34,7 @@ from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.passes.graph_edit import copy_graph
 from dit_opt.passes.held_tables import hold_tables
 from dit_opt.passes.plan_nodes import count_plan_tensors
+from dit_opt.passes.qk_prologue import fold_orders, fuse_prologues
 from dit_opt.passes.sparse_attention import sparse_attention
 from dit_opt.passes.sparse_site import SparseForm, SparseSite
 from dit_opt.passes.token_order import order_by_cubes
@@ -270,12 +272,20 @@ def _rewrite(
         with dumper.around("canonicalize_attention", copy, phase.value):
             canonicalize_attention(copy, decomposed)
         sites = find_sites(copy.graph)
+    written: list[Node] = []
+    if analysis.prologue:
+        with dumper.around("fuse_prologues", copy, phase.value):
+            written = fuse_prologues(copy, [s for s in sites if s.index in chosen])
+        sites = find_sites(copy.graph)
     with dumper.around("sparse_attention", copy, phase.value):
         sparse_attention(
             copy,
             [_replace_site(chosen[s.index], s, at) for s in sites if s.index in chosen],
             form,
         )
+    if written:
+        with dumper.around("fold_orders", copy, phase.value):
+            fold_orders(copy, written)
     added = copy.graph.find_nodes(op="placeholder")[before:]
     return [n.meta["example_value"] for n in added]
 

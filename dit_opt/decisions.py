@@ -196,12 +196,15 @@ class GraphRecord:
         order: whether tokens are put into the routers' order once for the whole graph, or what
             stopped the proof that they may; "" where no router asks for it.
         passes: in the order in which they ran.
+        prologue: which queries and keys are made by one kernel, and what stops the others; "" where
+            `fuse` does not ask for it.
     """
 
     decisions: tuple[Decision, ...]
     timestep: str | None = None
     order: str = ""
     passes: tuple[PassRecord, ...] = field(default=())
+    prologue: str = ""
 
     @property
     def replaced(self) -> tuple[Decision, ...]:
@@ -213,6 +216,7 @@ class GraphRecord:
         return {
             "timestep": self.timestep,
             "order": self.order,
+            "prologue": self.prologue,
             "decisions": [d.to_json() for d in self.decisions],
             "passes": [
                 {"name": p.name, "changed": p.changed, "seconds": p.seconds} for p in self.passes

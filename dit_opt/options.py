@@ -41,7 +41,6 @@ ON_NO_MATCH = ("warn", "error", "ignore")
 
 # Promised by the design, not written yet: asking for one must not look like a typo.
 RESERVED_OPTIONS = (
-    "fuse",
     "hoist",
     "memory_budget",
     "quantize",
@@ -81,6 +80,8 @@ class Options:
         verify: run dense attention beside every sparse one and report the difference of each layer
             and step, for finding out what to keep dense. Slow.
         min_tokens: sites with fewer keys stay dense; None asks the cost model.
+        fuse: normalise and rotate the queries and keys of sparse attention by one kernel, on GPUs.
+            Not measured on one yet, hence off.
         grid: (T, H, W) in tokens, for graphs that cannot tell.
         on_no_match: what to do where no site could be replaced.
         dump: folder for the graphs before and after each pass; by default `DITOPT_DUMP` of the
@@ -101,6 +102,7 @@ class Options:
     verify_every: int | None = None
     verify: bool = False
     min_tokens: int | None = None
+    fuse: bool = False
     grid: tuple[int, int, int] | None = None
     on_no_match: str = "warn"
     dump: str | None = field(default_factory=lambda: os.environ.get("DITOPT_DUMP") or None)
@@ -335,6 +337,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "verify_every": _check_int(1, optional=True),
     "verify": _check_bool,
     "min_tokens": _check_int(0, optional=True),
+    "fuse": _check_bool,
     "grid": _check_grid,
     "on_no_match": _check_choice(ON_NO_MATCH),
     "dump": _check_dump,

@@ -15,10 +15,10 @@ from dit_opt._compat import writes_in_place
 from dit_opt.facts.nodes import op_name
 from dit_opt.facts.order_modes import Modes
 
-__all__ = ["find_stale_write"]
+__all__ = ["VIEWS", "find_stale_write", "find_targets"]
 
 # Ops whose result may be another name of their first argument.
-_VIEWS = set(
+VIEWS = set(
     "reshape view flatten unflatten squeeze ravel unsqueeze permute transpose swapaxes swapdims "
     "movedim moveaxis numpy_T t mT getattr expand expand_as broadcast_to view_as_complex "
     "view_as_real real imag conj positive getitem split chunk split_with_sizes tensor_split narrow "
@@ -46,7 +46,7 @@ INPUTS = ("placeholder", "get_attr")
 def find_stale_write(modes: Modes) -> Node | None:
     """The first write in place that a value read later, or the caller of the graph, would miss."""
     position = {node: i for i, node in enumerate(modes.nodes)}
-    writes = [(node, _read(modes, t, node)) for node in modes.nodes for t in _targets(node)]
+    writes = [(node, _read(modes, t, node)) for node in modes.nodes for t in find_targets(node)]
     if not writes:
         return None
     memory, family = _Sets(), _Sets()
@@ -68,7 +68,7 @@ def find_stale_write(modes: Modes) -> Node | None:
         members[family.find(name)].append(name)
     for node, target in writes:
         # A shape that is changed in place changes under an older name, too.
-        reshaped = op_name(node) in _VIEWS and modes.holds(node)
+        reshaped = op_name(node) in VIEWS and modes.holds(node)
         if target[1] == UNDONE or reshaped:
             return node
         for name in members[family.find(target)]:
@@ -94,7 +94,7 @@ def _read(modes: Modes, source: Node, reader: Node) -> Name:
     return source, UNDONE if reader in modes.plain else ORDERED
 
 
-def _targets(node: Node) -> list[Node]:
+def find_targets(node: Node) -> list[Node]:
     """The values that a node writes to."""
     if node.op not in ("call_function", "call_method"):
         return []
@@ -115,8 +115,8 @@ def _aliased(modes: Modes, node: Node) -> list[Node]:
     """The values of which a node's own may be another name."""
     if node in modes.labels.unknown:
         return node.all_input_nodes
-    if op_name(node) not in _VIEWS:
-        return _targets(node)
+    if op_name(node) not in VIEWS:
+        return find_targets(node)
     first = node.args[0] if node.args else None
     return [first] if isinstance(first, Node) else node.all_input_nodes
 

@@ -107,8 +107,8 @@ def summarise(record: GraphRecord) -> str:
 def _title(number: int, count: int, record: GraphRecord) -> str:
     name = f"graph {number} of {count}: " if count > 1 else ""
     timestep = record.timestep or "none found"
-    order = f"; {record.order}" if record.order else ""
-    return f"{name}{summarise(record)}; timestep: {timestep}{order}"
+    more = "".join(f"; {text}" for text in (record.order, record.prologue) if text)
+    return f"{name}{summarise(record)}; timestep: {timestep}{more}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,0 +1,226 @@
+"""What models do to queries and keys right before attention: RMS norm and rotary embedding.
+
+Read backwards from the arguments of a site. What is read is proved: every operation on the way is
+known, and a rotation pairs channels as one of the two usual forms does.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dit_opt.facts.nodes import op_name, sizes_of
+from dit_opt.facts.order_aliases import VIEWS, find_targets
+from dit_opt.facts.rms_norm import Norm, match_norm
+from dit_opt.facts.rotation import Rotation, match_rotation, strip_casts
+
+__all__ = ["Norm", "Part", "Prologue", "find_prologue"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens that come from one projection.
+
+    Attributes:
+        source: `[B, N, H, D]`, `[B, H, N, D]` (`token_dim` 2), or `[B, N, H * D]`. heads: H.
+        norm, rotation: in this order, or None.
+        start: the first rotated token, a number or a node of one; all tokens of the rotation's
+            tables follow it.
+    """
+
+    source: Node
+    token_dim: int
+    heads: int
+    norm: Norm | None = None
+    rotation: Rotation | None = None
+    start: int | Node = 0
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """One query or key: its parts follow each other along the tokens.
+
+    `interior` are the nodes between the sources and the argument, in no order.
+    """
+
+    node: Node
+    parts: tuple[Part, ...]
+    interior: tuple[Node, ...]
+
+
+def find_prologue(node: Node) -> Prologue | str:
+    """The prologue of a query or key `[B, H, N, D]`, or in words why none was read.
+
+    Tokens may be concatenated from parts, before or after their rotation; of one part only some
+    may be rotated, as the latents in a stream that holds text too.
+    """
+    if len(_shape(node)) != 4:
+        return "it is not [B, H, N, D]"
+    reader = _Reader()
+    value, token_dim = reader.drop_transpose(node)
+    parts = reader.read(value, token_dim)
+    if isinstance(parts, str):
+        return parts
+    if not any(part.norm or part.rotation for part in parts):
+        return "it is neither normalised by its RMS nor rotated"
+    interior = tuple(dict.fromkeys(reader.seen))
+    if any(p.source.meta["example_value"].dtype != node.meta["example_value"].dtype for p in parts):
+        return "its dtype changes on the way"
+    known = [n for n in interior if n.target is operator.setitem]
+    write = _find_write([node, *interior, *(part.source for part in parts)], known)
+    if write is not None:
+        return f"it is written to in place, by {write.name}"
+    return Prologue(node, tuple(parts), interior)
+
+
+class _Reader:
+    """Remembers the nodes that it has read through."""
+
+    def __init__(self) -> None:
+        self.seen: list[Node] = []
+
+    def drop_transpose(self, node: Node) -> tuple[Node, int]:
+        """What has the tokens before the heads, if the node only swaps the two; and their axis."""
+        value = self._strip(node)
+        swapped = op_name(value) in ("transpose", "swapaxes") and set(value.args[1:]) in (
+            {1, 2},
+            {-2, -3},
+        )
+        order = value.args[1:] if op_name(value) == "permute" else ()
+        order = order[0] if len(order) == 1 else order
+        if swapped or tuple(order) == (0, 2, 1, 3):  # pyright: ignore[reportArgumentType]
+            self.seen.append(value)
+            return self._strip(value.args[0]), 1
+        return value, 2
+
+    def read(self, value: Node, token_dim: int) -> list[Part] | str:
+        """The parts of a tensor whose tokens lie along `token_dim`."""
+        value = self._strip(value)
+        pieces = _read_cat(value, token_dim)
+        if pieces is not None:
+            self.seen.append(value)
+            return self._read_pieces(pieces, token_dim)
+        rotation = match_rotation(value, token_dim)
+        if rotation is None:
+            return [self._read_norm(value, token_dim)]
+        self.seen += rotation.interior
+        source = self._strip(rotation.source)
+        if _read_cat(source, token_dim) is not None:
+            return "it is rotated after its parts were put together"
+        return [replace(self._read_norm(source, token_dim), rotation=rotation)]
+
+    def _read_pieces(self, pieces: Sequence[Node], token_dim: int) -> list[Part] | str:
+        parts: list[Part] = []
+        cuts: list[tuple[Node, Any] | None] = []
+        for piece in pieces:
+            found = self.read(piece, token_dim)
+            if isinstance(found, str):
+                return found
+            parts += found
+            cuts += [_read_slice(part.source, token_dim) for part in found]
+        if not any(cuts):
+            return parts
+        # Slices of one tensor: the two sides of a cut, of which one is rotated.
+        if len(parts) != 2 or None in cuts or cuts[0][0] is not cuts[1][0]:  # pyright: ignore
+            return "it is put together from slices that are no two halves of one tensor"
+        (whole, first), (_, second) = cuts  # pyright: ignore[reportGeneralTypeIssues]
+        if first[0] not in (None, 0) or second[1] is not None or first[1] != second[0]:
+            return "it is put together from slices that do not meet"
+        if any(part.norm for part in parts) or (parts[0].rotation and parts[1].rotation):
+            return "the two halves of a tensor are normalised or rotated on their own"
+        self.seen += [part.source for part in parts]
+        joined = self._read_norm(whole, token_dim)
+        if parts[1].rotation is None:
+            return [replace(joined, rotation=parts[0].rotation)]
+        if not isinstance(second[0], Node) and second[0] < 0:
+            return "the first rotated token is counted from the end"
+        return [replace(joined, rotation=parts[1].rotation, start=second[0])]
+
+    def _read_norm(self, value: Node, token_dim: int) -> Part:
+        value = self._strip(value)
+        norm = match_norm(value)
+        if norm is not None:
+            source, found, interior = norm
+            self.seen += interior
+            return Part(self._strip(source), token_dim, _heads(value, token_dim), found)
+        flat = value.args[0] if op_name(value) in ("unflatten", "view", "reshape") else None
+        if isinstance(flat, Node) and token_dim == 1 and _splits_heads(flat, value):
+            norm = match_norm(strip_casts(flat)[0])
+            if norm is not None:
+                source, found, interior = norm
+                self.seen += [value, *strip_casts(flat)[1], *interior]
+                across = replace(found, across_heads=True)
+                return Part(self._strip(source), 1, _heads(value, 1), across)
+        return Part(value, token_dim, _heads(value, token_dim))
+
+    def _strip(self, node: Any) -> Node:
+        stripped, casts = strip_casts(node)
+        self.seen += casts
+        return stripped
+
+
+def _find_write(nodes: Sequence[Node], known: Sequence[Node]) -> Node | None:
+    """A write to the memory of one of the nodes that is not among the known ones."""
+    waiting, met = [], set(nodes)
+    for node in nodes:
+        while op_name(node) in VIEWS and isinstance(node.args[0], Node):
+            node = node.args[0]
+        waiting += [node]
+    waiting += nodes
+    while waiting:
+        node = waiting.pop()
+        for user in node.users:
+            if node in find_targets(user) and user not in known:
+                return user
+            if op_name(user) in VIEWS and user not in met:
+                met.add(user)
+                waiting.append(user)
+    return None
+
+
+def _read_cat(node: Node, dim: int) -> Sequence[Node] | None:
+    if op_name(node) not in ("cat", "concat", "concatenate"):
+        return None
+    where = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    pieces = node.args[0]
+    return pieces if where in (dim, dim - 4) and isinstance(pieces, (list, tuple)) else None
+
+
+def _read_slice(node: Node, dim: int) -> tuple[Node, tuple[Any, Any]] | None:
+    """What a node is a slice of along `dim`, and from where to where."""
+    if op_name(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return None
+    *before, last = node.args[1]
+    everything = slice(None, None, None)
+    if len(before) != dim or any(index != everything for index in before):
+        return None
+    if not isinstance(last, slice) or last.step not in (None, 1):
+        return None
+    source = node.args[0]
+    return (source, (last.start, last.stop)) if isinstance(source, Node) else None
+
+
+def _splits_heads(flat: Node, value: Node) -> bool:
+    """Whether `[B, N, H * D]` became `[B, N, H, D]`."""
+    before, after = _shape(flat), _shape(value)
+    return (
+        len(before) == 3
+        and len(after) == 4
+        and before[:2] == after[:2]
+        and before[2] == math.prod(after[2:])
+    )
+
+
+def _heads(value: Node, token_dim: int) -> int:
+    return int(_shape(value)[3 - token_dim])
+
+
+def _shape(node: Node) -> tuple[Any, ...]:
+    example = node.meta.get("example_value")
+    return sizes_of(example) if isinstance(example, torch.Tensor) else ()

@@ -1,0 +1,78 @@
+"""RMS norms as models write them, read backwards from the normalised tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dit_opt.facts.nodes import op_name
+from dit_opt.facts.rotation import strip_casts
+
+
+@dataclass(frozen=True)
+class Norm:
+    """`x * rsqrt(mean(x^2) + eps) * weight`, over a head's channels, or over those of all heads."""
+
+    eps: float
+    weight: Node | None
+    across_heads: bool = False
+
+
+def match_norm(node: Node) -> tuple[Node, Norm, list[Node]] | None:
+    """An RMS norm over the last dimension: its input, and the nodes from there to `node`."""
+    if op_name(node) == "rms_norm":
+        arguments = dict(zip(("input", "shape", "weight", "eps"), node.args)) | dict(node.kwargs)
+        source, eps = arguments.get("input"), arguments.get("eps")
+        shape = arguments.get("shape", arguments.get("normalized_shape"))
+        if not isinstance(source, Node) or not isinstance(eps, float) or len(shape) != 1:  # pyright: ignore
+            return None
+        return source, Norm(eps, _as_weight(arguments.get("weight"))), [node]
+    if op_name(node) != "mul":
+        return None
+    bare = _match_bare_norm(node)
+    if bare is not None:
+        return bare
+    for scaled, weight in (node.args, node.args[::-1]):
+        if not isinstance(scaled, Node) or _as_weight(weight) is None:
+            continue
+        inner, casts = strip_casts(scaled)
+        bare = _match_bare_norm(inner)
+        if bare is not None:
+            source, norm, interior = bare
+            return source, replace(norm, weight=_as_weight(weight)), [node, *casts, *interior]
+    return None
+
+
+def _match_bare_norm(node: Node) -> tuple[Node, Norm, list[Node]] | None:
+    """`x * rsqrt(mean(x^2, -1) + eps)`."""
+    if op_name(node) != "mul":
+        return None
+    for value, factor in (node.args, node.args[::-1]):
+        if not isinstance(value, Node) or not isinstance(factor, Node):
+            continue
+        chain: list[Node] = [node]
+        for name in ("rsqrt", "add", "mean", "pow"):
+            if not isinstance(factor, Node) or op_name(factor) != name:
+                break
+            chain.append(factor)
+            factor = factor.args[0]
+        else:
+            _, _, total, mean, square = chain
+            axis = mean.kwargs.get("dim", mean.args[1] if len(mean.args) > 1 else None)
+            keeps = mean.kwargs.get("keepdim", mean.args[2] if len(mean.args) > 2 else False)
+            eps = total.args[1]
+            same, casts = strip_casts(factor)
+            source = strip_casts(value)[0]
+            is_norm = square.args[1] == 2 and axis in (-1, [-1], (-1,)) and keeps is True
+            if is_norm and same is source and isinstance(eps, float):
+                return source, Norm(eps, None), [*chain, *casts]
+    return None
+
+
+def _as_weight(value: Any) -> Node | None:
+    """A vector of factors."""
+    example = value.meta.get("example_value") if isinstance(value, Node) else None
+    return value if isinstance(example, torch.Tensor) and example.dim() == 1 else None

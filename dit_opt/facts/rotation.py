@@ -1,0 +1,198 @@
+"""Rotary embeddings as models write them, read backwards from the rotated tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dit_opt.facts.nodes import op_name, sizes_of
+
+_EVERY = slice(None, None, None)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """`out_a = a cos_a - b sin_a`, `out_b = b cos_b + a sin_b` for pairs of channels (a, b).
+
+    Attributes:
+        source: what is rotated, a head's channels last.
+        cos, sin: tables with tokens along one dimension and channels, or pairs of channels, last;
+            all other dimensions have length 1.
+        halves: a pair is (i, i + D / 2); else it is (2 i, 2 i + 1).
+        interior: the nodes from the source to the rotated tensor.
+    """
+
+    source: Node
+    cos: Node
+    sin: Node
+    halves: bool
+    interior: tuple[Node, ...]
+
+
+def strip_casts(node: Any) -> tuple[Node, list[Node]]:
+    """A value before changes of its dtype or memory layout, and the nodes that make them."""
+    dropped: list[Node] = []
+    while op_name(node) in ("to", "type_as", "float", "contiguous") and _keeps_device(node):
+        dropped.append(node)
+        node = node.args[0]
+    return node, dropped
+
+
+def match_rotation(node: Node, token_dim: int) -> Rotation | None:
+    """The rotation that ends in `node`, a rank-4 tensor with tokens along `token_dim`.
+
+    Known are `x cos + rotate(x) sin` with tables of all channels, where `rotate` stacks or
+    concatenates `(-b, a)`, and two indexed writes into an empty tensor with tables of pairs.
+    """
+    found = _match_sum(node) or _match_writes(node)
+    if found is None or not all(_is_table(t, token_dim) for t in (found.cos, found.sin)):
+        return None
+    return found
+
+
+def _match_sum(node: Node) -> Rotation | None:
+    for (plain, cos), (turned, sin) in _read_products(node, "add"):
+        source, casts = strip_casts(plain)
+        rotated, more = strip_casts(turned)
+        match = _match_rotated(rotated)
+        if match is None or strip_casts(match[0])[0] is not source:
+            continue
+        split, halves, interior = match
+        interior = [*interior, *strip_casts(split)[1]]
+        products = [n for n in node.args if isinstance(n, Node)]
+        nodes = (node, *products, *casts, *more, *interior)
+        return Rotation(source, cos, sin, halves, nodes)
+    return None
+
+
+def _match_rotated(node: Node) -> tuple[Node, bool, list[Node]] | None:
+    """What was split in pairs (a, b) and put together as (-b, a), and whether by halves."""
+    interior = [node]
+    if op_name(node) == "flatten" and isinstance(node.args[0], Node):
+        stack, halves = node.args[0], False
+        if op_name(stack) != "stack" or _axis_of(stack) not in (-1, 4):
+            return None
+        interior.append(stack)
+        if node.args[1:] not in ((3,), (-2,)):
+            return None
+    elif op_name(node) in ("cat", "concat"):
+        stack, halves = node, True
+        if _axis_of(stack) not in (-1, 3):
+            return None
+    else:
+        return None
+    pieces = stack.args[0]
+    if not isinstance(pieces, (list, tuple)) or len(pieces) != 2:
+        return None
+    negated, a = pieces
+    if not isinstance(negated, Node) or op_name(negated) != "neg":
+        return None
+    first, second = _read_member(a), _read_member(negated.args[0])
+    if first is None or second is None or (first[1], second[1]) != (0, 1):
+        return None
+    if first[0] is not second[0] or first[2] != halves or second[2] != halves:
+        return None
+    nodes = [n for n in (negated, a, negated.args[0]) if isinstance(n, Node)]
+    return first[0], halves, [*interior, *nodes, *first[3]]
+
+
+def _match_writes(node: Node) -> Rotation | None:
+    """`out = empty_like(x); out[..., 0::2] = a cos - b sin; out[..., 1::2] = a sin + b cos`."""
+    if op_name(node) != "empty_like":
+        return None
+    writes = [u for u in node.users if op_name(u) == "setitem" and u.args[0] is node]
+    reads = [u for u in node.users if u not in writes]
+    if len(writes) != 2 or not reads or max(writes) > min(reads):
+        return None
+    even, odd = (
+        next((u.args[2] for u in writes if u.args[1] == (..., slice(first, None, 2))), None)
+        for first in (0, 1)
+    )
+    if not isinstance(even, Node) or not isinstance(odd, Node):
+        return None
+    for (a, cos), (b, sin) in _read_products(even, "sub"):
+        first, second = _read_member(a), _read_member(b)
+        if first is None or second is None or first[0] is not second[0]:
+            continue
+        if (first[1:3], second[1:3]) != ((0, False), (1, False)):
+            continue
+        for one, other in _read_products(odd, "add"):
+            if {one, other} != {(a, sin), (b, cos)}:
+                continue
+            products = [n for e in (even, odd) for n in e.args if isinstance(n, Node)]
+            nodes = (node, *writes, even, odd, *products, a, b, *first[3])
+            return Rotation(first[0], cos, sin, False, nodes)
+    return None
+
+
+def _read_products(node: Node, name: str) -> Iterator[tuple[tuple[Node, Node], ...]]:
+    """The ways to read `p * q + r * s`, or with "sub" `p * q - r * s`, as two pairs of nodes."""
+    if op_name(node) != name or len(node.args) != 2 or node.kwargs:
+        return
+    left, right = node.args
+    if not all(isinstance(n, Node) and op_name(n) == "mul" for n in (left, right)):
+        return
+    orders = ((left, right),) if name == "sub" else ((left, right), (right, left))
+    for one, other in orders:
+        for p in (one.args, one.args[::-1]):  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            for r in (other.args, other.args[::-1]):  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+                if all(isinstance(n, Node) for n in (*p, *r)):
+                    yield tuple(p), tuple(r)  # pyright: ignore[reportReturnType]
+
+
+def _read_member(node: Any) -> tuple[Node, int, bool, list[Node]] | None:
+    """A channel of each pair: of what, the first or the second, by halves or not, the nodes."""
+    if not isinstance(node, Node) or op_name(node) != "getitem":
+        return None
+    unbind, index = node.args
+    if not isinstance(unbind, Node) or op_name(unbind) != "unbind" or index not in (0, 1):
+        return None
+    split = unbind.args[0]
+    axis = unbind.kwargs.get("dim", unbind.args[1] if len(unbind.args) > 1 else 0)
+    if not isinstance(split, Node) or op_name(split) not in ("reshape", "view", "unflatten"):
+        return None
+    source = split.args[0]
+    if not isinstance(source, Node):
+        return None
+    before, after = _sizes(source), _sizes(split)
+    if len(before) != 4 or len(after) != 5 or before[:3] != after[:3]:
+        return None
+    halves = axis in (-2, 3)
+    if after[3 if halves else 4] != 2 or axis not in (-1, 4, -2, 3):
+        return None
+    return source, int(index), halves, [node, unbind, split]  # pyright: ignore[reportArgumentType]
+
+
+def _is_table(node: Node, token_dim: int) -> bool:
+    sizes = _sizes(node)
+    return len(sizes) == 4 and all(sizes[dim] == 1 for dim in range(3) if dim != token_dim)
+
+
+def _sizes(node: Any) -> tuple[Any, ...]:
+    """The shape in expressions, which add no guard; empty for what is no tensor."""
+    example = _example(node)
+    return () if example is None else sizes_of(example)
+
+
+def _example(node: Any) -> torch.Tensor | None:
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _axis_of(node: Node) -> Any:
+    return node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+
+
+def _keeps_device(node: Node) -> bool:
+    before, after = _example(node.args[0]), _example(node)
+    return (
+        before is not None
+        and after is not None
+        and before.device == after.device
+        and sizes_of(before) == sizes_of(after)
+        and after.is_floating_point()
+    )
