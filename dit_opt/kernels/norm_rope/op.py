@@ -6,6 +6,8 @@ each head's order of tokens cost one pass over the queries instead of one each.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,54 +67,24 @@ def norm_rope(
 
 
 @torch.library.impl(f"ditopt::{NAME}", "CPU")
-def _run_on_cpu(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    across_heads: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    halves: bool,
-    rope_start: int,
-    rows: Tensor | None,
-) -> Tensor:
+def _run_on_cpu(*arguments: Any) -> Tensor:
     # The specification will do: on processors Inductor fuses the model's own operations.
-    _check(x, weight, eps, across_heads, cos, sin, rope_start, rows)
-    return compute_plainly(x, weight, eps, across_heads, cos, sin, halves, rope_start, rows)
+    _check(*arguments)
+    return compute_plainly(*arguments)
 
 
 @torch.library.impl(f"ditopt::{NAME}", "CUDA")
-def _run_on_gpu(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    across_heads: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    halves: bool,
-    rope_start: int,
-    rows: Tensor | None,
-) -> Tensor:
+def _run_on_gpu(*arguments: Any) -> Tensor:
     # Imported here because Triton is absent where there is no GPU to run it on.
     from dit_opt.kernels.norm_rope import triton
 
-    _check(x, weight, eps, across_heads, cos, sin, rope_start, rows)
-    return triton.launch(x, weight, eps, across_heads, cos, sin, halves, rope_start, rows)
+    _check(*arguments)
+    return triton.launch(*arguments)
 
 
 @torch.library.register_fake(f"ditopt::{NAME}")
-def _describe(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    across_heads: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    halves: bool,
-    rope_start: int,
-    rows: Tensor | None,
-) -> Tensor:
-    return new_output(x, rows)
+def _describe(x: Tensor, *arguments: Any) -> Tensor:
+    return new_output(x, arguments[-1])
 
 
 def _check(
@@ -122,6 +94,7 @@ def _check(
     across_heads: bool,
     cos: Tensor | None,
     sin: Tensor | None,
+    halves: bool,
     rope_start: int,
     rows: Tensor | None,
 ) -> None:

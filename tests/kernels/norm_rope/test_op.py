@@ -107,4 +107,4 @@ def test_tensors_of_two_devices():
     x, weight, *_ = make_inputs(Scene())
     # asked of the check itself, because the op would describe what has a tensor without data
     with pytest.raises(ValueError, match="one device, not cpu, meta"):
-        op._check(x, weight.to("meta"), 1e-6, False, None, None, 0, None)
+        op._check(x, weight.to("meta"), 1e-6, False, None, None, False, 0, None)
