@@ -15,6 +15,9 @@ from torch import Tensor
 # Larger buffers are given back after a call.
 KEPT_BYTES = 16 << 20
 
+# Shapes that are remembered; a plan has some 20 for each of its buffers.
+KEPT_VIEWS = 1 << 10
+
 # glibc maps larger blocks one by one, whatever was freed before.
 _LARGEST_BLOCK = 31 << 20
 
@@ -35,23 +38,35 @@ class Scratch(threading.local):
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Uninitialised memory of a shape; it is valid until the same name is taken again."""
+        # Small pieces of work would spend a tenth of their time on making the same views again.
+        known = self._views.get((name, dtype, shape))
+        if known is not None:
+            return known
         size = math.prod(shape)
         buffer = self.buffers.get((name, dtype))
         if not self.buffers:
             keep_heap()
-        if buffer is None or buffer.numel() < size:
-            # An inference tensor could not be written to by a later call outside inference mode.
-            with torch.inference_mode(False):
+        # An inference tensor could not be written to by a later call outside inference mode.
+        with torch.inference_mode(False):
+            if buffer is None or buffer.numel() < size:
                 buffer = torch.empty(size, dtype=dtype)
-            self.buffers[name, dtype] = buffer
-        return buffer[:size].view(shape)
+                self.buffers[name, dtype] = buffer
+                self._views = {k: x for k, x in self._views.items() if k[:2] != (name, dtype)}
+            view = buffer[:size].view(shape)
+        self._views[name, dtype, shape] = view
+        return view
 
     def trim(self) -> None:
         """Give back what is too large to hold between calls."""
-        self.buffers = {name: x for name, x in self.buffers.items() if x.nbytes <= KEPT_BYTES}
+        large = {name for name, x in self.buffers.items() if x.nbytes > KEPT_BYTES}
+        for name in large:
+            del self.buffers[name]
+        if large or len(self._views) > KEPT_VIEWS:
+            self._views = {}
 
 
 SCRATCH = Scratch()

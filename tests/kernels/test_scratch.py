@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -24,10 +25,25 @@ def test_memory_is_used_again_by_name_and_dtype():
     assert memory.take("scores", torch.float32, 100).numel() == 100
 
 
+def test_a_shape_is_remembered_while_its_memory_is(monkeypatch):
+    memory = Scratch()
+    small, other = memory.take("scores", torch.float32, 3), memory.take("keys", torch.float32, 3)
+    assert memory.take("scores", torch.float32, 3) is small
+    memory.take("scores", torch.float32, 4)
+    assert memory.take("scores", torch.float32, 3).data_ptr() != small.data_ptr()
+    assert memory.take("keys", torch.float32, 3) is other
+    monkeypatch.setattr(scratch, "KEPT_VIEWS", 1)
+    memory.trim()
+    again = memory.take("keys", torch.float32, 3)
+    assert again is not other and again.data_ptr() == other.data_ptr()
+
+
 def test_memory_of_inference_mode_can_be_written_to_outside():
     memory = Scratch()
     with torch.inference_mode():
         inner = memory.take("scores", torch.float32, 8).fill_(1)
+        memory.take("scores", torch.float32, 4)
+    assert memory.take("scores", torch.float32, 4).fill_(1).sum() == 4
     assert memory.take("scores", torch.float32, 8).data_ptr() == inner.data_ptr()
     assert memory.take("scores", torch.float32, 8).fill_(2).sum() == 16
 
@@ -45,7 +61,9 @@ def test_large_memory_is_given_back(monkeypatch):
     memory = Scratch()
     small = memory.take("small", torch.float32, 10)
     memory.take("large", torch.float32, 11)
+    large = weakref.ref(memory.take("large", torch.float32, 11))
     memory.trim()
+    assert large() is None
     assert list(memory.buffers) == [("small", torch.float32)]
     assert memory.take("small", torch.float32, 10).data_ptr() == small.data_ptr()
 

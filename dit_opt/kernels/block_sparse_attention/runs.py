@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 
 # Fewer steps fill lists up more (on average 1 / 3 STEPS of the work), more leave smaller buckets.
-STEPS = 4
+STEPS = 8
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.routers.orders import invert_order
+from dit_opt.kernels.scores import LOG2_E, SCORE_BOUND, bound_scores
 
 # Scores held at once. On a CPU they should stay in the cache between matmul, softmax and sums.
-_CPU_SCORE_BYTES = 1 << 21
+_CPU_SCORE_BYTES = 1 << 22
 _DEVICE_SCORE_BYTES = 1 << 28
+
+# To look at the length of every key costs what a softmax of so many rows does.
+_MANY_ROWS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +93,9 @@ def measure_sampled_mass(
     # Half-precision products run in their own dtype: converting all keys would cost more than they
     # do. Processors have no fast float16.
     exact = torch.float32 if q.device.type == "cpu" and k.dtype == torch.float16 else k.dtype
-    queries = (q.index_select(2, rows).float() * scale).to(exact)
+    queries = q.index_select(2, rows).float() * scale
+    direct = key_bias is None and count * shared >= _MANY_ROWS and _is_bounded(queries, k)
+    queries = (queries * LOG2_E if direct else queries).to(exact)
     # Query heads that share a key head stand side by side, as columns of one matmul. Contiguous
     # factors, or the products run one by one, each on a copy.
     queries = queries.view(batch, key_heads, shared, count, dim).permute(0, 1, 4, 2, 3).contiguous()
@@ -110,6 +116,8 @@ def measure_sampled_mass(
     # One buffer for all parts: fresh memory costs a page fault for every 4 KiB.
     size = min(step, key_heads) * tokens * min(columns, shared * count)
     buffer = q.new_empty(size, dtype=torch.float32)
+    # Each token stands in the first sums as often.
+    times = sums[0].gather.numel() // tokens
     levels, length = [], tokens
     for level in sums:
         levels.append(_repeat(level, length, min(step, key_heads)))
@@ -130,14 +138,24 @@ def measure_sampled_mass(
                     if key_bias is not None:
                         bias = key_bias[item, part, group].transpose(1, 2).unsqueeze(-1)
                         scores.unflatten(2, (bias.shape[2], -1)).add_(bias)
-                    torch.softmax(scores, 1, out=scores)
-                    mass = scores
-                    for level in levels:
+                    if direct:
+                        torch.exp2(scores, out=scores)
+                    else:
+                        torch.softmax(scores, 1, out=scores)
+                    found = mass = _sum(scores, levels[0])
+                    for level in levels[1:]:
                         mass = _sum(mass, level)
+                    if direct:
+                        mass = mass * (times / found.sum(1, keepdim=True))
                     mass = mass.unflatten(2, chosen.shape[2:])
                     if bare is not None:
                         mass = mass.masked_fill(bare[item, part, :, group], 0.0)
                     yield Part(item, part, group, chunk, mass)
+
+
+def _is_bounded(queries: Tensor, k: Tensor) -> bool:
+    """Whether weights can be summed as they are, and the few sums divided, on a processor."""
+    return queries.device.type == "cpu" and bound_scores(queries, k, 1.0) <= SCORE_BOUND
 
 
 def _repeat(sums: Sums, length: int, count: int) -> Sums:

@@ -43,12 +43,12 @@ def test_lists_of_nearly_equal_length_share_a_bucket():
     sizes = (32 * 64, 64 * 64, 64, 64)
     apart = list(find_buckets(counts, indices, 1, *sizes))
     together = list(find_buckets(counts, indices, 1, *sizes, fill=True))
-    assert len(apart) == 32 and len(together) <= 16
+    assert len(apart) == 32 and len(together) <= 24
     seen = {}
     for bucket in together:
         kept = bucket.counts or [bucket.lists.shape[1]] * len(bucket.lists)
         assert bucket.key_tokens == 64 * bucket.lists.shape[1]
-        assert max(kept) <= bucket.lists.shape[1] < 1.3 * min(kept) + 1
+        assert max(kept) <= bucket.lists.shape[1] < 1.15 * min(kept) + 1
         for row, count, blocks in zip(bucket.first.tolist(), kept, bucket.lists.tolist()):
             seen[row] = blocks[:count]
             # What fills a list up can be gathered.
@@ -63,7 +63,7 @@ def test_ragged_and_shared_rows_are_not_filled_up():
     sizes = (6 * 64, 12 * 64 - 7, 64, 64)
     buckets = list(find_buckets(*make_plan(mask), 1, *sizes, fill=True))
     found = {(b.query_tokens, b.key_tokens, tuple(b.counts or ())) for b in buckets}
-    assert found == {(64, 512, ()), (64, 9 * 64 - 7, ()), (64, 768, (11,)), (192, 576, ())}
+    assert found == {(64, 512, ()), (64, 9 * 64 - 7, ()), (64, 11 * 64, ()), (192, 576, ())}
 
 
 def test_a_plan_for_one_batch_serves_all():

@@ -33,10 +33,27 @@ def measure(scene, dtype=torch.float32):
     return mass.flatten(1, 2), torch.cat(both, -1).float(), parts
 
 
+@pytest.mark.parametrize("many", [1, 10**9])
 @pytest.mark.parametrize("name", SCENES)
-def test_the_mass_is_the_softmax_summed_over_blocks(name):
+def test_the_mass_is_the_softmax_summed_over_blocks(name, many, monkeypatch):
+    monkeypatch.setattr(sampled_mass, "_MANY_ROWS", many)
     found, expected, _ = measure(SCENES[name])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1, 1000])
+def test_only_small_scores_are_summed_as_they_are(factor, monkeypatch):
+    monkeypatch.setattr(sampled_mass, "_MANY_ROWS", 1)
+    softmax, used = torch.softmax, []
+    monkeypatch.setattr(torch, "softmax", lambda *a, **kw: used.append(1) or softmax(*a, **kw))
+    q, k, _, scale = make_inputs(SCENES["video only"])
+    order = torch.arange(q.shape[2])
+    for orders in (order[None], torch.stack([order, order.flip(0), order.roll(8)])):
+        sums = lay_sums(orders, 16, q.device)
+        for part in measure_sampled_mass(q * factor, k, ROWS, sums, scale):
+            total = part.mass.sum(1)
+            torch.testing.assert_close(total, torch.full_like(total, len(orders)))
+    assert bool(used) == (factor > 1)
 
 
 @pytest.mark.parametrize("name", ["grouped heads, batch", "bias"])
