@@ -41,7 +41,10 @@ class Scratch(threading.local):
         self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Uninitialised memory of a shape; it is valid until the same name is taken again."""
+        """Uninitialised memory of a shape; it is valid until the same name is taken again.
+
+        Taken in another shape of the same size, it still holds what it held.
+        """
         # Small pieces of work would spend a tenth of their time on making the same views again.
         known = self._views.get((name, dtype, shape))
         if known is not None:

@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dit_opt.kernels.block_sparse_attention import cpu_dense
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
-from dit_opt.kernels.block_sparse_attention.cpu_dense import (
-    FLASH_QUERIES,
-    SCORE_BYTES,
-    Call,
-    attend_dense,
-)
+from dit_opt.kernels.block_sparse_attention.cpu_dense import Call, attend_dense, multiplies
 from dit_opt.kernels.block_sparse_attention.cpu_tail import add_tail
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.block_sparse_attention.runs import Bucket, find_buckets
@@ -77,7 +73,7 @@ def attend(
     if not counts.all():
         call.out.zero_()
         call.lse.fill_(-torch.inf)
-    fill = call.bounded if q.dtype == torch.bfloat16 else block_q < FLASH_QUERIES
+    fill = multiplies(call, block_q)
     sizes = (batch, queries, keys, block_q, block_k)
     for bucket in find_buckets(counts, indices, *sizes, fill):
         if bucket.contiguous and bucket.query_tokens > block_q:
@@ -169,7 +165,8 @@ def _attend_gathered(call: Call, bucket: Bucket) -> None:
 def _choose_step(bucket: Bucket, keys: int, dim: int, item: int) -> int:
     """How many runs are multiplied at once: few enough for the cache, shared evenly by threads."""
     runs, threads = len(bucket.heads), torch.get_num_threads()
-    most = min(GATHER_BYTES // dim, SCORE_BYTES // bucket.query_tokens) * threads // (keys * item)
+    scores = cpu_dense.SCORE_BYTES // bucket.query_tokens
+    most = min(GATHER_BYTES // dim, scores) * threads // (keys * item)
     if most < threads:
         return max(1, most)
     pieces = ceil_div(runs, most - most % threads)
@@ -181,4 +178,5 @@ def _gather(name: str, blocks: Tensor, rows: Tensor, each: int) -> Tensor:
     block, dim = blocks.shape[1:]
     out = SCRATCH.take(name, blocks.dtype, len(rows), block, dim)
     torch.index_select(blocks, 0, rows, out=out)
+    # the same memory
     return SCRATCH.take(name, blocks.dtype, len(rows) // each, each * block, dim)

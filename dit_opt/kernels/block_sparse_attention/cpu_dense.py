@@ -42,6 +42,13 @@ class Call:
     with_lse: bool
 
 
+def multiplies(call: Call, tokens: int) -> bool:
+    """Whether two products take runs of so many queries: only they know lists that were filled up,
+    and bfloat16 would round large scores in them.
+    """
+    return call.bounded if call.q.dtype == torch.bfloat16 else tokens < FLASH_QUERIES
+
+
 def attend_dense(
     call: Call,
     bucket: Bucket,
@@ -57,7 +64,7 @@ def attend_dense(
     if k.shape[1] > bucket.key_tokens:
         k, v = k[:, : bucket.key_tokens], v[:, : bucket.key_tokens]
     bias = None if bias is None else bias[:, None, : bucket.key_tokens]
-    if call.bounded if q.dtype == torch.bfloat16 else bucket.query_tokens < FLASH_QUERIES:
+    if multiplies(call, bucket.query_tokens):
         out, lse = _multiply(call, q, k, v, bias, counts)
     else:
         out, lse = _flash(q, k, v, bias, call.scale)

@@ -94,7 +94,7 @@ def measure_sampled_mass(
     # do. Processors have no fast float16.
     exact = torch.float32 if q.device.type == "cpu" and k.dtype == torch.float16 else k.dtype
     queries = q.index_select(2, rows).float() * scale
-    direct = key_bias is None and count * shared >= _MANY_ROWS and _is_bounded(queries, k)
+    direct = key_bias is None and batch * count * shared >= _MANY_ROWS and _is_bounded(queries, k)
     queries = (queries * LOG2_E if direct else queries).to(exact)
     # Query heads that share a key head stand side by side, as columns of one matmul. Contiguous
     # factors, or the products run one by one, each on a copy.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_opt.kernels import scores
-from dit_opt.kernels.block_sparse_attention import cpu
+from dit_opt.kernels.block_sparse_attention import cpu, cpu_dense, runs
 
 from .plans import Case, assert_matches_reference, make_inputs, make_plan
 
@@ -85,7 +85,7 @@ def test_shared_ranges_are_sliced_and_not_gathered(monkeypatch):
 
 def test_score_tiles_give_the_same_result(monkeypatch):
     arguments = make_inputs(Case(density=1.0, queries=250, keys=250), torch.bfloat16)
-    monkeypatch.setattr(cpu, "SCORE_BYTES", 250 * 64)
+    monkeypatch.setattr(cpu_dense, "SCORE_BYTES", 250 * 64)
     assert_matches_reference(cpu.attend(*arguments), arguments, *ERRORS[torch.bfloat16])
 
 
@@ -100,10 +100,33 @@ def test_large_bfloat16_scores_are_not_rounded():
 
 @pytest.mark.parametrize("flash_queries", [1, 10**9])
 def test_both_forms_of_float32_match_the_reference(monkeypatch, flash_queries):
-    monkeypatch.setattr(cpu, "FLASH_QUERIES", flash_queries)
+    monkeypatch.setattr(cpu_dense, "FLASH_QUERIES", flash_queries)
+    multiply, used = cpu_dense._multiply, []
+    monkeypatch.setattr(cpu_dense, "_multiply", lambda *a: used.append(1) or multiply(*a))
     for case in (CASES["ragged"], CASES["bias"], CASES["grouped heads"]):
         arguments = make_inputs(case)
         assert_matches_reference(cpu.attend(*arguments), arguments, 2e-6, 2e-6)
+    assert bool(used) == (flash_queries > 1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("factor", [1, 30])
+@pytest.mark.parametrize("steps", [1, 8])
+def test_lists_that_are_filled_up_match_the_reference(monkeypatch, bias, factor, steps):
+    monkeypatch.setattr(runs, "STEPS", steps)
+    blank, filled = cpu_dense._blank, []
+    monkeypatch.setattr(
+        cpu_dense, "_blank", lambda *a: filled.append(a[2] is not None) or blank(*a)
+    )
+    q, k, *rest = make_inputs(
+        Case(batch=2, bias=bias, queries=120, keys=700, block_q=16, block_k=16, density=0.6)
+    )
+    arguments = (q * factor, k, *rest)
+    bounded = scores.bound_scores(*arguments[:2], arguments[6]) <= scores.SCORE_BOUND
+    assert bounded == (factor == 1)
+    # Scores of 100 have a float32 spacing of 1e-5.
+    assert_matches_reference(cpu.attend(*arguments), arguments, 2e-6 * factor, 2e-6 * factor)
+    assert any(filled)
 
 
 @pytest.mark.parametrize("queries", [100, 250])

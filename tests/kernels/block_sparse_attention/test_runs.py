@@ -57,13 +57,15 @@ def test_lists_of_nearly_equal_length_share_a_bucket():
 
 
 def test_ragged_and_shared_rows_are_not_filled_up():
-    mask = torch.zeros(1, 1, 6, 12, dtype=torch.bool)
-    mask[0, 0, 0, :8] = mask[0, 0, 1, 3:] = mask[0, 0, 2, :11] = True
-    mask[0, 0, 3:, :9] = True
-    sizes = (6 * 64, 12 * 64 - 7, 64, 64)
+    mask = torch.zeros(1, 1, 6, 24, dtype=torch.bool)
+    mask[0, 0, 0, :8] = mask[0, 0, 1, 7:] = mask[0, 0, 2, :19] = True
+    mask[0, 0, 3:, :17] = True
+    sizes = (6 * 64, 24 * 64 - 7, 64, 64)
     buckets = list(find_buckets(*make_plan(mask), 1, *sizes, fill=True))
     found = {(b.query_tokens, b.key_tokens, tuple(b.counts or ())) for b in buckets}
-    assert found == {(64, 512, ()), (64, 9 * 64 - 7, ()), (64, 11 * 64, ()), (192, 576, ())}
+    # Of 8, 17, 19 and 17 blocks only the third list is filled up, to 20.
+    ragged, shared = (64, 17 * 64 - 7, ()), (192, 17 * 64, ())
+    assert found == {(64, 512, ()), ragged, (64, 20 * 64, (19,)), shared}
 
 
 def test_a_plan_for_one_batch_serves_all():
