@@ -259,7 +259,16 @@ def operator_name(target: Any) -> str | None:
 
 
 def writes_in_place(target: Any) -> bool:
-    """Whether an operator of the dispatcher writes to its arguments; only its schema tells."""
+    """Whether an operator of the dispatcher writes to its arguments; only its schema tells.
+
+    Kernels and regions of the user's, which have none, may write to all that they are given.
+    """
+    if isinstance(target, HigherOrderOperator):
+        return target.name() in ("triton_kernel_wrapper_mutation", "invoke_subgraph")
+    if isinstance(target, OpOverloadPacket):
+        # Those for `out=` are of a call that names it.
+        names = [name for name in target.overloads() if "out" not in name]
+        return any(getattr(target, name)._schema.is_mutable for name in names)
     return isinstance(target, OpOverload) and target._schema.is_mutable
 
 

@@ -74,6 +74,12 @@ def test_operators_that_write_in_place():
     assert _compat.writes_in_place(torch.ops.aten.add.out)
     assert not _compat.writes_in_place(torch.ops.aten.add.Tensor)
     assert not _compat.writes_in_place("add_")
+    assert _compat.writes_in_place(torch.ops.aten.add_)
+    assert not _compat.writes_in_place(torch.ops.aten.add)
+    # what Dynamo writes for a Triton kernel of the user's, and for a region compiled once
+    assert _compat.writes_in_place(torch.ops.higher_order.triton_kernel_wrapper_mutation)
+    assert _compat.writes_in_place(torch.ops.higher_order.invoke_subgraph)
+    assert not _compat.writes_in_place(torch.ops.higher_order.flex_attention)
 
 
 def test_floor_division_and_modulo():

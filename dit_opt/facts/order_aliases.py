@@ -101,14 +101,16 @@ def find_targets(node: Node) -> list[Node]:
     if writes_in_place(node.target):
         return list(node.all_input_nodes)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.startswith("_") and name not in _PURE
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _PURE
     flagged = name in _ACTIVATIONS and (
         node.kwargs.get("inplace") is True or any(a is True for a in node.args[1:])
     )
     targets = [node.kwargs.get("out")]
     if in_place or flagged or name in _OPERATORS:
         targets += [node.args[0] if node.args else node.kwargs.get("input")]
-    return [t for t in targets if isinstance(t, Node)]
+    # `out` and what `_foreach_` ops write to may be several.
+    lists = [t if isinstance(t, (list, tuple)) else [t] for t in targets]
+    return [t for several in lists for t in several if isinstance(t, Node)]
 
 
 def _aliased(modes: Modes, node: Node) -> list[Node]:

@@ -110,6 +110,20 @@ def shape_changed(x):
     return finish(tokens.transpose(1, 2))
 
 
+def by_a_list(x):
+    tokens = attend(patchify(x)) * 2
+    view = tokens.transpose(1, 2).reshape(1, 4, 2, 3, 5)
+    torch._foreach_mul_([tokens], 2.0)
+    return finish(tokens) + view
+
+
+def to_a_list(x):
+    tokens = attend(patchify(x)) * 2
+    view = tokens.transpose(1, 2).reshape(1, 4, 2, 3, 5)
+    torch.frexp(tokens, out=(tokens, torch.empty(tokens.shape, dtype=torch.int32)))
+    return finish(tokens) + view
+
+
 FINE = (table_added, copied, through_a_view, before_the_order, unread_base, after_the_end)
 STALE = (
     base_read_later,
@@ -118,6 +132,8 @@ STALE = (
     grid_view_written,
     flagged,
     by_keyword,
+    by_a_list,
+    to_a_list,
 )
 
 
@@ -137,6 +153,19 @@ def test_writes_that_everyone_sees(function):
 def test_writes_that_a_copy_would_miss(function):
     refusal = find_region(trace(function, latents()))
     assert refusal.reason is OrderReason.IN_PLACE
+
+
+def test_a_kernel_of_the_users_that_writes_to_tokens():
+    gm = trace(through_a_view, latents())
+    write = next(n for n in gm.graph.nodes if n.target == "add_")
+    tokens = write.args[0]
+    with gm.graph.inserting_before(write):
+        # as Dynamo writes a Triton kernel
+        gm.graph.call_function(
+            torch.ops.higher_order.triton_kernel_wrapper_mutation,
+            kwargs={"kernel_idx": 0, "grid": [(1, 1, 1)], "kwargs": {"x": tokens}},
+        )
+    assert isinstance(find_region(gm), OrderRefusal)
 
 
 @pytest.mark.parametrize("function", [written_by_position, shape_changed])
