@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dit_opt.facts.nodes import op_name, sizes_of
+from dit_opt.facts.nodes import number_of, op_name, sizes_of
 from dit_opt.facts.order_aliases import VIEWS, find_targets
 from dit_opt.facts.rms_norm import Norm, match_norm
 from dit_opt.facts.rotation import Rotation, match_rotation, strip_casts
@@ -63,8 +63,12 @@ def find_prologue(node: Node) -> Prologue | str:
     if len(_shape(node)) != 4:
         return "it is not [B, H, N, D]"
     reader = _Reader()
-    value, token_dim = reader.drop_transpose(node)
-    parts = reader.read(value, token_dim)
+    try:
+        value, token_dim = reader.drop_transpose(node)
+        parts = reader.read(value, token_dim)
+    # An argument form that no reader knows refuses; it must not end the compilation.
+    except (TypeError, IndexError, ValueError, AttributeError) as error:
+        return f"an operation is written in a form that is not known ({error})"
     if isinstance(parts, str):
         return parts
     if not any(part.norm or part.rotation for part in parts):
@@ -74,6 +78,12 @@ def find_prologue(node: Node) -> Prologue | str:
         return "its dtype changes on the way"
     known = [n for n in interior if n.target is operator.setitem]
     write = _find_write([node, *interior, *(part.source for part in parts)], known)
+    if write is None and interior:
+        # Tables may be made by writes, but what reads them moves to the end of all this.
+        read = [t for p in parts for t in (p.rotation and (p.rotation.cos, p.rotation.sin)) or ()]
+        read += [p.norm.weight for p in parts if p.norm and p.norm.weight is not None]
+        write = _find_write(read, known, after=min(interior))
+    write = write or next((n for n in interior if "out" in n.kwargs), None)
     if write is not None:
         return f"it is written to in place, by {write.name}"
     return Prologue(node, tuple(parts), interior)
@@ -130,7 +140,8 @@ class _Reader:
         if len(parts) != 2 or None in cuts or cuts[0][0] is not cuts[1][0]:  # pyright: ignore
             return "it is put together from slices that are no two halves of one tensor"
         (whole, first), (_, second) = cuts  # pyright: ignore[reportGeneralTypeIssues]
-        if first[0] not in (None, 0) or second[1] is not None or first[1] != second[0]:
+        (begin, cut), (other, end) = first, second
+        if begin not in (None, 0) or end is not None or cut is None or cut != other:
             return "it is put together from slices that do not meet"
         if any(part.norm for part in parts) or (parts[0].rotation and parts[1].rotation):
             return "the two halves of a tensor are normalised or rotated on their own"
@@ -138,9 +149,10 @@ class _Reader:
         joined = self._read_norm(whole, token_dim)
         if parts[1].rotation is None:
             return [replace(joined, rotation=parts[0].rotation)]
-        if not isinstance(second[0], Node) and second[0] < 0:
-            return "the first rotated token is counted from the end"
-        return [replace(joined, rotation=parts[1].rotation, start=second[0])]
+        number = number_of(cut)
+        if number is None or not number.is_nonnegative:
+            return "the first rotated token may be counted from the end"
+        return [replace(joined, rotation=parts[1].rotation, start=cut)]
 
     def _read_norm(self, value: Node, token_dim: int) -> Part:
         value = self._strip(value)
@@ -165,8 +177,10 @@ class _Reader:
         return stripped
 
 
-def _find_write(nodes: Sequence[Node], known: Sequence[Node]) -> Node | None:
-    """A write to the memory of one of the nodes that is not among the known ones."""
+def _find_write(
+    nodes: Sequence[Node], known: Sequence[Node], after: Node | None = None
+) -> Node | None:
+    """A write to the memory of one of the nodes that is not among the known ones, after a node."""
     waiting, met = [], set(nodes)
     for node in nodes:
         while op_name(node) in VIEWS and isinstance(node.args[0], Node):
@@ -176,7 +190,7 @@ def _find_write(nodes: Sequence[Node], known: Sequence[Node]) -> Node | None:
     while waiting:
         node = waiting.pop()
         for user in node.users:
-            if node in find_targets(user) and user not in known:
+            if node in find_targets(user) and user not in known and (not after or user > after):
                 return user
             if op_name(user) in VIEWS and user not in met:
                 met.add(user)

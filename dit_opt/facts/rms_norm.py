@@ -6,10 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
-from dit_opt.facts.nodes import op_name
+from dit_opt.facts.nodes import op_name, sizes_of
 from dit_opt.facts.rotation import strip_casts
+
+# By what they are, not by their name: other libraries have an `rms_norm` with other arguments.
+_FUNCTIONS = (F.rms_norm, torch.rms_norm, torch.ops.aten.rms_norm.default)
 
 
 @dataclass(frozen=True)
@@ -23,26 +27,28 @@ class Norm:
 
 def match_norm(node: Node) -> tuple[Node, Norm, list[Node]] | None:
     """An RMS norm over the last dimension: its input, and the nodes from there to `node`."""
-    if op_name(node) == "rms_norm":
+    if node.target in _FUNCTIONS:
         arguments = dict(zip(("input", "shape", "weight", "eps"), node.args)) | dict(node.kwargs)
         source, eps = arguments.get("input"), arguments.get("eps")
         shape = arguments.get("shape", arguments.get("normalized_shape"))
-        if not isinstance(source, Node) or not isinstance(eps, float) or len(shape) != 1:  # pyright: ignore
+        given = arguments.get("weight")
+        weight = _as_weight(given, node)
+        if not isinstance(source, Node) or not _is_eps(eps) or len(shape) != 1:  # pyright: ignore
             return None
-        return source, Norm(eps, _as_weight(arguments.get("weight"))), [node]
+        return None if weight is not given else (source, Norm(eps, weight), [node])  # pyright: ignore
     if op_name(node) != "mul":
         return None
     bare = _match_bare_norm(node)
     if bare is not None:
         return bare
     for scaled, weight in (node.args, node.args[::-1]):
-        if not isinstance(scaled, Node) or _as_weight(weight) is None:
+        if not isinstance(scaled, Node) or _as_weight(weight, node) is None:
             continue
         inner, casts = strip_casts(scaled)
         bare = _match_bare_norm(inner)
         if bare is not None:
             source, norm, interior = bare
-            return source, replace(norm, weight=_as_weight(weight)), [node, *casts, *interior]
+            return source, replace(norm, weight=_as_weight(weight, node)), [node, *casts, *interior]
     return None
 
 
@@ -67,12 +73,20 @@ def _match_bare_norm(node: Node) -> tuple[Node, Norm, list[Node]] | None:
             same, casts = strip_casts(factor)
             source = strip_casts(value)[0]
             is_norm = square.args[1] == 2 and axis in (-1, [-1], (-1,)) and keeps is True
-            if is_norm and same is source and isinstance(eps, float):
+            if is_norm and same is source and _is_eps(eps) and not total.kwargs:
                 return source, Norm(eps, None), [*chain, *casts]
     return None
 
 
-def _as_weight(value: Any) -> Node | None:
-    """A vector of factors."""
-    example = value.meta.get("example_value") if isinstance(value, Node) else None
-    return value if isinstance(example, torch.Tensor) and example.dim() == 1 else None
+def _is_eps(value: Any) -> bool:
+    return isinstance(value, float) and value >= 0
+
+
+def _as_weight(value: Any, normed: Node) -> Node | None:
+    """A vector with a factor for each channel of what is normalised."""
+    weight, like = (
+        n.meta.get("example_value") if isinstance(n, Node) else None for n in (value, normed)
+    )
+    if not isinstance(weight, torch.Tensor) or not isinstance(like, torch.Tensor):
+        return None
+    return value if sizes_of(weight) == sizes_of(like)[-1:] else None

@@ -46,12 +46,20 @@ def match_rotation(node: Node, token_dim: int) -> Rotation | None:
     """The rotation that ends in `node`, a rank-4 tensor with tokens along `token_dim`.
 
     Known are `x cos + rotate(x) sin` with tables of all channels, where `rotate` stacks or
-    concatenates `(-b, a)`, and two indexed writes into an empty tensor with tables of pairs.
+    concatenates `(-b, a)`, and two indexed writes into an empty tensor with tables of pairs. No
+    table and no tensor may be broadcast along tokens or channels.
     """
-    found = _match_sum(node) or _match_writes(node)
-    if found is None or not all(_is_table(t, token_dim) for t in (found.cos, found.sin)):
+    found, each = _match_sum(node), 1
+    if found is None:
+        found, each = _match_writes(node), 2
+    if found is None:
         return None
-    return found
+    sizes = list(_sizes(found.source))
+    if len(sizes) != 4 or sizes != list(_sizes(node)):
+        return None
+    table = [1, 1, 1, sizes[3] / each]
+    table[token_dim] = sizes[token_dim]
+    return found if all(list(_sizes(t)) == table for t in (found.cos, found.sin)) else None
 
 
 def _match_sum(node: Node) -> Rotation | None:
@@ -167,11 +175,6 @@ def _read_member(node: Any) -> tuple[Node, int, bool, list[Node]] | None:
     return source, int(index), halves, [node, unbind, split]  # pyright: ignore[reportArgumentType]
 
 
-def _is_table(node: Node, token_dim: int) -> bool:
-    sizes = _sizes(node)
-    return len(sizes) == 4 and all(sizes[dim] == 1 for dim in range(3) if dim != token_dim)
-
-
 def _sizes(node: Any) -> tuple[Any, ...]:
     """The shape in expressions, which add no guard; empty for what is no tensor."""
     example = _example(node)
@@ -195,4 +198,6 @@ def _keeps_device(node: Node) -> bool:
         and before.device == after.device
         and sizes_of(before) == sizes_of(after)
         and after.is_floating_point()
+        # a model that rounds to 8 bits does it on purpose
+        and after.dtype.itemsize > 1
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from dit_opt.facts.nodes import sizes_of
 from dit_opt.facts.prologue import Part, Prologue, find_prologue
 from dit_opt.facts.sites import Site
 from dit_opt.passes.graph_edit import erase_unused
@@ -70,7 +71,8 @@ def fuse_prologues(gm: GraphModule, sites: Sequence[Site]) -> list[Node]:
         for node in (site.query, site.key):
             prologue = find_prologue(node) if node is not None and node not in done else None
             if isinstance(prologue, Prologue):
-                with gm.graph.inserting_before(prologue.node.next):
+                # A tensor that is written to in place is made before what is written.
+                with gm.graph.inserting_before(max([prologue.node, *prologue.interior]).next):
                     done[prologue.node] = _write(gm.graph, prologue)
                 seen += [prologue.node, *prologue.interior]
     for site in sites:
@@ -121,7 +123,7 @@ def fold_orders(gm: GraphModule, written: Sequence[Node]) -> int:
 def _own_order(site: Site) -> list[Node]:
     """The query and key, but for a key of fewer heads: each of its queries has an order."""
     nodes = [n for n in (site.query, site.key) if n is not None]
-    heads = [n.meta["example_value"].shape[1] for n in nodes]
+    heads = [sizes_of(n.meta["example_value"])[1] for n in nodes]
     return nodes if len(set(heads)) == 1 else nodes[:1]
 
 

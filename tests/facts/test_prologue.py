@@ -140,6 +140,41 @@ UNKNOWN = {
 }
 
 
+UNKNOWN |= {
+    "a factor of one number": lambda norm, x, cos, sin: (
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * norm.weight[:1]
+    ),
+    "eps times four": lambda norm, x, cos, sin: (
+        x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 1e-5, alpha=4))
+    ),
+    "a negative eps": lambda norm, x, cos, sin: (
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + -1e-5)
+    ),
+    "rounded to 8 bits": lambda norm, x, cos, sin: (
+        norm(x.to(torch.float8_e4m3fn).to(torch.float32)).to(torch.float8_e4m3fn).float()
+    ),
+    "one position for all tokens": lambda norm, x, cos, sin: rotate(
+        norm(x), cos[:, :1], sin[:, :1]
+    ),
+    "one factor for all channels": lambda norm, x, cos, sin: rotate(
+        norm(x), cos[..., :1], sin[..., :1]
+    ),
+    "factors by keyword": lambda norm, x, cos, sin: torch.mul(norm(x), other=norm.weight),
+    "a square by keyword": lambda norm, x, cos, sin: (
+        x * torch.rsqrt(x.pow(exponent=2).mean(-1, keepdim=True) + 1e-5)
+    ),
+    "parts by keyword": lambda norm, x, cos, sin: torch.cat(
+        tensors=[norm(x)[:, :4], norm(x)[:, 4:]], dim=1
+    ),
+    "out": lambda norm, x, cos, sin: torch.mul(
+        x, torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5), out=torch.empty_like(x)
+    ),
+    "the whole twice": lambda norm, x, cos, sin: torch.cat(
+        [norm(x)[:, :], rotate(norm(x)[:, :], cos, sin)], 1
+    )[:, :10],
+}
+
+
 @pytest.mark.parametrize("change", UNKNOWN.values(), ids=UNKNOWN.keys())
 def test_what_only_looks_alike_is_refused(change):
     assert isinstance(read(change), str)
@@ -186,3 +221,80 @@ def test_a_write_after_the_rotation_is_refused():
         return out
 
     assert isinstance(read(change), str)
+
+
+def test_a_token_that_is_spread_over_tables_is_refused():
+    def change(norm, x, cos, sin):
+        return rotate(norm(x[:, :1]), cos, sin)
+
+    assert isinstance(read(change), str)
+
+
+def test_a_head_that_is_spread_over_others_is_refused():
+    def change(norm, x, cos, sin):
+        a, b = norm(x[:, :, :1]).unflatten(-1, (-1, 2)).unbind(-1)
+        out = torch.empty_like(x)
+        out[..., 0::2] = a * cos - b * sin
+        out[..., 1::2] = a * sin + b * cos
+        return out
+
+    assert isinstance(read(change, tables=(1, 10, 1, 8)), str)
+
+
+def test_a_norm_of_another_library_is_not_taken_for_torchs():
+    torch.library.define(
+        "test_prologue::rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor"
+    )
+    torch.library.register_fake("test_prologue::rms_norm", lambda x, weight, eps: x.clone())
+    torch.library.impl("test_prologue::rms_norm", "CPU", lambda x, weight, eps: x * 2)
+
+    def change(norm, x, cos, sin):
+        return torch.ops.test_prologue.rms_norm(x, norm.weight, 1e-5)
+
+    assert isinstance(read(change), str)
+
+
+@pytest.mark.parametrize("table", ["cos", "weight"])
+def test_a_table_that_is_written_to_later_is_refused(table):
+    def change(norm, x, cos, sin):
+        cos, weight = cos * 2, norm.weight * 2
+        q = rotate(F.rms_norm(x, (16,), weight, 1e-5), cos, sin)
+        (cos if table == "cos" else weight).neg_()
+        return q
+
+    assert "written to in place, by neg_" in read(change)
+
+
+def test_a_table_that_is_made_by_writes_is_read():
+    def change(norm, x, cos, sin):
+        table = torch.zeros_like(cos)
+        table[:, 1:] = cos[:, 1:]
+        return rotate(norm(x), table, sin)
+
+    assert isinstance(read(change), Prologue)
+
+
+def test_a_kernel_of_the_users_that_writes_to_it_is_seen():
+    x, cos, sin = torch.randn(2, 10, 32), torch.randn(1, 10, 1, 16), torch.randn(1, 10, 1, 16)
+    gm = capture_one(Attention(lambda norm, x, cos, sin: norm(x)), x, cos, sin)
+    (site,) = find_sites(gm.graph)
+    assert isinstance(find_prologue(site.query), Prologue)
+    with gm.graph.inserting_before(site.node):
+        # as Dynamo writes a Triton kernel
+        gm.graph.call_function(
+            torch.ops.higher_order.triton_kernel_wrapper_mutation,
+            kwargs={"kernel_idx": 0, "grid": [(1, 1, 1)], "kwargs": {"x": site.query}},
+        )
+    assert "in place, by triton_kernel" in find_prologue(site.query)
+
+
+def test_a_start_that_may_be_negative_is_refused():
+    def change(norm, x, cos, sin):
+        n, x = cos.shape[1], norm(x)
+        return torch.cat([x[:, :-n], rotate(x[:, -n:], cos, sin)], 1)
+
+    x, cos, sin = torch.randn(2, 10, 32), torch.randn(1, 6, 1, 16), torch.randn(1, 6, 1, 16)
+    for dynamic in (False, True):
+        gm = capture_one(Attention(change, weight=False), x, cos, sin, dynamic=dynamic)
+        (site,) = find_sites(gm.graph)
+        assert isinstance(find_prologue(site.query), str)

@@ -163,6 +163,34 @@ def test_a_key_of_fewer_heads_keeps_its_gather():
     assert count(gm, OPS.norm_rope_v1.default) == 2
 
 
+def test_what_is_written_before_its_factors_are_made():
+    def attend(x, cos, sin, y):
+        out = torch.empty_like(x)
+        c, s = cos[..., 0::2], sin[..., 1::2]
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        out[..., 0::2] = a * c - b * s
+        out[..., 1::2] = a * s + b * c
+        return F.scaled_dot_product_attention(out, y, y)
+
+    x, cos, sin, y = (torch.randn(2, 3, 10, 16) for _ in range(4))
+    inputs = (x, cos[:1, :1], sin[:1, :1], y)
+    gm = capture_one(attend, *inputs)
+    (expected,) = gm(*inputs)
+    assert len(fuse_prologues(gm, find_sites(gm.graph))) == 1
+    assert count(gm, OPS.norm_rope_v1.default) == 1
+    torch.testing.assert_close(gm(*inputs)[0], expected)
+
+
+def test_sites_without_heads_of_their_own_are_left_alone():
+    def attend(x, y):
+        return F.scaled_dot_product_attention(F.rms_norm(x, (16,), None, 1e-6), y, y)
+
+    x, y = torch.randn(6, 10, 16), torch.randn(6, 12, 16)
+    gm = capture_one(attend, x, y, dynamic=True)
+    assert fuse_prologues(gm, find_sites(gm.graph)) == []
+    assert count(gm, OPS.norm_rope_v1.default) == 0
+
+
 def test_processors_refuse_it():
     tiny = tiny_models.wan()
     with pytest.raises(OptionError, match="where Inductor does it"):
