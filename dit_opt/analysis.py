@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
-from dit_opt._compat import BackendCompilerFailed
 from dit_opt.decisions import GraphRecord, PassRecord
 from dit_opt.facts.order import OrderRefusal, OrderRegion, find_order_region
 from dit_opt.facts.provenance import find_timestep
@@ -140,33 +138,3 @@ def _mark_ordered(
         else c
         for c in choices
     ]
-
-
-class _Traced(Exception):
-    """The graph was seen; nothing needs to run."""
-
-
-def read_grid(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, int, int] | None:
-    """(T, H, W) of the latent tokens of a whole model in a call, `model(*args, **kwargs)`.
-
-    Traces the model, but runs and compiles nothing. None where its first graph proves no grid, or
-    several.
-    """
-    grids: set[tuple[int, ...]] = set()
-
-    def look(gm: GraphModule, inputs: list[Any]) -> Any:
-        layouts = find_tokens(gm.graph, find_sites(gm.graph)).layouts.values()
-        grids.update(tuple(map(int, x.grid.sizes)) for x in layouts if x.grid is not None)
-        raise _Traced
-
-    try:
-        torch.compile(model.forward, backend=look, dynamic=False)(*args, **kwargs)
-    except BackendCompilerFailed as error:
-        if not isinstance(error.inner_exception, _Traced):
-            raise
-    if len(grids) != 1:
-        return None
-    T, H, W = grids.pop()
-    return T, H, W

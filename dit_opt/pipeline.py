@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from dit_opt._compat import allow_recompiles
-from dit_opt.analysis import read_grid
+from dit_opt.model_grid import read_grid
 from dit_opt.options import Options
 from dit_opt.runtime.bound import read_timesteps
 from dit_opt.runtime.schedule import Clock
