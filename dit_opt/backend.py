@@ -33,7 +33,7 @@ from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.passes.graph_edit import copy_graph
 from dit_opt.passes.held_tables import hold_tables
-from dit_opt.passes.plan_nodes import count_plan_tensors
+from dit_opt.passes.plan_nodes import can_ask, count_plan_tensors, make_blank_plan
 from dit_opt.passes.qk_prologue import fold_orders, fuse_prologues
 from dit_opt.passes.sparse_attention import sparse_attention
 from dit_opt.passes.sparse_site import SparseForm, SparseSite
@@ -143,6 +143,10 @@ def _bind(
             if options.verify_every:
                 phases.add(Phase.VERIFY)
     forms = {phase: _choose_form(phase, options) for phase in phases - {Phase.OBSERVE}}
+    asks = Phase.REUSE in phases and _can_ask(searching, options)
+    if asks:
+        asking = dataclasses.replace(forms[Phase.SEARCH], asks=True)
+        forms |= dict.fromkeys((Phase.SEARCH, Phase.REUSE), asking)
     plan_tensors = count_plan_tensors(options.effective_router, options.verify_every is not None)
     heads = read_sizes([e for s in searching for e in count_heads(s)], placeholders)
     lengths = [count_tokens(s) for s in sparse]
@@ -165,6 +169,7 @@ def _bind(
         ],
         lengths=read_sizes(lengths, placeholders),
         min_tokens=tuple(site.min_tokens for site in sparse),
+        blank_plan=make_blank_plan if asks else None,
     )
 
     # Dynamo changes and clears its graph once the backend has returned
@@ -233,6 +238,17 @@ def _tell_layers(
             "could not be told from another layer's. Use refresh_every=1."
         )
     return True
+
+
+def _can_ask(searching: Sequence[SparseSite], options: Options) -> bool:
+    """Whether one variant can search or reuse, as an input tells it, which halves compile time.
+
+    Not on GPUs, where a CUDA graph would go on doing what it did when it was recorded, and not
+    under the guard, whose checks are a variant of their own.
+    """
+    return options.verify_every is None and all(
+        can_ask(s.router) and s.example.device.type == "cpu" for s in searching
+    )
 
 
 def _first_phase(bound: Bound) -> Phase:

@@ -106,6 +106,50 @@ def test_sparse_steps_drop_blocks_and_report_it(eager):
     assert '"reuse": 1' in report.to_json() and "blocks.*.attn1" in str(report)
 
 
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+def test_one_variant_serves_searches_and_reuse_and_computes_the_same(monkeypatch, regional):
+    compiled_graphs = []
+
+    def count(gm, inputs, patches):
+        compiled_graphs.append(gm)
+        return gm
+
+    monkeypatch.setattr(backend_module, "compile_with_inductor", count)
+    options = {**SPARSE, "router": "headwise"}
+    outs, reports = [], []
+    for told in (True, False):
+        torch.compiler.reset()
+        tiny = big_wan()
+        if not told:
+            monkeypatch.setattr(backend_module, "can_ask", lambda router: False)
+        compiled_graphs.clear()
+        dit_opt.optimize(tiny.model, regional=regional, **options)
+        outs.append(run_trajectory(tiny.model, tiny.inputs))
+        assert len(compiled_graphs) == (2 if told else 3)
+        reports.append(dit_opt.report(tiny.model))
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+    (told,), (apart,) = (report.graphs for report in reports)
+    assert told.calls == apart.calls and set(told.calls) == {"observe", "search", "reuse"}
+    assert told.layers == apart.layers
+
+
+@pytest.mark.parametrize(
+    "option", [{"verify_every": 1}, {"router": "adaspa"}], ids=["guard", "other router"]
+)
+def test_others_have_a_variant_for_each_phase(monkeypatch, option):
+    compiled_graphs = []
+
+    def count(gm, inputs, patches):
+        compiled_graphs.append(gm)
+        return gm
+
+    monkeypatch.setattr(backend_module, "compile_with_inductor", count)
+    tiny = big_wan()
+    dit_opt.optimize(tiny.model, **{**SPARSE, "router": "headwise", **option})
+    run_trajectory(tiny.model, tiny.inputs)
+    assert len(compiled_graphs) == 3
+
+
 def test_branches_in_turn_are_as_each_alone(eager):
     tiny = big_wan()
     text = torch.randn_like(tiny.inputs["encoder_hidden_states"])

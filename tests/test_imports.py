@@ -23,6 +23,7 @@ ALLOWED = {
     "passes": {"facts", "cost", "kernels"},
     "runtime": {"kernels"},
     "analysis": {"facts", "passes"},
+    "model_grid": {"facts"},
     "cost": set(),
     "_compat": set(),
     "decisions": set(),

@@ -66,6 +66,13 @@ class Place:
         state = example.new_empty((batch, heads, *axes), dtype=dtype)
         return append_placeholder(self.gm, f"ditopt_{name}_{self.index}", state)
 
+    def add_flag(self, name: str) -> Node:
+        """A placeholder for one truth value, which is on the processor: reading it waits for no
+        device."""
+        example = self.sparse.site.query.meta["example_value"]
+        flag = example.new_empty((), dtype=torch.bool, device="cpu")
+        return append_placeholder(self.gm, f"ditopt_{name}_{self.index}", flag)
+
     def add_boost(self) -> Node | None:
         """How much more each head is to keep; every guarded search takes it."""
         return self.add_input("boost", dtype=torch.float32) if self.form.guard else None
@@ -125,6 +132,20 @@ def takes_cube_order(router: str) -> bool:
 def count_plan_tensors(router: str, boosted: bool) -> int:
     """How many tensors a router keeps from one search to the next; see `SparseForm.boosted`."""
     return {"full": 0, "frame_tile": int(boosted), "headwise": 2, "oracle": 2}.get(router, 1)
+
+
+def can_ask(router: str) -> bool:
+    """Whether a router has an operator that searches or keeps a plan, as it is told."""
+    return router in ("headwise", "oracle")
+
+
+def make_blank_plan(batch: int, heads: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands for the plan of a router that can be asked before there is one."""
+    words = [-(-tokens // block) for block in (BLOCK_Q, BLOCK_K * WORD)]
+    return (
+        torch.zeros(batch, heads, *words, dtype=torch.int32),
+        torch.zeros(batch, heads, dtype=torch.int32),
+    )
 
 
 def write_plan(place: Place) -> Routed:
@@ -196,16 +217,19 @@ def _write_headwise(place: Place) -> Routed:
     ops, call, (q, k, v) = torch.ops.ditopt, graph.call_function, place.qkv
     where = (*place.write_grid(), BLOCK_Q, BLOCK_K)
     statistics: tuple[Node, ...] = ()
+    goal = (sparse.scale, sparse.target, sparse.by_density)
+    cell = 1 if sparse.router == "oracle" else HEADWISE_CELL
+    search = (q, k, bias, *goal, *where, cell, SPREAD)
     if place.form.reuse:
         words, counts, indices = _read_lists(place)
         order = place.add_input("order")
+    elif place.form.asks:
+        told = (place.add_flag("fresh"), _add_words(place), place.add_input("order"))
+        found = call(ops.headwise_refresh_v1.default, (*told, *search))
+        counts, indices, order, words, *rest = unpack(graph, found, 6)
+        statistics = tuple(rest)
     else:
-        goal = (sparse.scale, sparse.target, sparse.by_density)
-        cell = 1 if sparse.router == "oracle" else HEADWISE_CELL
-        found = call(
-            ops.headwise_plan_v1.default,
-            (q, k, bias, *goal, *where, cell, SPREAD, place.add_boost()),
-        )
+        found = call(ops.headwise_plan_v1.default, (*search, place.add_boost()))
         counts, indices, order, *rest = unpack(graph, found, 5)
         words, statistics = _write_lists(place, counts, indices), tuple(rest)
     moves = call(ops.headwise_rows_v1.default, (order, _length(graph, q), *where))
@@ -255,9 +279,13 @@ def _write_lists(place: Place, counts: Node, indices: Node) -> Node:
     return place.graph.call_function(torch.ops.ditopt.pack_plan_v1.default, arguments)
 
 
+def _add_words(place: Place) -> Node:
+    return place.add_input("words", [BLOCK_Q, BLOCK_K * WORD])
+
+
 def _read_lists(place: Place) -> tuple[Node, Node, Node]:
     """The kept words as an input of the graph, and the counts and lists in them."""
-    words = place.add_input("words", [BLOCK_Q, BLOCK_K * WORD])
+    words = _add_words(place)
     length = _length(place.graph, place.qkv[1])
     lists = place.graph.call_function(
         torch.ops.ditopt.unpack_plan_v1.default, (words, length, BLOCK_K)

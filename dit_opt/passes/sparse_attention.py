@@ -57,6 +57,10 @@ def sparse_attention(
 
         %counts, %indices = unpack_plan_v1(%words, N, ...)
 
+    Under `form.asks` an input says in each call which of the two it is::
+
+        %counts, %indices, %order, %words, ... = headwise_refresh_v1(%fresh, %words, %order, %q, ...)
+
     A site without a grid stays in the model's own order. Under `form.guard` the lists pass a check
     first::
 

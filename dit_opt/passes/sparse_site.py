@@ -29,12 +29,15 @@ class SparseForm:
         compare: dense attention runs beside, for its difference.
         boosted: some variant of the graph has the guard, so that a search may have been told to
             keep more of a head.
+        asks: an input says in each call whether it searches or takes the plan that is an input,
+            too. Its outputs are those of a search.
     """
 
     reuse: bool = False
     guard: bool = False
     compare: bool = False
     boosted: bool = False
+    asks: bool = False
 
     def name_outputs(self, plan_tensors: int) -> tuple[str, ...]:
         """What each searching site adds to the graph's outputs, in order."""

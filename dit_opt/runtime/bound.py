@@ -23,6 +23,9 @@ from dit_opt.runtime.state import (
 
 log = logging.getLogger(__name__)
 
+# What a variant that is told by an input whether to search is told.
+_SEARCHES = {told: torch.tensor(told) for told in (False, True)}
+
 # Of plans that were made without any position.
 NO_RUN = (0, 0)
 
@@ -60,6 +63,9 @@ class Wiring:
         hold: makes the tables that the sites of a call look up on a device.
         lengths: tokens of each replaced site, from the arguments of a call.
         min_tokens: of each replaced site; a call in which every site is shorter stays dense.
+        blank_plan: makes, from batch, heads and tokens, what stands for the plan of a site in a
+            call that searches, where one variant searches and reuses, as an input tells it; None
+            where each phase has its own.
     """
 
     outputs: int
@@ -72,6 +78,7 @@ class Wiring:
     hold: Callable[[tuple[Any, ...], torch.device], Any]
     lengths: Callable[[tuple[Any, ...]], list[int]]
     min_tokens: tuple[int, ...]
+    blank_plan: Callable[[int, int, int], tuple[torch.Tensor, ...]] | None = None
 
 
 class Stream:
@@ -173,6 +180,8 @@ class Bound:
 
     def variant(self, phase: Phase) -> Callable[..., Any]:
         """The compiled graph of a phase."""
+        if phase is Phase.REUSE and self._wiring.blank_plan is not None:
+            phase = Phase.SEARCH
         with self._lock:
             if phase not in self._variants:
                 log.debug("compiling the %s variant", phase.value)
@@ -266,10 +275,14 @@ class Bound:
         """What a variant takes beside the graph's own arguments, site after site."""
         inputs: list[torch.Tensor] = []
         heads = self._wiring.heads(args)
+        layouts = self._wiring.layouts(args)
+        make_blank = self._wiring.blank_plan
         for site, (i, state) in enumerate(zip(self._wiring.layers, states, strict=True)):
             owner = self._nobody if i is None else args[i]
             if state is not None:
                 state.begin(position.plans if position else NO_RUN)
+            if make_blank is not None:
+                inputs.append(_SEARCHES[phase is Phase.SEARCH])
             if phase is not Phase.SEARCH:
                 assert state is not None
                 # the state follows a model that was moved between calls
@@ -277,6 +290,8 @@ class Bound:
                 if phase is Phase.VERIFY:
                     assert state.kept is not None
                     inputs.append(state.kept.to(owner.device))
+            elif make_blank is not None:
+                inputs += make_blank(*heads[site], layouts[site][-1])
             elif "caught" in self._wiring.state[phase]:
                 boost = None if state is None else state.boost
                 if boost is None or boost.shape != heads[site]:

@@ -11,6 +11,7 @@ from dit_opt.facts.tokens import find_tokens
 from dit_opt.options import Options
 from dit_opt.passes.choose_sites import choose_sites
 from dit_opt.passes.graph_edit import copy_graph
+from dit_opt.passes.plan_nodes import make_blank_plan
 from dit_opt.passes.sparse_attention import name_heads, sparse_attention
 from dit_opt.passes.sparse_site import SparseForm
 from tests.graphs import capture_one, capture_tiny
@@ -87,6 +88,29 @@ def test_orders_of_heads_become_plan_gather_attention_scatter():
     assert count(reused, OPS.unpack_plan_v1.default) == 2
     added = reused.graph.find_nodes(op="placeholder")[-2:]
     assert [n.name.rsplit("_", 1)[0] for n in added] == ["ditopt_words", "ditopt_order"]
+
+
+def test_a_variant_can_be_told_to_search_or_to_reuse():
+    _, gm = capture_tiny(wan)
+    new, _ = rewrite(gm, SparseForm(asks=True), router="headwise")
+    assert count(new, OPS.headwise_refresh_v1.default) == 2
+    for op in (OPS.headwise_plan_v1, OPS.pack_plan_v1, OPS.unpack_plan_v1):
+        assert count(new, op.default) == 0
+    added = new.graph.find_nodes(op="placeholder")[-3:]
+    names = [n.name.rsplit("_", 1)[0] for n in added]
+    assert names == ["ditopt_fresh", "ditopt_words", "ditopt_order"]
+    flag, *plan = (n.meta["example_value"] for n in added)
+    assert flag.shape == () and flag.dtype == torch.bool and flag.device.type == "cpu"
+    # what stands for a plan before there is one has the shapes of one
+    batch, heads, tokens, _ = (
+        new.graph.find_nodes(op="call_function", target=OPS.headwise_refresh_v1.default)[0]
+        .args[3]
+        .meta["example_value"]
+        .shape
+    )
+    assert [x.shape for x in make_blank_plan(batch, heads, tokens)] == [x.shape for x in plan]
+    searched, _ = rewrite(gm, router="headwise")
+    assert len(outputs(new)) == len(outputs(searched))
 
 
 def test_keeping_everything_moves_no_tokens():

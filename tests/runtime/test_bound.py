@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 
@@ -76,6 +77,40 @@ def test_a_trajectory_observes_searches_and_reuses():
     assert all(len(out) == 1 for out in outs)
     (plan,) = graph.runs[3][1][2:]
     assert plan.tolist() == [[2, 2, 2]]
+
+
+def test_one_variant_that_is_told_searches_and_reuses():
+    told = []
+
+    def compile_variant(phase):
+        def run(weight, timestep, latents, *given):
+            if phase is Phase.OBSERVE:
+                return (weight,)
+            told.append((bool(given[0]), given[1].tolist()))
+            plan = torch.full((1, 3), len(told), dtype=torch.int32)
+            return weight, plan, plan / 10, torch.full((1, 3), 1 if told[-1][0] else torch.nan)
+
+        compiled.append(phase)
+        return run, False
+
+    compiled = []
+    wiring = bind(Graph())._wiring
+    asks = dataclasses.replace(
+        wiring,
+        state=dict.fromkeys((Phase.SEARCH, Phase.REUSE), STATE[Phase.SEARCH]),
+        blank_plan=lambda batch, heads, tokens: (torch.zeros(batch, heads) - tokens,),
+    )
+    phases = frozenset(Phase) - {Phase.VERIFY}
+    bound = Bound(compile_variant, phases, asks, Schedule(1, 3), None)
+    w = weight()
+    run(bound, w, [1000, 800, 600, 400, 200])
+    assert compiled == [Phase.OBSERVE, Phase.SEARCH]
+    # a blank plan of 8 tokens before a search; the kept plan otherwise
+    blank = [[-8] * 3]
+    assert told == [(True, blank), (False, [[1] * 3]), (True, blank), (False, [[3] * 3])]
+    ((_, _, state),) = bound.states
+    assert (state.calls, state.searches) == (4, 2)
+    assert state.plan[0].tolist() == [[3] * 3] and state.density.tolist() == [[4] * 3]
 
 
 def test_variants_are_compiled_once_and_only_when_needed():

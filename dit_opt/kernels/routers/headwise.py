@@ -55,6 +55,13 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
+    "headwise_refresh_v1(Tensor fresh, Tensor words, Tensor order, Tensor q, Tensor k, "
+    "Tensor? key_bias, float scale, float target, bool by_density, SymInt T, SymInt H, SymInt W, "
+    "SymInt video_start, int block_q, int block_k, int cell=16, str spread='even') "
+    "-> (Tensor counts, Tensor indices, Tensor order, Tensor words, Tensor recall, Tensor density)",
+    tags=_TAGS,
+)
+_library.define(
     "headwise_rows_v1(Tensor order, SymInt N, SymInt T, SymInt H, SymInt W, SymInt video_start, "
     "int block_q, int block_k) -> (Tensor rows, Tensor inverse)",
     tags=_TAGS,
@@ -249,6 +256,67 @@ def _describe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     counts, indices, recall, density = describe_plan(q, k, block_q, block_k, None)
     return counts, indices, q.new_empty(q.shape[:2], dtype=torch.int32), recall, density
+
+
+@torch.library.impl(_library, "headwise_refresh_v1", "CompositeExplicitAutograd")
+def _refresh(
+    fresh: Tensor,
+    words: Tensor,
+    order: Tensor,
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    target: float,
+    by_density: bool,
+    T: int,
+    H: int,
+    W: int,
+    video_start: int,
+    block_q: int,
+    block_k: int,
+    cell: int = 16,
+    spread: Spread = "even",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A new plan, and its lists in bits, where `fresh` (on the processor) says so; the one that is
+    given where it does not, whose recall and density are NaN.
+
+    One graph can then serve both, where no CUDA graph replays it without asking.
+    """
+    ops = torch.ops.ditopt
+    if not fresh:
+        counts, indices = ops.unpack_plan_v1(words, q.shape[2], block_k)
+        unknown = order.new_full(order.shape, torch.nan, dtype=torch.float32)
+        return counts, indices, order.clone(), words.clone(), unknown, unknown.clone()
+    where = (T, H, W, video_start, block_q, block_k)
+    goal = (scale, target, by_density)
+    counts, indices, order, *statistics = _plan(q, k, key_bias, *goal, *where, cell, spread)
+    words = ops.pack_plan_v1(counts, indices, q.shape[2], block_k)
+    recall, density = statistics
+    return counts, indices, order, words, recall, density
+
+
+@torch.library.register_fake("ditopt::headwise_refresh_v1", lib=_library)
+def _describe_refresh(
+    fresh: Tensor,
+    words: Tensor,
+    order: Tensor,
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    target: float,
+    by_density: bool,
+    T: int,
+    H: int,
+    W: int,
+    video_start: int,
+    block_q: int,
+    block_k: int,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    counts, indices, recall, density = describe_plan(q, k, block_q, block_k, None)
+    return counts, indices, torch.empty_like(order), torch.empty_like(words), recall, density
 
 
 @torch.library.impl(_library, "headwise_rows_v1", "CompositeExplicitAutograd")

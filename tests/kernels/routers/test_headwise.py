@@ -13,6 +13,7 @@ from dit_opt.kernels.routers.orders import VideoLayout, invert_order, locate_tok
 from .scenes import CPU, Scene, check_plan, make_inputs, weigh_tokens
 
 plan_operator = torch.ops.ditopt.headwise_plan_v1
+refresh_operator = torch.ops.ditopt.headwise_refresh_v1
 rows_operator = torch.ops.ditopt.headwise_rows_v1
 GRID = (4, 5, 6)
 SCENES = {
@@ -139,6 +140,26 @@ def test_the_operators_return_the_plan_and_the_permutations(name):
     assert torch.equal(rows.gather(-1, inverse), torch.arange(scene.tokens).expand_as(rows))
     torch.library.opcheck(plan_operator.default, arguments)
     torch.library.opcheck(rows_operator.default, (order, scene.tokens, *place))
+
+
+def test_a_plan_is_searched_or_kept_as_the_operator_is_told():
+    scene = SCENES["grouped heads, batch"]
+    q, k, bias, scale = make_inputs(scene)
+    blocks = (scene.block_q, scene.block_k)
+    search = (q, k, bias, scale, 0.3, True, *GRID, scene.video_start, *blocks)
+    counts, indices, order, recall, density = plan_operator(*search)
+    words = torch.ops.ditopt.pack_plan_v1(counts, indices, scene.tokens, scene.block_k)
+    blank = (torch.zeros_like(words), torch.zeros_like(order))
+    found = refresh_operator(torch.tensor(True), *blank, *search)
+    for part, expected in zip(found, (counts, indices, order, words, recall, density), strict=True):
+        assert torch.equal(part, expected)
+    # other queries would have another plan
+    kept = refresh_operator(torch.tensor(False), words, order, -q, *search[1:])
+    assert torch.equal(kept[0], counts) and torch.equal(kept[2], order)
+    assert torch.equal(kept[3], words) and kept[3].data_ptr() != words.data_ptr()
+    used = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
+    assert torch.equal(kept[1][used], indices[used])
+    assert kept[4].isnan().all() and kept[5].isnan().all()
 
 
 def test_a_boost_gives_a_head_more():
