@@ -46,8 +46,8 @@ def read_grid(
 def keep_one_of_each_block(model: torch.nn.Module) -> torch.nn.Module | None:
     """A copy of a model whose lists of repeated blocks hold one of each kind.
 
-    Blocks and parameters are the model's own, and the model stays as it is. Repeated are the classes
-    that diffusers' `compile_repeated_blocks` compiles. None where there is nothing to leave out.
+    Blocks and parameters are the model's own, and the model stays as it is. Repeated are the
+    classes that diffusers' `compile_repeated_blocks` compiles. None where nothing can be left out.
     """
     short = _shorten(model, frozenset(getattr(model, "_repeated_blocks", None) or ()))
     return None if short is model else short
