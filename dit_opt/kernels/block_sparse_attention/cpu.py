@@ -6,6 +6,8 @@ whose keys stay in the cache, and the libraries do the arithmetic.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,6 +19,7 @@ from dit_opt.kernels.block_sparse_attention.cpu_tail import add_tail
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.block_sparse_attention.runs import Bucket, find_buckets
 from dit_opt.kernels.block_sparse_attention.tail import Tail
+from dit_opt.kernels.native import attention as native
 from dit_opt.kernels.scores import SCORE_BOUND, bound_scores
 from dit_opt.kernels.scratch import SCRATCH
 
@@ -40,7 +43,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `reference.attend`; lse is [B, H, 0] unless it is wanted.
 
-    Gathered blocks go through two matrix products around a softmax, or through torch's flash
+    float32 goes to the C++ kernel of `kernels.native` where that is there and no tail is wanted.
+    Else gathered blocks go through two matrix products around a softmax, or through torch's flash
     attention where that is faster (long runs in float32) or more exact (bfloat16 with large
     scores). float16 has no fast arithmetic on processors and is computed in float32.
     """
@@ -50,6 +54,9 @@ def attend(
     if q.dtype == torch.float16:
         q, k, v = q.float(), k.float(), v.float()
         tail = None if tail is None else Tail(*(x.float() for x in tail))
+    if tail is None and native.can_attend(q, k, v, block_k):
+        _attend_natively(q, k, v, counts, indices, key_bias, scale, block_q, block_k, out, lse)
+        return out, lse
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     if key_bias is not None:
@@ -97,6 +104,16 @@ def attend(
         lse.copy_(call.lse.view(batch, heads, -1)[:, :, :queries])
     SCRATCH.trim()
     return out, lse
+
+
+def _attend_natively(*arguments: Any) -> None:
+    """As `native.attend`, also for outputs of another dtype; an lse of no size is left out."""
+    *inputs, out, lse = arguments
+    made = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    native.attend(*inputs, made, lse if lse.numel() else None)
+    if made is not out:
+        out.copy_(made)
+    SCRATCH.trim()
 
 
 def _as_blocks(x: Tensor, block: int) -> Tensor:

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling, pad_dim
+from dit_opt.kernels.cache import find_cache
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,7 @@ class Trial:
 
 def find_file() -> Path:
     """Where tilings are kept."""
-    folder = os.environ.get("DITOPT_CACHE_DIR")
-    return (Path(folder) if folder else Path.home() / ".cache" / "ditopt") / "tilings.json"
+    return find_cache() / "tilings.json"
 
 
 def make_key(device_name: str, dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> str:

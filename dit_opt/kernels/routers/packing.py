@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
+from dit_opt.kernels.native.lists import unpack_lists
 from dit_opt.kernels.routers.plan import list_kept
 
 # Bits of a word; the passes size their state by it.
@@ -42,8 +43,12 @@ def pack_plan(counts: Tensor, indices: Tensor, tokens: int, block_k: int) -> Ten
 
 def unpack_plan(words: Tensor, tokens: int, block_k: int) -> tuple[Tensor, Tensor]:
     """Counts int32 `[..., nq]` and ascending lists int32 `[..., nq, nk]` of packed words."""
+    blocks = ceil_div(tokens, block_k)
+    found = unpack_lists(words, blocks) if words.device.type == "cpu" else None
+    if found is not None:
+        return found
     bits = (words.unsqueeze(-1) >> _places(words.device)) & 1
-    return list_kept(bits.flatten(-2)[..., : ceil_div(tokens, block_k)].bool())
+    return list_kept(bits.flatten(-2)[..., :blocks].bool())
 
 
 def _places(device: torch.device) -> Tensor:

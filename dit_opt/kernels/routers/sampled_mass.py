@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_opt.kernels.native.sampled_mass import can_sample, sample_mass
 from dit_opt.kernels.routers.orders import invert_order
 from dit_opt.kernels.scores import LOG2_E, SCORE_BOUND, bound_scores
 
@@ -94,6 +95,12 @@ def measure_sampled_mass(
     # do. Processors have no fast float16.
     exact = torch.float32 if q.device.type == "cpu" and k.dtype == torch.float16 else k.dtype
     queries = q.index_select(2, rows).float() * scale
+    if key_bias is None and can_sample(k):
+        laid = (queries * LOG2_E).view(batch, key_heads, shared * count, dim).mT
+        mass = sample_mass(laid, k, sums).unflatten(-1, (shared, count))
+        whole = (slice(0, key_heads), slice(0, shared), slice(0, count))
+        yield from (Part(item, *whole, mass[item]) for item in range(batch))
+        return
     direct = key_bias is None and batch * count * shared >= _MANY_ROWS and _is_bounded(queries, k)
     queries = (queries * LOG2_E if direct else queries).to(exact)
     # Query heads that share a key head stand side by side, as columns of one matmul. Contiguous

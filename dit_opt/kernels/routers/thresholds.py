@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from dit_opt.kernels.native import thresholds as native
+
 # Scores at or under this count as one and the same: a row of 2^17 such shares holds 10^-4.
 LIGHTEST = 2.0**-30
 
@@ -40,7 +42,7 @@ def find_threshold(
     """
     lowest, highest = _read_bits(LIGHTEST), _read_bits(HEAVIEST)
     steps = (highest - lowest + 1).bit_length()
-    search = _search_on_gpu if scores.is_cuda else _search
+    search = _search_rows if scores.is_cuda or native.can_search() else _search
     # The lowest threshold serves by definition; searching within, the one below it exceeds.
     low = search(scores, gains, target, dims, lowest - within, steps, within)
     return (low.clamp(max=highest) + within).view(torch.float32)
@@ -66,7 +68,7 @@ def _search(
     return low
 
 
-def _search_on_gpu(
+def _search_rows(
     scores: Tensor,
     gains: Tensor,
     target: float | Tensor,
@@ -75,9 +77,12 @@ def _search_on_gpu(
     steps: int,
     within: bool,
 ) -> Tensor:
-    """As `_search`."""
-    # Imported here because Triton is absent where there is no GPU to run it on.
-    from dit_opt.kernels.routers.thresholds_triton import search_bits
+    """As `_search`, by a kernel for all of it."""
+    if scores.is_cuda:
+        # Imported here because Triton is absent where there is no GPU to run it on.
+        from dit_opt.kernels.routers.thresholds_triton import search_bits
+    else:
+        search_bits = native.search_bits
 
     shape = _reduce(scores, dims)
     groups = math.prod(shape)

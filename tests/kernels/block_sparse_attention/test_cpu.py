@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dit_opt.kernels import scores
 from dit_opt.kernels.block_sparse_attention import cpu, cpu_dense, runs
+from dit_opt.kernels.native import build as native_build
 
 from .plans import Case, assert_matches_reference, make_inputs, make_plan
 
@@ -37,11 +38,44 @@ CASES = {
 }
 
 
+NATIVE = {
+    "wide": Case(dim=128, queries=150, keys=300, block_k=128),
+    "widest, a block of queries at once": Case(dim=256, queries=200, keys=100, block_q=128),
+    "more rows than fit, ragged": Case(dim=48, queries=333, keys=150, block_q=128, block_k=32),
+}
+
+
+@pytest.fixture
+def torch_path(monkeypatch):
+    """Attention by torch's operators, as where there is no compiler."""
+    monkeypatch.setattr(cpu.native, "can_attend", lambda *_: False)
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """The dtypes of the calls that the C++ kernel took."""
+    calls, attend = [], cpu.native.attend
+    monkeypatch.setattr(cpu.native, "attend", lambda *a: calls.append(a[0].dtype) or attend(*a))
+    return calls
+
+
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_matches_the_reference(case, dtype):
+def test_matches_the_reference(case, dtype, torch_path):
     arguments = make_inputs(case, dtype)
     assert_matches_reference(cpu.attend(*arguments), arguments, *ERRORS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", (CASES | NATIVE).values(), ids=(CASES | NATIVE).keys())
+def test_the_native_kernel_matches_the_reference(case, dtype, attended):
+    if native_build.load_library() is None:
+        pytest.skip("there is no C++ compiler")
+    arguments = make_inputs(case, dtype)
+    assert_matches_reference(cpu.attend(*arguments), arguments, *ERRORS[dtype])
+    assert attended == ([torch.float32] if case.dim % 16 == 0 else [])
+    without, empty = cpu.attend(*arguments, with_lse=False)
+    assert empty.numel() == 0 and torch.equal(without, cpu.attend(*arguments)[0])
 
 
 @settings(max_examples=25, deadline=None)
@@ -51,20 +85,24 @@ def test_matches_the_reference(case, dtype):
     key_heads=st.integers(1, 2),
     queries=st.integers(1, 200),
     keys=st.integers(1, 200),
-    dim=st.sampled_from([8, 33, 64]),
+    dim=st.sampled_from([8, 33, 48, 64]),
     density=st.floats(0.0, 1.0),
     bias=st.booleans(),
     strided=st.booleans(),
     block_k=st.sampled_from([16, 64]),
     seed=st.integers(0, 99),
+    by_torch=st.booleans(),
 )
-def test_any_shape_matches_the_reference(group, key_heads, seed, **sizes):
+def test_any_shape_matches_the_reference(group, key_heads, seed, by_torch, **sizes):
     case = Case(heads=group * key_heads, key_heads=key_heads, block_q=32, **sizes)
     arguments = make_inputs(case, seed=seed)
-    assert_matches_reference(cpu.attend(*arguments), arguments, 3e-6, 3e-6)
+    can_attend = cpu.native.can_attend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu.native, "can_attend", lambda *a: not by_torch and can_attend(*a))
+        assert_matches_reference(cpu.attend(*arguments), arguments, 3e-6, 3e-6)
 
 
-def test_small_gathers_give_the_same_result(monkeypatch):
+def test_small_gathers_give_the_same_result(monkeypatch, torch_path):
     arguments = make_inputs(Case(heads=4, key_heads=4, queries=500, keys=450))
     whole = cpu.attend(*arguments)
     monkeypatch.setattr(cpu, "GATHER_BYTES", 1)
@@ -72,7 +110,7 @@ def test_small_gathers_give_the_same_result(monkeypatch):
     torch.testing.assert_close(cpu.attend(*arguments), whole, atol=1e-6, rtol=1e-6)
 
 
-def test_shared_ranges_are_sliced_and_not_gathered(monkeypatch):
+def test_shared_ranges_are_sliced_and_not_gathered(monkeypatch, torch_path):
     mask = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
     mask[:, :, :2, :2] = True
     mask[:, :, 2:, 1:] = True
@@ -99,7 +137,7 @@ def test_large_bfloat16_scores_are_not_rounded():
 
 
 @pytest.mark.parametrize("flash_queries", [1, 10**9])
-def test_both_forms_of_float32_match_the_reference(monkeypatch, flash_queries):
+def test_both_forms_of_float32_match_the_reference(monkeypatch, torch_path, flash_queries):
     monkeypatch.setattr(cpu_dense, "FLASH_QUERIES", flash_queries)
     multiply, used = cpu_dense._multiply, []
     monkeypatch.setattr(cpu_dense, "_multiply", lambda *a: used.append(1) or multiply(*a))
@@ -112,7 +150,7 @@ def test_both_forms_of_float32_match_the_reference(monkeypatch, flash_queries):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("factor", [1, 30])
 @pytest.mark.parametrize("steps", [1, 8])
-def test_lists_that_are_filled_up_match_the_reference(monkeypatch, bias, factor, steps):
+def test_lists_that_are_filled_up_match_the_reference(monkeypatch, torch_path, bias, factor, steps):
     monkeypatch.setattr(runs, "STEPS", steps)
     blank, filled = cpu_dense._blank, []
     monkeypatch.setattr(
@@ -129,15 +167,21 @@ def test_lists_that_are_filled_up_match_the_reference(monkeypatch, bias, factor,
     assert any(filled)
 
 
+@pytest.mark.parametrize("by_torch", [False, True])
 @pytest.mark.parametrize("queries", [100, 250])
-def test_large_scores_do_not_overflow(queries):
+def test_large_scores_do_not_overflow(request, queries, by_torch):
+    if by_torch:
+        request.getfixturevalue("torch_path")
     q, k, *rest = make_inputs(Case(queries=queries, keys=100, density=1.0))
     arguments = (q * 100, k * 100, *rest)
     # Scores of 1e5 have a float32 spacing of 0.01.
     assert_matches_reference(cpu.attend(*arguments), arguments, 5e-2, 5e-2)
 
 
-def test_unkept_keys_are_never_read():
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_unkept_keys_are_never_read(request, by_torch):
+    if by_torch:
+        request.getfixturevalue("torch_path")
     mask = torch.ones(1, 2, 3, 3, dtype=torch.bool)
     mask[..., 1] = False
     arguments = list(make_inputs(Case()))

@@ -5,10 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dit_opt.kernels.native.build import load_library
 from dit_opt.kernels.routers import sampled_mass
 from dit_opt.kernels.routers.sampled_mass import lay_sums, measure_sampled_mass
 
 from .scenes import SCENES, make_inputs, weigh_tokens
+
+
+@pytest.fixture
+def torch_path(monkeypatch):
+    """Masses by torch's operators, as where there is no compiler."""
+    monkeypatch.setattr(sampled_mass, "can_sample", lambda k: False)
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """How often the C++ kernel was called."""
+    calls, sample_mass = [], sampled_mass.sample_mass
+    monkeypatch.setattr(sampled_mass, "sample_mass", lambda *a: calls.append(1) or sample_mass(*a))
+    return calls
+
 
 ROWS = torch.tensor([0, 3, 17, 60, 98])
 
@@ -35,14 +51,24 @@ def measure(scene, dtype=torch.float32):
 
 @pytest.mark.parametrize("many", [1, 10**9])
 @pytest.mark.parametrize("name", SCENES)
-def test_the_mass_is_the_softmax_summed_over_blocks(name, many, monkeypatch):
+def test_the_mass_is_the_softmax_summed_over_blocks(name, many, monkeypatch, torch_path):
     monkeypatch.setattr(sampled_mass, "_MANY_ROWS", many)
     found, expected, _ = measure(SCENES[name])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", SCENES)
+def test_the_native_kernel_measures_the_same_mass(name, sampled):
+    if load_library() is None:
+        pytest.skip("there is no C++ compiler")
+    scene = SCENES[name]
+    found, expected, _ = measure(scene)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert bool(sampled) == (not scene.bias)
+
+
 @pytest.mark.parametrize("factor", [1, 1000])
-def test_only_small_scores_are_summed_as_they_are(factor, monkeypatch):
+def test_only_small_scores_are_summed_as_they_are(factor, monkeypatch, torch_path):
     monkeypatch.setattr(sampled_mass, "_MANY_ROWS", 1)
     softmax, used = torch.softmax, []
     monkeypatch.setattr(torch, "softmax", lambda *a, **kw: used.append(1) or softmax(*a, **kw))
@@ -61,7 +87,7 @@ def test_only_small_scores_are_summed_as_they_are(factor, monkeypatch):
 
 @pytest.mark.parametrize("name", ["grouped heads, batch", "bias"])
 @pytest.mark.parametrize("columns", [1, 3, 6, 10])
-def test_parts_make_the_same_whole(name, columns, monkeypatch):
+def test_parts_make_the_same_whole(name, columns, monkeypatch, torch_path):
     monkeypatch.setattr(sampled_mass, "_MANY_ROWS", 1)
     scene = SCENES[name]
     whole, _, fewest = measure(scene)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dit_opt.kernels.routers import thresholds
 from dit_opt.kernels.routers.thresholds import HEAVIEST, LIGHTEST, find_threshold
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.fixture(params=["native", "torch"])
+def path(request, monkeypatch):
+    """The C++ kernel, where there is a compiler, and torch's operators."""
+    if request.param == "torch":
+        monkeypatch.setattr(thresholds.native, "can_search", lambda: False)
+    elif not thresholds.native.can_search():
+        pytest.skip("there is no C++ compiler")
+
+
+@pytest.mark.usefixtures("path")
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.01, 0.99), within=st.booleans())
 def test_one_entry_fewer_or_more_misses_the_target(seed, share, within):
     generator = torch.Generator().manual_seed(seed)
@@ -31,6 +45,7 @@ def test_one_entry_fewer_or_more_misses_the_target(seed, share, within):
             assert total - gains[item == limit].sum() < target
 
 
+@pytest.mark.usefixtures("path")
 def test_infinite_scores_are_kept_beyond_any_target():
     scores = torch.tensor([torch.inf, 0.5, torch.inf, 1.0])
     one = torch.ones(4)
@@ -39,6 +54,7 @@ def test_infinite_scores_are_kept_beyond_any_target():
     assert find_threshold(scores, one, 3.0, (-1,)).item() == 1.0
 
 
+@pytest.mark.usefixtures("path")
 def test_everything_is_kept_where_no_threshold_reaches():
     scores = torch.tensor([LIGHTEST, 0.5])
     for within in (False, True):

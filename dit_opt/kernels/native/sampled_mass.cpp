@@ -1,0 +1,88 @@
+// The softmax mass of sampled rows, summed over blocks of keys, and plans out of bits; see
+// sampled_mass.py and lists.py for what the arguments are.
+
+#include <vector>
+
+#include "tiles.h"
+
+// Sampled rows that are weighed at once, side by side in vectors.
+constexpr int COLUMNS = VECTORS * WIDTH;
+
+// Adds lines [count, COLUMNS] up as `gather` and `offsets` say.
+static void add_lines(const float* lines, const int64_t* gather, long gathered,
+                      const int64_t* offsets, long sums, float* out) {
+    for (long s = 0; s < sums; ++s) {
+        const long end = s + 1 < sums ? offsets[s + 1] : gathered;
+        Vector sum[VECTORS] = {};
+        for (long i = offsets[s]; i < end; ++i)
+            for (int j = 0; j < VECTORS; ++j) sum[j] += load(lines + gather[i] * COLUMNS + j * WIDTH);
+        for (int j = 0; j < VECTORS; ++j) store(out + s * COLUMNS + j * WIDTH, sum[j]);
+    }
+}
+
+extern "C" {
+
+long ditopt_count_columns() { return COLUMNS; }
+
+void ditopt_sample_mass(const float* keys, long stride_batch, long stride_head, long stride_token,
+                        const float* queries, const int64_t* gather, long gathered,
+                        const int64_t* offsets, long sums, const int64_t* gather_again,
+                        long gathered_again, const int64_t* offsets_again, long sums_again,
+                        float* mass, long batch, long heads, long tokens, long channels, long tiles,
+                        long threads) {
+    const long blocks = gather_again ? sums_again : sums;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scores(tokens * COLUMNS), first(sums * COLUMNS), last(blocks * COLUMNS);
+#pragma omp for schedule(dynamic, 1)
+        for (long i = 0; i < batch * heads * tiles; ++i) {
+            const long item = i / (heads * tiles), head = i / tiles % heads;
+            const float* key = keys + item * stride_batch + head * stride_head;
+            multiply<false>(tokens, COLUMNS, channels, key, stride_token,
+                            queries + i * channels * COLUMNS, COLUMNS, scores.data(), COLUMNS);
+            Vector most[VECTORS], total[VECTORS] = {};
+            for (int j = 0; j < VECTORS; ++j) most[j] = load(scores.data() + j * WIDTH);
+            for (long n = 1; n < tokens; ++n)
+                for (int j = 0; j < VECTORS; ++j)
+                    most[j] = maximum(load(scores.data() + n * COLUMNS + j * WIDTH), most[j]);
+            for (long n = 0; n < tokens; ++n)
+                for (int j = 0; j < VECTORS; ++j) {
+                    float* at = scores.data() + n * COLUMNS + j * WIDTH;
+                    const Vector weight = raise_two(load(at) - most[j]);
+                    total[j] += weight;
+                    store(at, weight);
+                }
+            add_lines(scores.data(), gather, gathered, offsets, sums, first.data());
+            const float* found = first.data();
+            if (gather_again) {
+                add_lines(found, gather_again, gathered_again, offsets_again, sums_again,
+                          last.data());
+                found = last.data();
+            }
+            // [batch, heads, blocks, tiles * COLUMNS]
+            float* to = mass + ((item * heads + head) * blocks * tiles + i % tiles) * COLUMNS;
+            for (long s = 0; s < blocks; ++s)
+                for (int j = 0; j < VECTORS; ++j)
+                    store(to + s * tiles * COLUMNS + j * WIDTH,
+                          load(found + s * COLUMNS + j * WIDTH) / total[j]);
+        }
+    }
+}
+
+// Bits of `rows` rows as counts and ascending lists, zero behind their counts.
+void ditopt_unpack_lists(const int32_t* words, long rows, long width, long blocks, int32_t* counts,
+                         int32_t* lists) {
+    for (long r = 0; r < rows; ++r) {
+        int32_t* list = lists + r * blocks;
+        int32_t count = 0;
+        for (long j = 0; j < blocks; ++j) {
+            const bool kept = static_cast<uint32_t>(words[r * width + j / 32]) >> (j % 32) & 1;
+            list[count] = j;
+            count += kept;
+        }
+        counts[r] = count;
+        for (long j = count; j < blocks; ++j) list[j] = 0;
+    }
+}
+
+}  // extern "C"

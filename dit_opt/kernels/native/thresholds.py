@@ -1,0 +1,30 @@
+"""Thresholds on scores by the C++ kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.native.arguments import count, point
+from dit_opt.kernels.native.build import load_library
+
+
+def can_search() -> bool:
+    """Whether the kernel is there."""
+    return load_library() is not None
+
+
+def search_bits(
+    scores: Tensor, gains: Tensor, target: Tensor, lowest: int, steps: int, within: bool
+) -> Tensor:
+    """As `thresholds_triton.search_bits`, with sums in float64."""
+    library = load_library()
+    assert library is not None
+    groups, size = scores.shape
+    found = torch.empty(groups, dtype=torch.int32)
+    library.ditopt_search_bits(
+        *map(point, (scores, gains, target, found)),
+        *count(groups, size, max(1, gains.numel()), lowest, steps, within),
+        *count(torch.get_num_threads()),
+    )
+    return found
