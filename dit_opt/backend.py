@@ -29,6 +29,7 @@ from dit_opt.facts.provenance import layer_anchor, model_anchor
 from dit_opt.facts.sites import Form, Site, find_sites
 from dit_opt.inspect.dump import Dumper
 from dit_opt.inspect.render import render_decisions, summarise
+from dit_opt.kernels.native.build import build_ahead
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.passes.graph_edit import copy_graph
@@ -132,6 +133,8 @@ def _bind(
     model = model_anchor(gm.graph)
 
     phases = {Phase.OBSERVE}
+    if any(s.example.device.type == "cpu" for s in sparse):
+        build_ahead()
     if sparse:
         phases.add(Phase.SEARCH)
         if (

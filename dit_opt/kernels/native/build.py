@@ -23,7 +23,7 @@ from dit_opt.kernels.cache import find_cache
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-# Tests and people with a broken compiler set it to 0.
+# Set to 0, it asks for torch's operators.
 SWITCH = "DITOPT_NATIVE"
 _FLAGS = (
     "-std=c++17",
