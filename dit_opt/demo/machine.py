@@ -20,10 +20,12 @@ PACKAGES = ("torch", "triton", "diffusers", "numpy")
 
 
 def describe_machine(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Processor, core and thread counts, memory in GiB, and the accelerator if `device` is one."""
+    """Processor and its vectors, core and thread counts, memory in GiB, and the accelerator if `device` is one."""
     device = torch.device(device)
     machine = {
         "cpu": _name_cpu(),
+        # One name covers processors with and without AVX-512, which ratios depend on, too.
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(_read_memory() / 2**30, 1),

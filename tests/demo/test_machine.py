@@ -13,6 +13,7 @@ def test_a_machine_is_described_in_json():
     machine = describe_machine()
     json.dumps(machine)
     assert machine["threads"] == torch.get_num_threads()
+    assert machine["instructions"] == torch.backends.cpu.get_cpu_capability()
     assert machine["cpu"] and machine["cores"] >= 1 and machine["memory_gib"] > 0
 
 
