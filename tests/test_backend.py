@@ -180,6 +180,22 @@ def test_resolutions_and_batches_in_turn_are_as_each_alone(eager):
             assert_same([row[i] for row in together], alone[i])
 
 
+def test_a_dynamic_graph_is_told_to_search_or_to_reuse_at_every_resolution(eager):
+    options = {**SPARSE, "router": "headwise"}
+    cases = [big_wan(layers=1), wan(grid=(4, 10, 14), layers=1)]
+    model = cases[0].model
+    alone = []
+    for case in cases:
+        torch.compiler.reset()
+        alone.append(run_trajectory(compiled(model, **options), case.inputs))
+    torch.compiler.reset()
+    shared = compiled(model, dynamic=True, **options)
+    together = [[run_trajectory(shared, c.inputs, [t])[0] for c in cases] for t in TRAJECTORY]
+    assert dit_opt.report(model).graphs[0].calls == {"observe": 2, "search": 4, "reuse": 2}
+    for i in range(len(cases)):
+        assert_same([row[i] for row in together], alone[i])
+
+
 def test_two_models_in_turn_are_as_each_alone(eager):
     first, second = big_wan(layers=1), big_wan(layers=1)
     with torch.no_grad():
