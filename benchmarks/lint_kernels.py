@@ -19,6 +19,7 @@ import triton
 
 from dit_opt.kernels.aot import TARGETS, check_builds
 from dit_opt.kernels.block_sparse_attention.builds import list_builds as list_attention
+from dit_opt.kernels.block_sparse_attention.variant_builds import list_builds as list_variants
 from dit_opt.kernels.norm_rope.builds import list_builds as list_norm_rope
 from dit_opt.kernels.routers.builds import list_builds as list_block_mass
 from dit_opt.kernels.token_order_builds import list_builds as list_token_order
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
 
-    lists = (list_attention, list_block_mass, list_norm_rope, list_token_order)
+    lists = (list_attention, list_variants, list_block_mass, list_norm_rope, list_token_order)
     builds = [build for target in options.targets for listed in lists for build in listed(target)]
     rows = []
     for _, report, faults in check_builds(builds, options.processes):

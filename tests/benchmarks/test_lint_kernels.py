@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import lint_kernels
-from dit_opt.kernels.aot import KernelReport
+from dit_opt.kernels.machine_code import KernelReport
 
 
 def fake_check(faults):
@@ -28,5 +28,6 @@ def test_exit_status_and_json(monkeypatch, tmp_path, capsys, faults, status):
     kernels = json.loads(file.read_text())["kernels"]
     assert {row["target"] for row in kernels} == {"sm_90", "gfx942"}
     assert all(row["faults"] == faults for row in kernels)
+    assert any("gluon" in row["config"] for row in kernels)
     printed = capsys.readouterr().out
     assert kernels[0]["config"] in printed and "shared (B)" in printed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ pytest.importorskip("triton")
 
 from dit_opt.kernels import aot
 from dit_opt.kernels.block_sparse_attention.builds import make_build
+from dit_opt.kernels.machine_code import KernelReport, find_misfits, lint
 
-CLEAN = aot.KernelReport(
+CLEAN = KernelReport(
     target="sm_90", config="", registers=100, spill_bytes=0, shared_bytes=1 << 16,
     wgmma=8, tma_loads=4, mma_sync=0, serialized=(),
 )  # fmt: skip
@@ -53,7 +56,7 @@ def test_lint_sees_spills(build):
         aot.TARGETS["sm_90"],
         **options,
     )
-    report = aot.lint(compiled)
+    report = lint(compiled)
     assert report.spill_bytes > 0 or report.serialized
     assert aot.find_faults(build, report) != []
 
@@ -68,10 +71,11 @@ def test_lint_sees_spills(build):
         ({"tma_loads": 0}, "UTMALDG"),
         ({"mma_sync": 2}, "mma.sync"),
         ({"shared_bytes": 228 * 1024}, "shared memory"),
+        ({"misfits": (("128x64", "64x64"),)}, "box of 128x64 into a buffer of 64x64"),
     ],
 )
 def test_find_faults(build, change, words):
-    report = aot.KernelReport(**{**CLEAN.__dict__, **change})
+    report = dataclasses.replace(CLEAN, **change)
     faults = aot.find_faults(build, report)
     assert faults == [] if words is None else len(faults) == 1 and words in faults[0]
 
@@ -82,3 +86,34 @@ def test_interpreted_kernels_are_refused():
 
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         aot.compile_ahead(kernel, {}, {}, {}, aot.TARGETS["sm_90"])
+
+
+def test_warps_without_roles_are_a_fault_where_they_were_asked_for(build):
+    asked = dataclasses.replace(build, expects_roles=True)
+    assert aot.find_faults(asked, dataclasses.replace(CLEAN, has_roles=True)) == []
+    (fault,) = aot.find_faults(asked, CLEAN)
+    assert "no roles" in fault
+
+
+def test_a_box_that_is_larger_than_its_buffer_is_found():
+    line = (
+        "ttng.async_tma_copy_global_to_local %q[%row, %c0] %bar, %s, %true : "
+        "!tt.tensordesc<tensor<1x1x{}x64xbf16, #shared>>, !ttg.memdesc<1xi64, #b, #smem, mutable> "
+        "-> !ttg.memdesc<64x64xbf16, #shared1, #smem, mutable> loc(#loc1)"
+    )
+    assert find_misfits(line.format(64)) == ()
+    assert find_misfits(f"{line.format(64)}\n{line.format(128)}") == (("128x64", "64x64"),)
+    with pytest.raises(RuntimeError, match="No box"):
+        find_misfits("ttng.async_tma_copy_global_to_local %q : !tt.other<64x64>")
+
+
+def test_a_build_that_kills_its_process_leaves_the_others(build):
+    broken = [
+        dataclasses.replace(build, config=name, kernel=f"tests.kernels.broken_kernels:{name}")
+        for name in ("raises", "aborts", "hangs")
+    ]
+    found = list(aot.check_builds(broken, processes=1, seconds=1))
+    assert [b.config for b, _, _ in found] == ["raises", "aborts", "hangs"]
+    assert found[0][2] == ["does not compile: ValueError: the pass manager failed"]
+    assert all("kills the compiler" in fault for _, _, (fault,) in found[1:])
+    assert all(report.config == b.config and report.wgmma == 0 for b, report, _ in found)

@@ -93,3 +93,19 @@ def list_candidates(
         if sum((t.tile_q, t.tile_k) == shape for t in found) < MOST_OF_A_SHAPE:
             found.append(tiling)
     return found[:MOST]
+
+
+def list_variants(
+    architecture: str, padded_dim: int, itemsize: int, block_q: int, block_k: int
+) -> list[Tiling]:
+    """Tilings of other kernels than the plain one, which nothing takes before it was measured.
+
+    They fit Hopper and the sizes that `variants.check_supported` accepts. Their twelve warps take
+    all registers of a multiprocessor, so that one program runs there and may buffer what it likes.
+    """
+    known = (block_q, padded_dim in (64, 128), block_k in (64, 128))
+    if architecture != "sm_90" or itemsize != 2 or known != (128, True, True):
+        return []
+    # narrow blocks come faster, and take no more memory with one more of them
+    stages = 3 if block_k == 64 else 2
+    return [Tiling(block_q, block_k, 4, stages, "gluon")]

@@ -13,12 +13,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiling:
-    """One program's tile of `tile_q` queries by `tile_k` keys, and how it is compiled."""
+    """One program's tile of `tile_q` queries by `tile_k` keys, and how it is compiled.
+
+    Attributes:
+        variant: the kernel that computes it. "plain" is the one that everything takes; "gluon" and
+            "specialised" give warps roles of their own, see the modules of these names.
+    """
 
     tile_q: int
     tile_k: int
     num_warps: int
     num_stages: int
+    variant: str = "plain"
 
 
 # (padded head dimension, bytes per element) -> the largest tiling that fits. A tiling is cut down

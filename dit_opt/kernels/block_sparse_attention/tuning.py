@@ -148,6 +148,7 @@ def _hash_kernel() -> str:
     """Of everything that the kernel is made of."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for file in (*sorted(folder.glob("triton*.py")), folder.parent / "scores.py"):
+    parts = [*sorted(folder.glob("triton*.py")), *sorted(folder.glob("gluon*.py"))]
+    for file in (*parts, folder.parent / "scores.py"):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
