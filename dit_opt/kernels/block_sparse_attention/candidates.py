@@ -108,4 +108,7 @@ def list_variants(
         return []
     # narrow blocks come faster, and take no more memory with one more of them
     stages = 3 if block_k == 64 else 2
-    return [Tiling(block_q, block_k, 4, stages, "gluon")]
+    return [
+        Tiling(block_q, block_k, 4, stages, "gluon"),
+        Tiling(block_q, block_k, 4, 2, "specialised"),
+    ]

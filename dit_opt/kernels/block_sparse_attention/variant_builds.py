@@ -12,6 +12,7 @@ import torch
 
 from dit_opt.kernels.aot import Build
 from dit_opt.kernels.block_sparse_attention import gluon as _gluon
+from dit_opt.kernels.block_sparse_attention import triton_specialised as _specialised
 from dit_opt.kernels.block_sparse_attention.candidates import list_variants
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
 from dit_opt.kernels.block_sparse_attention.variants import BLOCK_Q, BLOCKS_K, DIMS
@@ -63,6 +64,29 @@ def _make_gluon(dim: int, dtype: torch.dtype, block_k: int, tiling: Tiling, ragg
     )
 
 
+def _make_specialised(
+    dim: int, dtype: torch.dtype, block_k: int, tiling: Tiling, ragged: bool
+) -> Build:
+    name = _NAMES[dtype]
+    constexprs = {
+        "DIM": dim,
+        "BLOCK_Q": BLOCK_Q,
+        "BLOCK_K": block_k,
+        "TILE_K": tiling.tile_k,
+        "RAGGED_KEYS": ragged,
+    }
+    tile = f"tensordesc<{name}[1, 1, {tiling.tile_k}, {dim}]>"
+    return _make(
+        _specialised.block_sparse_attention_specialised_kernel,
+        _specialised.__name__,
+        f"specialised D={dim} {name} block {BLOCK_Q}x{block_k} tile {tiling.tile_k} "
+        f"stages {tiling.num_stages}" + (" ragged" if ragged else ""),
+        constexprs,
+        {"p_q": f"*{name}", "p_k": tile, "p_v": tile, "p_out": f"*{name}"},
+        {"num_warps": 4, "num_stages": tiling.num_stages},
+    )
+
+
 def _make(
     kernel: object,
     module: str,
@@ -93,4 +117,4 @@ def _make(
     )
 
 
-_MAKERS = {"gluon": _make_gluon}
+_MAKERS = {"gluon": _make_gluon, "specialised": _make_specialised}
