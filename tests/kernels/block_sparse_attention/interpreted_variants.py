@@ -10,7 +10,12 @@ import os
 import pytest
 import torch
 
-from dit_opt.kernels.block_sparse_attention import triton_specialised, variants
+from dit_opt.kernels.block_sparse_attention import (
+    reference,
+    triton_int8,
+    triton_specialised,
+    variants,
+)
 from dit_opt.kernels.block_sparse_attention.contract import new_outputs
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
 
@@ -81,3 +86,60 @@ def test_specialised_without_keys():
     arguments[1], arguments[2] = arguments[1][:, :, :0], arguments[2][:, :, :0]
     out, lse = specialise(arguments)
     assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -torch.inf).all())
+
+
+# A step of 8 bits is the 127th part of the largest of a block, four times the deviation of normal
+# ones, so that each product of queries and keys is off by 1.3 % of its deviation.
+INT8_ERROR = 1.5e-2
+
+
+def measure_int8(arguments):
+    """How far an output in 8 bits is off relative to the specification, and the worst of lse."""
+    out, lse = (x.cpu() for x in triton_int8.launch(*move(arguments)))
+    inputs = [x.double() if i < 3 else x for i, x in enumerate(arguments)]
+    expected, expected_lse = reference.attend(*inputs, dtype=torch.float64)
+    assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)
+    is_row = expected_lse > -torch.inf
+    assert bool((out[~is_row] == 0).all())
+    if not is_row.any():
+        return 0.0, 0.0
+    off = float((out.double() - expected).norm() / expected.norm())
+    return off, float((lse - expected_lse)[is_row].abs().max())
+
+
+@pytest.mark.parametrize("name", ["ragged, wide", "one plan each", "empty"])
+def test_int8_is_as_near_as_eight_bits_allow(name):
+    off, lse_off = measure_int8(make_inputs(CASES[name], torch.float16))
+    assert off <= INT8_ERROR and lse_off <= 0.03
+
+
+def test_int8_keys_may_have_a_large_part_in_common(monkeypatch):
+    arguments = list(make_inputs(CASES["grouped heads, batch"], torch.float16))
+    offset = 8 * torch.randn(arguments[1].shape[-1], generator=torch.Generator().manual_seed(1))
+    arguments[1] = arguments[1] + offset.half()
+    off, lse_off = measure_int8(arguments)
+    assert off <= INT8_ERROR and lse_off <= 0.03
+    monkeypatch.setattr(triton_int8, "average_keys", lambda k: torch.zeros_like(k[:, :, 0]).float())
+    off, lse_off = measure_int8(arguments)
+    assert off > 3 * INT8_ERROR and lse_off > 0.1
+
+
+@pytest.mark.parametrize("tokens", [64, 100])
+def test_quantized_blocks_come_back(tokens):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tokens, 4, 64, generator=generator).half().transpose(1, 2)
+    x[0, 0] = 0
+    mean = torch.randn(2, 2, 64, generator=generator)
+    queries, shifts = triton_int8.quantize_queries(x.to(DEVICE), mean.to(DEVICE), 64)
+    keys = triton_int8.quantize_keys(x.to(DEVICE), mean.to(DEVICE), 64)
+    for_heads = mean.repeat_interleave(2, 1).unsqueeze(2)
+    expected = (x.float() * for_heads).sum(-1)
+    torch.testing.assert_close(shifts.cpu(), expected, atol=1e-4, rtol=1e-4)
+    for found, exact in ((queries, x.float()), (keys, x.float() - for_heads)):
+        blocks = -(-tokens // 64)
+        assert found.values.dtype == torch.int8 and found.scales.shape == (2, 4, blocks)
+        scales = found.scales.cpu().repeat_interleave(64, -1)[..., :tokens, None]
+        off = (found.values.cpu() * scales - exact).abs() / scales
+        assert float(off.max()) <= 0.501
+        largest = found.values.cpu().int().abs().amax((2, 3))
+        assert bool((largest[exact.abs().amax((2, 3)) > 0] == 127).all())

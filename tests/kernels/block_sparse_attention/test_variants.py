@@ -29,7 +29,7 @@ def test_variants_compile_clean():
     assert len({build.config for build in builds}) == len(builds)
     # the largest and the smallest; `benchmarks.lint_kernels` takes all
     builds = [b for b in builds if re.search("D=128 .* 128x128|D=64 .* 128x64", b.config)]
-    assert len(builds) == 4
+    assert len(builds) == 6
     # in a process of its own, which the compiler may take along
     for build, report, faults in check_builds(builds, processes=1):
         assert faults == [], build.config
