@@ -123,6 +123,9 @@ def tune(
     tokens: Annotated[int, typer.Option(min=1024, help="Length of the sequence.")] = 32760,
     heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 24,
     density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Kept share.")] = 0.25,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Try kernels that were never run on a GPU, too.")
+    ] = False,
 ) -> None:
     """Measure tile sizes of the attention kernel on this GPU, and use the fastest from now on.
 
@@ -135,17 +138,18 @@ def tune(
 
     try:
         workload = Workload(tokens, heads, density)
-        trials, file = tune_kernel(dim or [64, 128], workload, torch.device("cuda"))
+        trials, file = tune_kernel(dim or [64, 128], workload, torch.device("cuda"), variants)
     except NothingToTune as error:
         raise _refuse(error, "tune") from error
     console = Console()
     for key, found in trials.items():
         table = Table(title=key)
-        for heading in ("tile", "warps", "stages", "ms"):
+        for heading in ("kernel", "tile", "warps", "stages", "ms"):
             table.add_column(heading, justify="right")
         for trial in found:
             tiling = trial.tiling
             table.add_row(
+                tiling.variant,
                 f"{tiling.tile_q}x{tiling.tile_k}",
                 str(tiling.num_warps),
                 str(tiling.num_stages),

@@ -60,6 +60,22 @@ def test_tuning_needs_a_gpu(invoke, monkeypatch):
     assert result.exit_code == 2 and "PyTorch sees none" in result.stderr
 
 
+@pytest.mark.parametrize("options", [[], ["--variants"]])
+def test_variants_are_tuned_on_request_only(invoke, monkeypatch, options):
+    pytest.importorskip("triton")
+    from dit_opt import tune
+    from dit_opt.kernels.block_sparse_attention.tilings import Tiling
+    from dit_opt.kernels.block_sparse_attention.tuning import Trial
+
+    def tune_kernel(dims, workload, device, with_variants):
+        assert with_variants == bool(options)
+        return {"card": [Trial(Tiling(128, 64, 4, 3, "gluon"), None, "hung")]}, "tilings.json"
+
+    monkeypatch.setattr(tune, "tune_kernel", tune_kernel)
+    printed = invoke("tune", *options).stdout
+    assert "gluon" in printed and "hung" in printed and "tilings.json" in printed
+
+
 def test_the_console_script_is_the_command(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["ditopt", "demo", "--prompt", "a cow"])
     with pytest.raises(SystemExit, match="2"):

@@ -22,7 +22,8 @@ def test_without_a_gpu_nothing_is_changed(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_shape_is_measured_and_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("with_variants", [False, True])
+def test_every_shape_is_measured_and_kept(tmp_path, monkeypatch, with_variants):
     monkeypatch.setenv("DITOPT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
@@ -37,17 +38,44 @@ def test_every_shape_is_measured_and_kept(tmp_path, monkeypatch):
         return torch.ones(3)
 
     monkeypatch.setattr(tune, "make_inputs", make_inputs)
-    monkeypatch.setattr(tune, "_attend", attend)
+    monkeypatch.setattr(tune, "attend", attend)
+    asked = []
+
+    def prove(tiling, workload, dim, block_k, device):
+        asked.append((dim, block_k, tiling.variant))
+        return "hung" if tiling.variant == "gluon" else ""
+
+    monkeypatch.setattr(tune, "prove", prove)
     # the last candidate is the fastest
     times = (0.5**i for i in itertools.count())
     monkeypatch.setattr(tune, "_measure", lambda call: next(times))
-    trials, file = tune.tune_kernel([64, 128], SMALL, torch.device("cuda"))
+    trials, file = tune.tune_kernel([64, 128], SMALL, torch.device("cuda"), with_variants)
     assert len(trials) == 4 and {s[:2] for s in seen} == {
         (d, b) for d in (64, 128) for b in (64, 128)
     }
     kept = tuning._read()
     assert file.parent == tmp_path and len(kept) == 4
-    assert all(kept[key] == found[-1].tiling for key, found in trials.items())
+    for key, found in trials.items():
+        timed = [t for t in found if t.milliseconds is not None]
+        assert kept[key] == timed[-1].tiling
+        assert kept[key].variant == ("specialised" if with_variants else "plain")
+        assert [t.refused for t in found if t not in timed] == (["hung"] if with_variants else [])
+    assert len(asked) == (8 if with_variants else 0)
+    # what hung there is not run here
+    assert not any(tiling.variant == "gluon" for *_, tiling in seen)
+
+
+def test_padded_heads_have_no_variants(tmp_path, monkeypatch):
+    monkeypatch.setenv("DITOPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(tune.kernel, "read_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "make_inputs", lambda *_: None)
+    monkeypatch.setattr(tune, "attend", lambda *_: torch.ones(3))
+    monkeypatch.setattr(tune, "_measure", lambda call: 1.0)
+    monkeypatch.setattr(tune, "prove", lambda *_: pytest.fail("tried"))
+    trials, _ = tune.tune_kernel([80], SMALL, torch.device("cuda"), with_variants=True)
+    assert len(trials) == 2
 
 
 def test_a_card_without_candidates_says_so(monkeypatch):

@@ -18,7 +18,6 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from dit_opt.kernels.machine_code import KernelReport, lint
 
@@ -87,7 +86,10 @@ def compile_ahead(
             f"{getattr(kernel, '__name__', kernel)} cannot be compiled because TRITON_INTERPRET "
             "is set; unset it before the kernel's module is imported."
         )
-    make_source = GluonASTSource if kernel.is_gluon() else ASTSource
+    make_source = ASTSource
+    if kernel.is_gluon():
+        # Imported here because Gluon is an experiment of Triton's that may change.
+        from triton.experimental.gluon._runtime import GluonASTSource as make_source
     source = make_source(
         fn=kernel, signature=dict(signature), constexprs=dict(constexprs), attrs=dict(attrs)
     )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+VARIANTS = ("plain", "gluon", "specialised")
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -17,7 +19,9 @@ class Tiling:
 
     Attributes:
         variant: the kernel that computes it. "plain" is the one that everything takes; "gluon" and
-            "specialised" give warps roles of their own, see the modules of these names.
+            "specialised" give warps roles of their own, see `gluon` and `triton_specialised`.
+
+    Raises ValueError for a variant of another name.
     """
 
     tile_q: int
@@ -25,6 +29,13 @@ class Tiling:
     num_warps: int
     num_stages: int
     variant: str = "plain"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(
+                f"There is no variant {self.variant!r} of block-sparse attention; take one of "
+                f"{', '.join(VARIANTS)}."
+            )
 
 
 # (padded head dimension, bytes per element) -> the largest tiling that fits. A tiling is cut down

@@ -26,6 +26,7 @@ from dit_opt.kernels.block_sparse_attention.tilings import (
 from dit_opt.kernels.block_sparse_attention.triton_tail import attend_centroids, pack_lists
 from dit_opt.kernels.block_sparse_attention.triton_tiles import attend_tile, load_tile
 from dit_opt.kernels.block_sparse_attention.tuning import find_tiling
+from dit_opt.kernels.block_sparse_attention.variants import launch_variant
 from dit_opt.kernels.scores import LOG2_E
 
 
@@ -154,6 +155,7 @@ def launch(
     Runs on the device of `q`, or on CPU tensors under TRITON_INTERPRET=1. q, k and v are not
     copied but read through their strides. Without a `tiling` the one that was measured to be the
     fastest is taken, or else that of the table; measurements are of calls without bias and tail.
+    A tiling may name another kernel, which raises ValueError for what it does not take.
     """
     out, lse = new_outputs(q)
     batch, heads, queries, dim = q.shape
@@ -174,6 +176,9 @@ def launch(
     use_descriptors = aligned and takes_descriptors(architecture, itemsize)
     if tiling is None and use_descriptors and tail is None and key_bias is None:
         tiling = find_tiling(q.device, dim, q.dtype, block_q, block_k)
+    if tiling is not None and tiling.variant != "plain":
+        plan = (counts, indices, key_bias)
+        return launch_variant(q, k, v, *plan, scale, block_q, block_k, tail, tiling=tiling)
     if tiling is None:
         tiling = choose_tiling(
             architecture, padded_dim, itemsize, block_q, block_k, aligned, tail=tail is not None

@@ -58,12 +58,16 @@ def find_tiling(
 ) -> Tiling | None:
     """The tiling that was measured to be the fastest on this GPU, None without a measurement.
 
-    Looked up once in a process, since every call asks, and again after `store`.
+    Looked up once in a process, since every call asks, and again after `store`. Heads that have to
+    be padded share the tilings of the plain kernel only, which alone pads them.
     """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return _read().get(make_key(name, dim, dtype, block_q, block_k))
+    found = _read().get(make_key(name, dim, dtype, block_q, block_k))
+    if found is not None and found.variant != "plain" and dim != pad_dim(dim):
+        return None
+    return found
 
 
 def try_candidates(
@@ -149,6 +153,6 @@ def _hash_kernel() -> str:
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     parts = [*sorted(folder.glob("triton*.py")), *sorted(folder.glob("gluon*.py"))]
-    for file in (*parts, folder.parent / "scores.py"):
+    for file in (*parts, folder / "variants.py", folder.parent / "scores.py"):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

@@ -1,25 +1,28 @@
 """What the launchers of the kernel's variants share: what they take, and what they hand on.
 
 A variant is another way of computing the same attention that may be faster on one GPU and is
-unproven on others, so nothing chooses one by itself: see `tuning`.
+unproven on others, so nothing chooses one that was not measured there: see `tuning`.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
 from dit_opt.kernels.block_sparse_attention.tail import Tail
-from dit_opt.kernels.block_sparse_attention.tilings import is_aligned
+from dit_opt.kernels.block_sparse_attention.tilings import Tiling, is_aligned
 from dit_opt.kernels.scores import LOG2_E
 
 DTYPES = (torch.bfloat16, torch.float16)
 DIMS = (64, 128)
 BLOCK_Q = 128
 BLOCKS_K = (64, 128)
+_MODULES = {"gluon": "gluon", "specialised": "triton_specialised"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,3 +104,13 @@ def prepare(
 def is_empty(q: Tensor, k: Tensor, indices: Tensor) -> bool:
     """Whether there is nothing to attend with or to."""
     return q.numel() == 0 or k.shape[2] == 0 or indices.shape[-1] == 0
+
+
+def launch_variant(*arguments: Any, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """`triton.launch` by the kernel that a tiling names, with the same arguments.
+
+    Raises ValueError for what that kernel does not take, see `check_supported`.
+    """
+    # Imported here because Gluon is an experiment of Triton's that may change.
+    module = importlib.import_module(f"{__package__}.{_MODULES[tiling.variant]}")
+    return module.launch(*arguments, tiling=tiling)

@@ -16,6 +16,7 @@ from dit_opt.kernels.block_sparse_attention.candidates import (
     Demand,
     estimate_demand,
     list_candidates,
+    list_variants,
 )
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
 
@@ -71,3 +72,24 @@ def test_what_a_multiprocessor_holds():
 def test_the_estimate_of_the_base_configuration():
     demand = estimate_demand(Tiling(128, 64, 8, 3), 128)
     assert (demand.registers, demand.shared // 1024) == (138, 96)
+
+
+@pytest.mark.parametrize("block_k", BLOCKS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_variants_are_no_candidates(dim, block_k):
+    found = list_variants("sm_90", dim, 2, 128, block_k)
+    assert [t.variant for t in found] == ["gluon", "specialised"]
+    assert all((t.tile_q, t.tile_k, t.num_warps) == (128, block_k, 4) for t in found)
+    plain = list_candidates("sm_90", dim, 2, 128, block_k)
+    assert {t.variant for t in plain} == {"plain"}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("sm_100", 64, 2, 128, 64), ("sm_90", 32, 2, 128, 64), ("sm_90", 64, 4, 128, 64),
+        ("sm_90", 64, 2, 64, 64), ("sm_90", 64, 2, 128, 32),
+    ],
+)  # fmt: skip
+def test_other_sizes_have_no_variants(sizes):
+    assert list_variants(*sizes) == []

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from dit_opt.kernels.block_sparse_attention import gluon, variants
+from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.contract import new_outputs
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
 
@@ -42,11 +43,12 @@ def poison(monkeypatch):
 
 
 def replay(arguments, seed=0, stages=2, **changes):
-    """The launcher over the kernel's own source."""
+    """The launcher of all kernels over this one's own source."""
     with pytest.MonkeyPatch.context() as patch:
         stand_in = Replay(patch, 1000 * seed, changes)
         patch.setattr(gluon, "block_sparse_attention_gluon_kernel", stand_in)
-        return gluon.launch(*arguments, tiling=Tiling(128, arguments[8], 4, stages))
+        tiling = Tiling(128, arguments[8], 4, stages, "gluon")
+        return kernel.launch(*arguments, tiling=tiling)
 
 
 def make_arguments(counts):

@@ -71,6 +71,24 @@ def test_a_measured_tiling_is_found_again(folder, card):
     assert [f.name for f in folder.iterdir()] == ["tilings.json"]
 
 
+def test_a_variant_serves_the_heads_that_it_was_measured_for(folder, card):
+    key = tuning.make_key("a card", 128, torch.bfloat16, 128, 64)
+    variant = Tiling(128, 64, 4, 3, "gluon")
+    tuning.store({key: variant})
+    assert tuning.find_tiling(card, 128, torch.bfloat16, 128, 64) == variant
+    # which have to be padded
+    assert tuning.find_tiling(card, 96, torch.bfloat16, 128, 64) is None
+
+
+def test_a_file_from_before_there_were_variants_is_read(folder, card):
+    folder.mkdir()
+    key = tuning.make_key("a card", 64, torch.bfloat16, 128, 64)
+    entry = {"tile_q": 128, "tile_k": 64, "num_warps": 8, "num_stages": 5}
+    (folder / "tilings.json").write_text(json.dumps({key: entry}))
+    assert tuning.find_tiling(card, 64, torch.bfloat16, 128, 64) == FAST
+    assert FAST.variant == "plain"
+
+
 @pytest.mark.parametrize("change", ["card", "triton", "kernel"])
 def test_a_measurement_holds_for_one_card_compiler_and_kernel(folder, card, change, monkeypatch):
     tuning.store({tuning.make_key("a card", 64, torch.bfloat16, 128, 64): FAST})
@@ -88,7 +106,9 @@ def test_a_processor_has_no_measured_tiling(folder):
     assert tuning.find_tiling(torch.device("cpu"), 64, torch.float32, 128, 64) is None
 
 
+UNKNOWN = {"tile_q": 128, "tile_k": 64, "num_warps": 8, "num_stages": 3, "variant": "other"}
 DAMAGED = [b"{", b"[1]", json.dumps({"key": {"tile": 1}}).encode(), b"\xff", None]
+DAMAGED.append(json.dumps({"key": UNKNOWN}).encode())
 
 
 @pytest.mark.parametrize("content", DAMAGED, ids=str)

@@ -1,0 +1,66 @@
+"""What tilings of the attention kernel are measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.block_sparse_attention import triton as kernel
+from dit_opt.kernels.block_sparse_attention.tilings import Tiling
+from dit_opt.kernels.routers.plan import list_kept
+
+BLOCK_Q = 128
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the candidates attend to: random lists that keep a share `density` of all blocks.
+
+    The last block is ragged, as those of most videos are, which is another branch of the kernel.
+    """
+
+    tokens: int = 32760
+    heads: int = 24
+    density: float = 0.25
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """q, k, v `[1, H, N, D]` and a plan over them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    counts: Tensor
+    indices: Tensor
+    block_k: int
+
+
+def make_inputs(workload: Workload, dim: int, block_k: int, device: torch.device) -> Inputs:
+    """Normal tensors in `[1, N, H, D]` memory, and rows that differ in length."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, workload.tokens, workload.heads, dim)
+    q, k, v = (
+        torch.randn(shape, generator=generator, device=device, dtype=workload.dtype)
+        for _ in range(3)
+    )
+    rows, columns = -(-workload.tokens // BLOCK_Q), -(-workload.tokens // block_k)
+    draw = torch.rand((1, workload.heads, rows, columns), generator=generator, device=device)
+    # no row can keep more than everything
+    spread = min(0.6, 1 / workload.density - 1)
+    even = torch.rand(draw.shape[:-1], generator=generator, device=device)
+    share = workload.density * (1 + spread * (2 * even - 1))
+    kept = draw < share.unsqueeze(-1)
+    kept[..., 0] = True
+    return Inputs(*(x.transpose(1, 2) for x in (q, k, v)), *list_kept(kept), block_k)
+
+
+def attend(inputs: Inputs, tiling: Tiling) -> Tensor:
+    """The output of the attention kernel by a tiling."""
+    plan = (inputs.counts, inputs.indices, None)
+    scale = inputs.q.shape[-1] ** -0.5
+    sizes = (BLOCK_Q, inputs.block_k)
+    return kernel.launch(inputs.q, inputs.k, inputs.v, *plan, scale, *sizes, tiling=tiling)[0]

@@ -1,0 +1,88 @@
+"""Runs a variant of the attention kernel where it can do no harm: in a process of its own.
+
+Warps that wait for each other can wait forever, and a copy can overwrite what it should not; both
+would take the caller along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from dit_opt.kernels.block_sparse_attention import triton as kernel
+from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
+from dit_opt.kernels.block_sparse_attention.tuning import TOLERANCE
+from dit_opt.tune_inputs import BLOCK_Q, Workload, attend, make_inputs
+
+# How often the output must be right: not every order of the warps shows a race.
+REPEATS = 20
+
+
+def prove(
+    tiling: Tiling,
+    workload: Workload,
+    dim: int,
+    block_k: int,
+    device: torch.device,
+    seconds: float = 120.0,
+) -> str:
+    """Why a tiling may not be used; empty if its output was right, time after time.
+
+    Args:
+        seconds: after which the process is ended; compiling takes a few of them.
+    """
+    names = {"dtype": str(workload.dtype).removeprefix("torch.")}
+    request = {
+        "tiling": dataclasses.asdict(tiling),
+        "workload": dataclasses.asdict(workload) | names,
+        "dim": dim,
+        "block_k": block_k,
+        "device": str(device),
+    }
+    command = [sys.executable, "-m", "dit_opt.variant_trial", json.dumps(request)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"did not end within {seconds:g} seconds"
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        return f"its process ended with status {done.returncode}: {last}"
+    return done.stdout.strip()
+
+
+def compare(
+    tiling: Tiling, workload: Workload, dim: int, block_k: int, device: torch.device
+) -> str:
+    """How an output by a tiling differs from that of the plain kernel; empty if it does not."""
+    architecture = kernel.read_architecture(device)
+    plain = choose_tiling(architecture, dim, workload.dtype.itemsize, BLOCK_Q, block_k)
+    inputs = make_inputs(workload, dim, block_k, device)
+    expected = attend(inputs, plain).float()
+    for i in range(REPEATS):
+        # Freed at once: what the kernel allocates next holds NaN where it does not write.
+        torch.full_like(inputs.q, torch.nan)
+        off = float((attend(inputs, tiling).float() - expected).norm() / expected.norm())
+        # not the other way round, or NaN would pass
+        if not off <= TOLERANCE:
+            return f"its output is {off:.3g} off in run {i + 1} of {REPEATS}"
+    return ""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print what `compare` finds on a request of `prove`."""
+    request = json.loads(arguments[0])
+    fields = request["workload"]
+    workload = Workload(**fields | {"dtype": getattr(torch, fields["dtype"])})
+    device = torch.device(request["device"])
+    print(
+        compare(Tiling(**request["tiling"]), workload, request["dim"], request["block_k"], device)
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
