@@ -29,11 +29,16 @@ from benchmarks.crossover import measure_length
 from benchmarks.gpu_attention import check_case, measure_case, measure_ceilings
 from benchmarks.gpu_cases import Case, list_cases
 from benchmarks.gpu_models import list_shapes, measure_model
+from benchmarks.gpu_prologue import SHAPES, measure_prologue
 from benchmarks.gpu_routers import GRIDS, measure_grid
+from benchmarks.gpu_variants import list_cases as list_variant_cases
+from benchmarks.gpu_variants import measure_variants
 from benchmarks.problems import DTYPES
 from dit_opt.demo.machine import describe_run
 from dit_opt.kernels.aot import check_builds
 from dit_opt.kernels.block_sparse_attention.builds import list_builds as list_attention
+from dit_opt.kernels.block_sparse_attention.variant_builds import list_builds as list_variants
+from dit_opt.kernels.norm_rope.builds import list_builds as list_norm_rope
 from dit_opt.kernels.routers.builds import list_builds as list_block_mass
 from dit_opt.kernels.token_order_builds import list_builds as list_token_order
 from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES
@@ -66,6 +71,9 @@ HEADERS = {
     "routers": ("case", "fastest_dense", "share_of_dense", "speedup_with_search"),
     "crossover": ("case", "gain", "predicted_gain"),
     "models": ("case", "milliseconds", "speedup_of_a_reuse_step", "speedup", "peak_gib"),
+    "prologue": ("case", "milliseconds", "speedup", "tb_per_s", "refused"),
+    # last, since these kernels may hang
+    "variants": ("case", "milliseconds", "speedup_vs_plain", "failed", "refused"),
 }  # fmt: skip
 
 
@@ -90,6 +98,11 @@ def list_rows(part: str, device: torch.device) -> dict[str, Callable[[], dict[st
         return {
             "x".join(map(str, grid)): partial(measure_grid, grid, device, SECONDS) for grid in GRIDS
         }
+    if part == "prologue":
+        return {s.name: partial(measure_prologue, s, device, SECONDS) for s in SHAPES}
+    if part == "variants":
+        cases = list_variant_cases()
+        return {c.name: partial(measure_variants, c, device, SECONDS) for c in cases}
     return {shape.case: partial(measure_model, shape, device) for shape in list_shapes()}
 
 
@@ -179,7 +192,7 @@ def _as_text(value: Any) -> Any:
 
 def compile_kernels(target: str = "sm_90") -> int:
     """Compile every shipped kernel ahead of time; how many have faults."""
-    lists = (list_attention, list_block_mass, list_token_order)
+    lists = (list_attention, list_variants, list_block_mass, list_norm_rope, list_token_order)
     rows = list(check_builds([build for listed in lists for build in listed(target)]))
     faults = [(build.config, ", ".join(found)) for build, _, found in rows if found]
     log.info("%d kernels compiled for %s, %d with faults", len(rows), target, len(faults))

@@ -34,6 +34,7 @@ HEADERS = {
     "tma_loads": "UTMALDG",
     "mma_sync": "MMA",
     "serialized": "warnings",
+    "has_roles": "roles",
     "faults": "faults",
 }
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _as_text(row: dict[str, object]) -> dict[str, object]:
     joined = {key: ", ".join(row[key]) for key in ("serialized", "faults")}  # pyright: ignore
-    return row | joined
+    return {key: (row | joined)[key] for key in HEADERS}
 
 
 if __name__ == "__main__":

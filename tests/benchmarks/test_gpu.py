@@ -105,7 +105,11 @@ def test_a_part_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
 def test_a_dry_run_lists_and_compiles_but_measures_nothing(monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(gpu, "check_builds", lambda builds: compiled.extend(builds) or [])
-    assert gpu.main(["--dry-run", "--parts", "routers", "models"]) == 0
+    assert gpu.main(["--dry-run", "--parts", "routers", "models", "variants", "prologue"]) == 0
     printed = capsys.readouterr().out
     assert "16x32x64" in printed and "HunyuanVideo 1+1 layers" in printed
+    assert "D=128 N=32760 H=24 density=0.25 128x128" in printed and "Wan 14B N=75600" in printed
+    configs = [build.config for build in compiled]
+    for word in ("gluon", "specialised", "int8", "quantize", "norm rope"):
+        assert any(word in config for config in configs), word
     assert len(compiled) > 30 and {build.target for build in compiled} == {"sm_90"}

@@ -4,9 +4,10 @@ A block of queries or keys shares one scale. Keys have a part in common that is 
 and would take most of the 8 bits; their mean over all tokens is taken off first, which softmax does
 not see (SageAttention, arXiv 2410.02367, section 4.2). The weights and the values keep 16 bits.
 
-The result differs from that of the other kernels by what 8 bits leave out, so this is no tiling
-that one may swap in unseen: it is only measured, and nothing calls it. Compiled ahead of time,
-linted and interpreted, but never run on a GPU.
+The output differs from that of the other kernels by what 8 bits leave out, 1.2 to 1.3 % in L2 of
+normal inputs whatever the keys have in common (up to 6 % in tests without taking their mean off).
+So this is no tiling that one may swap in unseen: it is only measured, and nothing calls it.
+Compiled ahead of time, linted and interpreted, but never run on a GPU.
 """
 
 from __future__ import annotations
