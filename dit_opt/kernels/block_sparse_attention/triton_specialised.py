@@ -111,7 +111,8 @@ def launch(
         for x in (k, v)
     )
     if q.device.type == "cuda":
-        # The descriptor of the queries is written to memory that Triton asks for.
+        # The descriptor of the queries is written to memory that Triton asks for. It keeps the last
+        # allocator it was given; whoever needs another sets it before each call, as here.
         triton.set_allocator(
             lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device)
         )

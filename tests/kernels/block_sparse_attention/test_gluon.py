@@ -14,7 +14,7 @@ from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.contract import new_outputs
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
 
-from . import gluon_replay
+from . import gluon_machine
 from .gluon_replay import Replay
 from .plans import Case, assert_matches_reference, make_inputs, make_plan
 
@@ -92,7 +92,7 @@ def test_a_wrong_protocol_is_noticed(fault, monkeypatch):
     arguments = make_arguments([7])
     changes = {"another": wait_for_another_parity, "one": wait_for_one_parity}
     if fault == "free":
-        monkeypatch.setattr(gluon_replay.Barrier, "init", init_for_one)
+        monkeypatch.setattr(gluon_machine.Barrier, "init", init_for_one)
     names = {"locate": changes[fault]} if fault in changes else {}
     with pytest.raises(AssertionError):
         for seed in range(12):
