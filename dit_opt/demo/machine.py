@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "diffusers", "numpy")
 
 
 def describe_machine(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Processor and its vectors, core and thread counts, memory in GiB, and the accelerator if `device` is one."""
+    """Processor, its vector instructions, cores, threads, memory in GiB; the accelerator if any."""
     device = torch.device(device)
     machine = {
         "cpu": _name_cpu(),
