@@ -7,7 +7,9 @@ the blocks that are kept are the same.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,7 +44,8 @@ def find_threshold(
     """
     lowest, highest = _read_bits(LIGHTEST), _read_bits(HEAVIEST)
     steps = (highest - lowest + 1).bit_length()
-    search = _search_rows if scores.is_cuda or native.can_search() else _search
+    kernel = _find_kernel(scores)
+    search = _search if kernel is None else functools.partial(_search_rows, kernel)
     # The lowest threshold serves by definition; searching within, the one below it exceeds.
     low = search(scores, gains, target, dims, lowest - within, steps, within)
     return (low.clamp(max=highest) + within).view(torch.float32)
@@ -68,7 +71,18 @@ def _search(
     return low
 
 
+def _find_kernel(scores: Tensor) -> Callable[..., Tensor] | None:
+    """`search_bits` for the device of the scores, if there is one."""
+    if scores.is_cuda:
+        # Imported here because Triton is absent where there is no GPU to run it on.
+        from dit_opt.kernels.routers.thresholds_triton import search_bits
+
+        return search_bits
+    return native.search_bits if native.can_search() else None
+
+
 def _search_rows(
+    search_bits: Callable[..., Tensor],
     scores: Tensor,
     gains: Tensor,
     target: float | Tensor,
@@ -78,12 +92,6 @@ def _search_rows(
     within: bool,
 ) -> Tensor:
     """As `_search`, by a kernel for all of it."""
-    if scores.is_cuda:
-        # Imported here because Triton is absent where there is no GPU to run it on.
-        from dit_opt.kernels.routers.thresholds_triton import search_bits
-    else:
-        search_bits = native.search_bits
-
     shape = _reduce(scores, dims)
     groups = math.prod(shape)
     rows = scores.reshape(groups, -1).contiguous()

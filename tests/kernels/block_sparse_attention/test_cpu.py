@@ -46,12 +46,6 @@ NATIVE = {
 
 
 @pytest.fixture
-def torch_path(monkeypatch):
-    """Attention by torch's operators, as where there is no compiler."""
-    monkeypatch.setattr(cpu.native, "can_attend", lambda *_: False)
-
-
-@pytest.fixture
 def attended(monkeypatch):
     """The dtypes of the calls that the C++ kernel took."""
     calls, attend = [], cpu.native.attend

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+from dit_opt.kernels.block_sparse_attention import cpu
+
+
+@pytest.fixture
+def torch_path(monkeypatch):
+    """Attention by torch's operators, as where there is no compiler."""
+    monkeypatch.setattr(cpu.native, "can_attend", lambda *_: False)
