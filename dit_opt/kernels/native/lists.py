@@ -1,4 +1,4 @@
-"""Plans out of bits by the C++ kernel."""
+"""Plans into bits and out of them by the C++ kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from torch import Tensor
 
 from dit_opt.kernels.native.arguments import count, point
 from dit_opt.kernels.native.build import load_library
+
+
+def pack_lists(counts: Tensor, lists: Tensor, blocks: int) -> Tensor | None:
+    """Words int32 `[..., nq, ceil(blocks / 32)]` of counts int32 `[..., nq]` and lists int32
+    `[..., nq, capacity]`; None where the kernel is not there."""
+    library = load_library()
+    if library is None:
+        return None
+    counts, lists = counts.contiguous(), lists.contiguous()
+    words = counts.new_empty((*counts.shape, -(-blocks // 32)))
+    sizes = count(counts.numel(), lists.shape[-1], words.shape[-1])
+    library.ditopt_pack_lists(point(counts), point(lists), *sizes, point(words))
+    return words
 
 
 def unpack_lists(words: Tensor, blocks: int) -> tuple[Tensor, Tensor] | None:

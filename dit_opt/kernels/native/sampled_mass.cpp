@@ -1,4 +1,4 @@
-// The softmax mass of sampled rows, summed over blocks of keys, and plans out of bits; see
+// The softmax mass of sampled rows, summed over blocks of keys, and plans in bits; see
 // sampled_mass.py and lists.py for what the arguments are.
 
 #include <vector>
@@ -8,14 +8,19 @@
 // Sampled rows that are weighed at once, side by side in vectors.
 constexpr int COLUMNS = VECTORS * WIDTH;
 
-// Adds lines [count, COLUMNS] up as `gather` and `offsets` say.
+// Adds lines [count, COLUMNS] up as `gather` and `offsets` say, or, given the `most` of each column,
+// the weights of the scores that they are.
+template <bool WEIGH>
 static void add_lines(const float* lines, const int64_t* gather, long gathered,
-                      const int64_t* offsets, long sums, float* out) {
+                      const int64_t* offsets, long sums, const Vector* most, float* out) {
     for (long s = 0; s < sums; ++s) {
         const long end = s + 1 < sums ? offsets[s + 1] : gathered;
         Vector sum[VECTORS] = {};
         for (long i = offsets[s]; i < end; ++i)
-            for (int j = 0; j < VECTORS; ++j) sum[j] += load(lines + gather[i] * COLUMNS + j * WIDTH);
+            for (int j = 0; j < VECTORS; ++j) {
+                const Vector line = load(lines + gather[i] * COLUMNS + j * WIDTH);
+                sum[j] += WEIGH ? raise_two(line - most[j]) : line;
+            }
         for (int j = 0; j < VECTORS; ++j) store(out + s * COLUMNS + j * WIDTH, sum[j]);
     }
 }
@@ -45,18 +50,27 @@ void ditopt_sample_mass(const float* keys, long stride_batch, long stride_head, 
             for (long n = 1; n < tokens; ++n)
                 for (int j = 0; j < VECTORS; ++j)
                     most[j] = maximum(load(scores.data() + n * COLUMNS + j * WIDTH), most[j]);
-            for (long n = 0; n < tokens; ++n)
-                for (int j = 0; j < VECTORS; ++j) {
-                    float* at = scores.data() + n * COLUMNS + j * WIDTH;
-                    const Vector weight = raise_two(load(at) - most[j]);
-                    total[j] += weight;
-                    store(at, weight);
-                }
-            add_lines(scores.data(), gather, gathered, offsets, sums, first.data());
+            if (gathered == tokens) {
+                add_lines<true>(scores.data(), gather, gathered, offsets, sums, most, first.data());
+            } else {
+                // Each token stands in several sums, but is weighed once.
+                for (long n = 0; n < tokens; ++n)
+                    for (int j = 0; j < VECTORS; ++j) {
+                        float* at = scores.data() + n * COLUMNS + j * WIDTH;
+                        store(at, raise_two(load(at) - most[j]));
+                    }
+                add_lines<false>(scores.data(), gather, gathered, offsets, sums, most,
+                                 first.data());
+            }
             const float* found = first.data();
+            for (long s = 0; s < sums; ++s)
+                for (int j = 0; j < VECTORS; ++j)
+                    total[j] += load(found + s * COLUMNS + j * WIDTH);
+            // They hold each token so many times.
+            for (int j = 0; j < VECTORS; ++j) total[j] *= float(tokens) / gathered;
             if (gather_again) {
-                add_lines(found, gather_again, gathered_again, offsets_again, sums_again,
-                          last.data());
+                add_lines<false>(found, gather_again, gathered_again, offsets_again, sums_again,
+                                 most, last.data());
                 found = last.data();
             }
             // [batch, heads, blocks, tiles * COLUMNS]
@@ -65,6 +79,19 @@ void ditopt_sample_mass(const float* keys, long stride_batch, long stride_head, 
                 for (int j = 0; j < VECTORS; ++j)
                     store(to + s * tiles * COLUMNS + j * WIDTH,
                           load(found + s * COLUMNS + j * WIDTH) / total[j]);
+        }
+    }
+}
+
+// The other way round; `capacity` entries of each list, of which `counts` are used.
+void ditopt_pack_lists(const int32_t* counts, const int32_t* lists, long rows, long capacity,
+                       long width, int32_t* words) {
+    for (long r = 0; r < rows; ++r) {
+        uint32_t* word = reinterpret_cast<uint32_t*>(words) + r * width;
+        for (long j = 0; j < width; ++j) word[j] = 0;
+        for (int32_t i = 0; i < counts[r]; ++i) {
+            const int32_t block = lists[r * capacity + i];
+            word[block / 32] |= 1u << (block % 32);
         }
     }
 }

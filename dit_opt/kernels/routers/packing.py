@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
-from dit_opt.kernels.native.lists import unpack_lists
+from dit_opt.kernels.native.lists import pack_lists, unpack_lists
 from dit_opt.kernels.routers.plan import list_kept
 
 # Bits of a word; the passes size their state by it.
@@ -34,7 +34,11 @@ def pack_plan(counts: Tensor, indices: Tensor, tokens: int, block_k: int) -> Ten
     Bit j % 32 of word j // 32 stands for block j. `counts` int32 `[..., nq]`, `indices` int32
     `[..., nq, capacity]`.
     """
-    kept = expand_lists(counts, indices, ceil_div(tokens, block_k))
+    blocks = ceil_div(tokens, block_k)
+    found = pack_lists(counts, indices, blocks) if counts.device.type == "cpu" else None
+    if found is not None:
+        return found
+    kept = expand_lists(counts, indices, blocks)
     kept = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % WORD))
     bits = kept.unflatten(-1, (-1, WORD)).int() << _places(counts.device)
     # No two bits of a word are the same, so their sum never carries, not even into the sign.
