@@ -3,6 +3,21 @@
 #include <cstdint>
 #include <cstring>
 
+// Gains of the scores that reach a threshold.
+static double add_gains(const float* scores, const float* gains, long count, float threshold) {
+    // Several sums, or each addition would wait for the one before.
+    constexpr int LANES = 8;
+    double sums[LANES] = {};
+    long i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int j = 0; j < LANES; ++j)
+            sums[j] += scores[i + j] >= threshold ? gains[i + j] : 0.0f;
+    for (; i < count; ++i) sums[0] += scores[i] >= threshold ? gains[i] : 0.0f;
+    double total = 0.0;
+    for (double sum : sums) total += sum;
+    return total;
+}
+
 extern "C" void ditopt_search_bits(const float* scores, const float* gains, const float* targets,
                                    int32_t* found, long groups, long size, long period, long lowest,
                                    long steps, long within, long threads) {
@@ -21,8 +36,7 @@ extern "C" void ditopt_search_bits(const float* scores, const float* gains, cons
             double total = 0.0;
 #pragma omp parallel for num_threads(threads) reduction(+ : total) if (size > FEW)
             for (long first = 0; first < size; first += length)
-                for (long i = 0; i < length; ++i)
-                    total += score[first + i] >= threshold ? gain[i] : 0.0f;
+                total += add_gains(score + first, gain, length, threshold);
             const double target = targets[group];
             if (within ? total > target : total >= target) low = middle;
         }

@@ -8,6 +8,7 @@ drops, which is closer to an error of the output, spreads the loss evenly and is
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -155,9 +156,20 @@ def _score_blocks(mass: Tensor, blocks: BlockLayout) -> Tensor:
 
 def _break_ties(scores: Tensor) -> Tensor:
     """Scores within the range of thresholds, equal ones a little apart in an even pattern."""
-    rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
-    tie = (rows[:, None] * _ROW_STEP + columns * _COLUMN_STEP) % 1
-    return scores.clamp(LIGHTEST, HEAVIEST / 2) * (1 + _TIE_WIDTH * tie)
+    # A table that is made inside of a CUDA graph lies in its memory, so GPUs make it each time.
+    spread = _spread_ties_once if scores.device.type == "cpu" else _spread_ties
+    factors = spread(*scores.shape[-2:], scores.device)
+    return scores.clamp(LIGHTEST, HEAVIEST / 2) * factors
+
+
+def _spread_ties(rows: int, columns: int, device: torch.device) -> Tensor:
+    """What tells equal scores apart, float32 [rows, columns]."""
+    row, column = (torch.arange(n, device=device) for n in (rows, columns))
+    tie = (row[:, None] * _ROW_STEP + column * _COLUMN_STEP) % 1
+    return 1 + _TIE_WIDTH * tie
+
+
+_spread_ties_once = functools.lru_cache(maxsize=8)(_spread_ties)
 
 
 def _square_losses(scores: Tensor) -> Tensor:
