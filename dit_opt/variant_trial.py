@@ -79,9 +79,9 @@ def main(arguments: Sequence[str]) -> None:
     fields = request["workload"]
     workload = Workload(**fields | {"dtype": getattr(torch, fields["dtype"])})
     device = torch.device(request["device"])
-    print(
-        compare(Tiling(**request["tiling"]), workload, request["dim"], request["block_k"], device)
-    )
+    tiling = Tiling(**request["tiling"])
+    found = compare(tiling, workload, request["dim"], request["block_k"], device)
+    sys.stdout.write(f"{found}\n")
 
 
 if __name__ == "__main__":

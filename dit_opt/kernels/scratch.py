@@ -30,7 +30,7 @@ def keep_heap() -> None:
     ended right above that, and the next one faulted 36 MB in again, 5 % of its time. So one block
     is mapped and freed here, without being touched. Other allocators take no notice.
     """
-    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)
+    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8, device="cpu")
 
 
 class Scratch(threading.local):
@@ -56,7 +56,7 @@ class Scratch(threading.local):
         # An inference tensor could not be written to by a later call outside inference mode.
         with torch.inference_mode(False):
             if buffer is None or buffer.numel() < size:
-                buffer = torch.empty(size, dtype=dtype)
+                buffer = torch.empty(size, dtype=dtype, device="cpu")
                 self.buffers[name, dtype] = buffer
                 self._views = {k: x for k, x in self._views.items() if k[:2] != (name, dtype)}
             view = buffer[:size].view(shape)

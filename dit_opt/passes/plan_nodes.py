@@ -143,8 +143,8 @@ def make_blank_plan(batch: int, heads: int, tokens: int) -> tuple[torch.Tensor, 
     """What stands for the plan of a router that can be asked before there is one."""
     words = [-(-tokens // block) for block in (BLOCK_Q, BLOCK_K * WORD)]
     return (
-        torch.zeros(batch, heads, *words, dtype=torch.int32),
-        torch.zeros(batch, heads, dtype=torch.int32),
+        torch.zeros(batch, heads, *words, dtype=torch.int32, device="cpu"),
+        torch.zeros(batch, heads, dtype=torch.int32, device="cpu"),
     )
 
 

@@ -24,7 +24,7 @@ from dit_opt.runtime.state import (
 log = logging.getLogger(__name__)
 
 # What a variant that is told by an input whether to search is told.
-_SEARCHES = {told: torch.tensor(told) for told in (False, True)}
+_SEARCHES = {told: torch.tensor(told, device="cpu") for told in (False, True)}
 
 # Of plans that were made without any position.
 NO_RUN = (0, 0)

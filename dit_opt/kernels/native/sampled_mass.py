@@ -46,7 +46,8 @@ def sample_mass(queries: Tensor, k: Tensor, sums: tuple[Sums, ...]) -> Tensor:
     padded = torch.nn.functional.pad(queries, (0, tiles * columns - rows))
     laid.copy_(padded.unflatten(-1, (tiles, columns)).transpose(2, 3))
     blocks = sums[-1].offsets.numel()
-    mass = torch.empty(batch, heads, blocks, tiles * columns)
+    # The kernel writes to an address, whatever dtype and device torch has for its defaults.
+    mass = k.new_empty(batch, heads, blocks, tiles * columns)
     levels: list[object] = []
     for level in (sums[0], sums[1] if len(sums) > 1 else None):
         if level is None:

@@ -21,7 +21,7 @@ def search_bits(
     library = load_library()
     assert library is not None
     groups, size = scores.shape
-    found = torch.empty(groups, dtype=torch.int32)
+    found = scores.new_empty(groups, dtype=torch.int32)
     library.ditopt_search_bits(
         *map(point, (scores, gains, target, found)),
         *count(groups, size, max(1, gains.numel()), lowest, steps, within),

@@ -67,6 +67,20 @@ def test_the_native_kernel_measures_the_same_mass(name, sampled):
     assert bool(sampled) == (not scene.bias)
 
 
+def test_the_native_kernel_writes_float32_whatever_the_default_is(sampled):
+    if load_library() is None:
+        pytest.skip("there is no C++ compiler")
+    q, k, _, scale = make_inputs(SCENES["video only"])
+    sums = lay_sums(torch.arange(q.shape[2])[None], 16, q.device)
+    (expected,) = (part.mass for part in measure_sampled_mass(q, k, ROWS, sums, scale))
+    torch.set_default_dtype(torch.float64)
+    try:
+        (found,) = (part.mass for part in measure_sampled_mass(q, k, ROWS, sums, scale))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert sampled and found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("factor", [1, 1000])
 def test_only_small_scores_are_summed_as_they_are(factor, monkeypatch, torch_path):
     monkeypatch.setattr(sampled_mass, "_MANY_ROWS", 1)
