@@ -1,11 +1,26 @@
-"""Plans into bits and out of them by the C++ kernels."""
+"""Lists of blocks out of masks and bits, and bits out of lists, by the C++ kernels."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dit_opt.kernels.native.arguments import count, point
 from dit_opt.kernels.native.build import load_library
+
+
+def list_blocks(kept: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Counts int32 `[..., nq]` and ascending lists int32 `[..., nq, nk]`, zero behind their counts,
+    of a mask bool `[..., nq, nk]`; None where the kernel is not there."""
+    library = load_library()
+    if library is None:
+        return None
+    kept = kept.contiguous()
+    counts = kept.new_empty(kept.shape[:-1], dtype=torch.int32)
+    lists = kept.new_empty(kept.shape, dtype=torch.int32)
+    sizes = count(counts.numel(), kept.shape[-1])
+    library.ditopt_list_blocks(point(kept), *sizes, point(counts), point(lists))
+    return counts, lists
 
 
 def pack_lists(counts: Tensor, lists: Tensor, blocks: int) -> Tensor | None:

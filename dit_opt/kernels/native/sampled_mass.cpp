@@ -1,5 +1,5 @@
-// The softmax mass of sampled rows, summed over blocks of keys, and plans in bits; see
-// sampled_mass.py and lists.py for what the arguments are.
+// The softmax mass of sampled rows, summed over blocks of keys; see sampled_mass.py for what the
+// arguments are.
 
 #include <vector>
 
@@ -80,35 +80,6 @@ void ditopt_sample_mass(const float* keys, long stride_batch, long stride_head, 
                     store(to + s * tiles * COLUMNS + j * WIDTH,
                           load(found + s * COLUMNS + j * WIDTH) / total[j]);
         }
-    }
-}
-
-// The other way round; `capacity` entries of each list, of which `counts` are used.
-void ditopt_pack_lists(const int32_t* counts, const int32_t* lists, long rows, long capacity,
-                       long width, int32_t* words) {
-    for (long r = 0; r < rows; ++r) {
-        uint32_t* word = reinterpret_cast<uint32_t*>(words) + r * width;
-        for (long j = 0; j < width; ++j) word[j] = 0;
-        for (int32_t i = 0; i < counts[r]; ++i) {
-            const int32_t block = lists[r * capacity + i];
-            word[block / 32] |= 1u << (block % 32);
-        }
-    }
-}
-
-// Bits of `rows` rows as counts and ascending lists, zero behind their counts.
-void ditopt_unpack_lists(const int32_t* words, long rows, long width, long blocks, int32_t* counts,
-                         int32_t* lists) {
-    for (long r = 0; r < rows; ++r) {
-        int32_t* list = lists + r * blocks;
-        int32_t count = 0;
-        for (long j = 0; j < blocks; ++j) {
-            const bool kept = static_cast<uint32_t>(words[r * width + j / 32]) >> (j % 32) & 1;
-            list[count] = j;
-            count += kept;
-        }
-        counts[r] = count;
-        for (long j = count; j < blocks; ++j) list[j] = 0;
     }
 }
 

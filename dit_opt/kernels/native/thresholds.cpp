@@ -1,20 +1,32 @@
 // Thresholds on scores, bit by bit; see thresholds.py for what the arguments are.
 
-#include <cstdint>
 #include <cstring>
+
+#include "tiles.h"
+
+// As many values as a vector holds in float64.
+constexpr int FEW = WIDTH / 2;
+typedef float Few __attribute__((vector_size(4 * FEW), aligned(4), may_alias));
+typedef double Sums __attribute__((vector_size(8 * FEW)));
+
+static inline Few load_few(const float* from) { return *reinterpret_cast<const Few*>(from); }
 
 // Gains of the scores that reach a threshold.
 static double add_gains(const float* scores, const float* gains, long count, float threshold) {
     // Several sums, or each addition would wait for the one before.
-    constexpr int LANES = 8;
-    double sums[LANES] = {};
+    constexpr int LANES = 4;
+    Sums sums[LANES] = {};
     long i = 0;
-    for (; i + LANES <= count; i += LANES)
-        for (int j = 0; j < LANES; ++j)
-            sums[j] += scores[i + j] >= threshold ? gains[i + j] : 0.0f;
-    for (; i < count; ++i) sums[0] += scores[i] >= threshold ? gains[i] : 0.0f;
+    for (; i + LANES * FEW <= count; i += LANES * FEW)
+        for (int j = 0; j < LANES; ++j) {
+            const Few score = load_few(scores + i + j * FEW), gain = load_few(gains + i + j * FEW);
+            const Few reaching = score >= threshold ? gain : Few{};
+            sums[j] += __builtin_convertvector(reaching, Sums);
+        }
     double total = 0.0;
-    for (double sum : sums) total += sum;
+    for (; i < count; ++i) total += scores[i] >= threshold ? gains[i] : 0.0f;
+    for (Sums sum : sums)
+        for (int j = 0; j < FEW; ++j) total += sum[j];
     return total;
 }
 
@@ -22,7 +34,7 @@ extern "C" void ditopt_search_bits(const float* scores, const float* gains, cons
                                    int32_t* found, long groups, long size, long period, long lowest,
                                    long steps, long within, long threads) {
     // Threads cost more than the sum of a few thousand values.
-    constexpr long FEW = 1 << 16;
+    constexpr long ENOUGH = 1 << 16;
     for (long group = 0; group < groups; ++group) {
         const float* score = scores + group * size;
         // They are the same in all groups and repeat within one, or are one for each score.
@@ -34,7 +46,7 @@ extern "C" void ditopt_search_bits(const float* scores, const float* gains, cons
             float threshold;
             std::memcpy(&threshold, &middle, sizeof threshold);
             double total = 0.0;
-#pragma omp parallel for num_threads(threads) reduction(+ : total) if (size > FEW)
+#pragma omp parallel for num_threads(threads) reduction(+ : total) if (size > ENOUGH)
             for (long first = 0; first < size; first += length)
                 total += add_gains(score + first, gain, length, threshold);
             const double target = targets[group];

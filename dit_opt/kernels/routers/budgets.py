@@ -9,16 +9,21 @@ drops, which is closer to an error of the output, spreads the loss evenly and is
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dit_opt.kernels.native import budgets as native
 from dit_opt.kernels.routers.plan import BlockLayout, Plan, list_kept
 from dit_opt.kernels.routers.thresholds import HEAVIEST, LIGHTEST, find_threshold
 
 # Equal masses are told apart by up to this much, or a threshold would take all of them or none.
 _TIE_WIDTH = 2.0**-10
+
+# What scores are held to, so that none leaves the range of thresholds when ties are told apart.
+_BOUNDS = (LIGHTEST, HEAVIEST / 2)
 
 # Steps of a sequence that fills the plane evenly; ties then fall evenly over rows and columns.
 _ROW_STEP, _COLUMN_STEP = 0.7548776662466927, 0.5698402909980532
@@ -66,7 +71,7 @@ def allot_blocks(
     _check_target(quality, density)
     scores = _score_blocks(mass, blocks)
     if spread == "even":
-        scores = _square_losses(scores)
+        scores = _square_losses(scores, blocks)
     elif spread == "equal":
         scores = _rank_blocks(scores)
     elif spread != "need":
@@ -98,9 +103,12 @@ def rate_recall(mass: Tensor, density: float, blocks: BlockLayout) -> Tensor:
 
     Each matrix has a budget of its own, in whole blocks. For comparing: no list is made.
     """
-    scores = _score_blocks(mass, blocks).flatten(-2)
-    count = max(1, round(density * scores.shape[-1]))
-    heaviest = scores.topk(count, sorted=False).indices
+    scores = _score_blocks(mass, blocks)
+    count = max(1, round(density * blocks.always_kept.numel()))
+    found = native.rate_recall(scores, mass, _weigh_rows(blocks), count)
+    if found is not None:
+        return found
+    heaviest = scores.flatten(-2).topk(count, sorted=False).indices
     shares = (mass * _weigh_rows(blocks)[:, None]).flatten(-2)
     return shares.gather(-1, heaviest).sum(-1)
 
@@ -118,12 +126,21 @@ def list_blocks(
         scores = _score_blocks(mass, blocks)
         kept = kept & (scores >= find_threshold(scores, kept.float(), capacity, (-1,), within=True))
     counts, indices = list_kept(kept, capacity)
-    weights = _weigh_rows(blocks)[:, None]
-    total = (mass * weights).sum((-2, -1))
-    share = (torch.where(kept, mass, 0.0) * weights).sum((-2, -1)) / total
-    density = torch.where(kept, _share_areas(blocks), 0.0).sum((-2, -1))
+    return Plan(counts, indices, *_measure_kept(kept, mass, blocks))
+
+
+def _measure_kept(kept: Tensor, mass: Tensor, blocks: BlockLayout) -> tuple[Tensor, Tensor]:
+    """The recall and the density of what is kept, float32 [B, H] each."""
+    weights, areas = _weigh_rows(blocks), _share_areas(blocks)
+    found = native.measure_kept(kept, mass, weights, areas)
+    if found is not None:
+        return found
+    mass = mass * weights[:, None]
+    total = mass.sum((-2, -1))
+    share = torch.where(kept, mass, 0.0).sum((-2, -1)) / total
+    density = torch.where(kept, areas, 0.0).sum((-2, -1))
     # A head without any key, or without any row that is not dense, loses nothing.
-    return Plan(counts, indices, torch.where(total > 0, share, 1.0), density)
+    return torch.where(total > 0, share, 1.0), density
 
 
 def _check_target(quality: float | None, density: float | None) -> None:
@@ -136,51 +153,69 @@ def _check_target(quality: float | None, density: float | None) -> None:
         raise ValueError(f"The target {name} is {target}; it must lie in (0, 1].")
 
 
+def _keep_on_processors(build: Callable[[BlockLayout], Tensor]) -> Callable[[BlockLayout], Tensor]:
+    """Makes a table of a layout once. A GPU makes it each time: one that is made inside of a CUDA
+    graph lies in the memory of that."""
+    kept = functools.lru_cache(maxsize=8)(build)
+
+    @functools.wraps(build)
+    def get(blocks: BlockLayout) -> Tensor:
+        return (kept if blocks.key_sizes.device.type == "cpu" else build)(blocks)
+
+    return get
+
+
+@_keep_on_processors
 def _weigh_rows(blocks: BlockLayout) -> Tensor:
     """What each query block counts in the mean over rows, [nq]: nothing if it is dense by rule."""
     sizes = blocks.query_sizes
     return torch.where(blocks.always_kept.all(-1), 0.0, sizes) / sizes.sum()
 
 
+@_keep_on_processors
 def _share_areas(blocks: BlockLayout) -> Tensor:
     """The share of each block in the score matrix, [nq, nk]."""
     rows, columns = (size / size.sum() for size in (blocks.query_sizes, blocks.key_sizes))
     return rows[:, None] * columns
 
 
+@_keep_on_processors
+def _weigh_keys(blocks: BlockLayout) -> Tensor:
+    """What makes mass in a block mass per key token, in units of the longest block, [nk]."""
+    return blocks.key_sizes.amax() / blocks.key_sizes
+
+
+@_keep_on_processors
+def _spread_ties(blocks: BlockLayout) -> Tensor:
+    """What tells equal scores apart in an even pattern, infinite if forced, [nq, nk]."""
+    like = {"dtype": torch.float32, "device": blocks.key_sizes.device}
+    row, column = (torch.arange(n, **like) for n in blocks.always_kept.shape)
+    tie = (row[:, None] * _ROW_STEP + column * _COLUMN_STEP) % 1
+    return (1 + _TIE_WIDTH * tie).masked_fill(blocks.always_kept, torch.inf)
+
+
 def _score_blocks(mass: Tensor, blocks: BlockLayout) -> Tensor:
     """Mass per key token, all different and within the range of thresholds; infinite if forced."""
-    per_token = mass * (blocks.key_sizes.amax() / blocks.key_sizes)
-    return _break_ties(per_token).masked_fill(blocks.always_kept, torch.inf)
+    per_token, ties = _weigh_keys(blocks), _spread_ties(blocks)
+    found = native.score_blocks(mass, per_token, ties, *_BOUNDS)
+    if found is not None:
+        return found
+    return (mass * per_token).clamp(*_BOUNDS) * ties
 
 
-def _break_ties(scores: Tensor) -> Tensor:
-    """Scores within the range of thresholds, equal ones a little apart in an even pattern."""
-    # A table that is made inside of a CUDA graph lies in its memory, so GPUs make it each time.
-    spread = _spread_ties_once if scores.device.type == "cpu" else _spread_ties
-    factors = spread(*scores.shape[-2:], scores.device)
-    return scores.clamp(LIGHTEST, HEAVIEST / 2) * factors
-
-
-def _spread_ties(rows: int, columns: int, device: torch.device) -> Tensor:
-    """What tells equal scores apart, float32 [rows, columns]."""
-    row, column = (torch.arange(n, device=device) for n in (rows, columns))
-    tie = (row[:, None] * _ROW_STEP + column * _COLUMN_STEP) % 1
-    return 1 + _TIE_WIDTH * tie
-
-
-_spread_ties_once = functools.lru_cache(maxsize=8)(_spread_ties)
-
-
-def _square_losses(scores: Tensor) -> Tensor:
+def _square_losses(scores: Tensor, blocks: BlockLayout) -> Tensor:
     """By how much each block lowers the square of what its row drops, heavier ones being kept."""
-    forced = scores == torch.inf
-    ordered, places = scores.masked_fill(forced, 0.0).sort(-1, descending=True)
+    ties = _spread_ties(blocks)
+    found = native.square_losses(scores, ties, *_BOUNDS)
+    if found is not None:
+        return found
+    values = scores.masked_fill(scores == torch.inf, 0.0)
+    ordered, places = values.sort(dim=-1, descending=True, stable=True)
     dropped = ordered.flip(-1).cumsum(-1).flip(-1)
     # D^2 - (D - m)^2 falls along a row, so a threshold keeps the heaviest blocks of each.
     losses = ordered * (2 * dropped - ordered)
     losses = torch.empty_like(losses).scatter_(-1, places, losses)
-    return _break_ties(losses).masked_fill(forced, torch.inf)
+    return losses.clamp(*_BOUNDS) * ties
 
 
 def _rank_blocks(scores: Tensor) -> Tensor:

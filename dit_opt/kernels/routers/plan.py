@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.native import lists as native
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +125,10 @@ def list_kept(mask: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor
         from dit_opt.kernels.routers import packing_triton
 
         return packing_triton.list_kept(mask, capacity)
+    if mask.device.type == "cpu" and capacity == mask.shape[-1]:
+        found = native.list_blocks(mask)
+        if found is not None:
+            return found
     place = mask.cumsum(-1, dtype=torch.int32)
     # The last of these slots takes what is not kept, and what does not fit.
     slots = torch.where(mask, place - 1, capacity).clamp_(max=capacity).long()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,9 @@ LIGHTEST = 2.0**-30
 # Above every finite score: a block with one token of 128 and all mass of its row scores 2^7 per
 # token, and its loss 2^15.
 HEAVIEST = 2.0**16
+
+# Their bits, which are ordered like the floats.
+_LOWEST, _HIGHEST = (struct.unpack("=i", struct.pack("=f", x))[0] for x in (LIGHTEST, HEAVIEST))
 
 
 def find_threshold(
@@ -42,13 +46,12 @@ def find_threshold(
         scores: float32, in [LIGHTEST, HEAVIEST), or infinite for what is always kept.
         gains: nonnegative float32 that broadcasts to the scores.
     """
-    lowest, highest = _read_bits(LIGHTEST), _read_bits(HEAVIEST)
-    steps = (highest - lowest + 1).bit_length()
+    steps = (_HIGHEST - _LOWEST + 1).bit_length()
     kernel = _find_kernel(scores)
     search = _search if kernel is None else functools.partial(_search_rows, kernel)
     # The lowest threshold serves by definition; searching within, the one below it exceeds.
-    low = search(scores, gains, target, dims, lowest - within, steps, within)
-    return (low.clamp(max=highest) + within).view(torch.float32)
+    low = search(scores, gains, target, dims, _LOWEST - within, steps, within)
+    return (low.clamp(max=_HIGHEST) + within).view(torch.float32)
 
 
 def _search(
@@ -108,7 +111,3 @@ def _search_rows(
 def _reduce(scores: Tensor, dims: tuple[int, ...]) -> list[int]:
     """The shape with 1 along `dims`."""
     return [1 if axis - scores.dim() in dims else n for axis, n in enumerate(scores.shape)]
-
-
-def _read_bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))

@@ -10,7 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
-from dit_opt.kernels.routers.budgets import allot_blocks, list_blocks
+from dit_opt.kernels.native.build import load_library
+from dit_opt.kernels.routers import budgets
+from dit_opt.kernels.routers.budgets import allot_blocks, list_blocks, rate_recall
 
 from .scenes import SCENES, Scene, check_plan
 
@@ -201,3 +203,54 @@ def test_a_target_that_makes_no_sense_is_refused(targets, named):
     scene = dataclasses.replace(Scene(), heads=1)
     with pytest.raises(ValueError, match=named):
         allot(draw_mass(scene), scene.blocks, **targets)
+
+
+KERNELS = ("score_blocks", "square_losses", "rate_recall", "measure_kept")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    scene=st.sampled_from(list(SCENES.values())),
+    spread=st.sampled_from(["need", "even", "equal"]),
+    target=st.sampled_from(["density", "quality"]),
+    share=st.floats(0.05, 1.0),
+    ties=st.booleans(),
+)
+def test_the_native_kernels_and_torch_keep_the_same_blocks(
+    seed, scene, spread, target, share, ties
+):
+    if load_library() is None:
+        pytest.skip("there is no C++ compiler")
+    mass = draw_mass(scene, seed)
+    if ties:
+        mass = (mass * 64).round() / 64
+    plan = allot_blocks(mass, blocks=scene.blocks, spread=spread, **{target: share})
+    # Which of equal scores fill the last places is open, so there is room for all that are forced.
+    compared = max(share, scene.blocks.always_kept.float().mean().item() + 0.02)
+    rated = rate_recall(mass, compared, scene.blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KERNELS:
+            patch.setattr(budgets.native, name, lambda *_: None)
+        other = allot_blocks(mass, blocks=scene.blocks, spread=spread, **{target: share})
+        expected = rate_recall(mass, compared, scene.blocks)
+    assert torch.equal(plan.counts, other.counts) and torch.equal(plan.indices, other.indices)
+    torch.testing.assert_close(plan.recall, other.recall, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(plan.density, other.density, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(rated, expected, rtol=1e-6, atol=0.02 if ties else 1e-7)
+
+
+def test_plans_are_the_same_whatever_the_default_dtype_is():
+    scene = SCENES["text after"]
+    mass = draw_mass(scene)
+    expected = allot_blocks(mass, blocks=scene.blocks, density=0.4, spread="even")
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        # Another layout with the same blocks: tables are made once for each.
+        blocks = dataclasses.replace(scene.blocks)
+        found = allot_blocks(mass, blocks=blocks, density=0.4, spread="even")
+    finally:
+        torch.set_default_dtype(default)
+    for part, other in zip(found.tensors, expected.tensors, strict=True):
+        assert torch.equal(part, other)

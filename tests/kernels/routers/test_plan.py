@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dit_opt.kernels.native.build import load_library
+from dit_opt.kernels.routers import plan
 from dit_opt.kernels.routers.plan import check_request, lay_blocks, list_kept
 
 from .scenes import CPU, SCENES
@@ -23,6 +25,16 @@ def test_what_is_always_kept_is_what_the_rule_says_token_by_token(scene):
     assert blocks.longest == blocks.always_kept.sum(-1).max()
 
 
+@pytest.fixture(params=["native", "torch"])
+def path(request, monkeypatch):
+    """The C++ kernel, where there is a compiler, and torch's operators."""
+    if request.param == "torch":
+        monkeypatch.setattr(plan.native, "list_blocks", lambda _: None)
+    elif load_library() is None:
+        pytest.skip("there is no C++ compiler")
+
+
+@pytest.mark.usefixtures("path")
 def test_lists_are_ascending_int32_and_zero_after_their_count():
     mask = torch.rand(3, 7, 11, generator=torch.Generator().manual_seed(0)) < 0.4
     counts, indices = list_kept(mask)
