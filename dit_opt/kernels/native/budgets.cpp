@@ -1,6 +1,8 @@
 // Sums over the blocks of a plan, sorted by weight; see budgets.py for what the arguments are.
 //
-// Values are rounded as torch's operators round them, or the two would keep different blocks.
+// Values are rounded as torch's operators round them, or the two would keep different blocks. What is
+// no number counts as the least: no order holds among such values, and sorting them by one that does
+// not would leave the buffers.
 
 #include <algorithm>
 #include <functional>
@@ -10,7 +12,8 @@
 #include "tiles.h"
 
 static float bound(float score, float lightest, float heaviest) {
-    return std::min(std::max(score, lightest), heaviest);
+    const float least = score > lightest ? score : lightest;
+    return least < heaviest ? least : heaviest;
 }
 
 extern "C" {
@@ -25,8 +28,8 @@ void ditopt_score_blocks(const float* mass, const float* per_token, const float*
         long j = 0;
         for (; j + WIDTH <= columns; j += WIDTH) {
             const Vector score = load(from + j) * load(per_token + j);
-            const Vector least = score < low ? low : score;
-            store(to + j, (least > high ? high : least) * load(tie + j));
+            const Vector least = score > low ? score : low;
+            store(to + j, (least < high ? least : high) * load(tie + j));
         }
         for (; j < columns; ++j)
             to[j] = bound(from[j] * per_token[j], lightest, heaviest) * tie[j];
@@ -43,7 +46,7 @@ void ditopt_square_losses(const float* scores, const float* ties, float* losses,
         for (long r = 0; r < rows; ++r) {
             const float* score = scores + r * columns;
             const float* tie = ties + r % period * columns;
-            for (long j = 0; j < columns; ++j) values[j] = score[j] == INFINITY ? 0.0f : score[j];
+            for (long j = 0; j < columns; ++j) values[j] = score[j] < INFINITY ? score[j] : 0.0f;
             std::iota(places.begin(), places.end(), 0);
             std::sort(places.begin(), places.end(), [&](int32_t a, int32_t b) {
                 return values[a] > values[b] || (values[a] == values[b] && a < b);
@@ -69,7 +72,7 @@ void ditopt_rate_recall(const float* scores, const float* mass, const float* wei
 #pragma omp for schedule(static)
         for (long m = 0; m < matrices; ++m) {
             const float *score = scores + m * size, *own = mass + m * size;
-            std::copy(score, score + size, ordered.begin());
+            for (long n = 0; n < size; ++n) ordered[n] = score[n] > 0.0f ? score[n] : 0.0f;
             const auto last = ordered.begin() + kept - 1;
             std::nth_element(ordered.begin(), last, ordered.end(), std::greater<float>());
             const float limit = *last;

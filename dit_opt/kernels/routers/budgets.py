@@ -102,7 +102,10 @@ def rate_recall(mass: Tensor, density: float, blocks: BlockLayout) -> Tensor:
     """What the heaviest blocks of `density` keep of mass [..., nq, nk], float32 [...].
 
     Each matrix has a budget of its own, in whole blocks. For comparing: no list is made.
+
+    Raises ValueError unless the density is in (0, 1].
     """
+    _check_target(None, density)
     scores = _score_blocks(mass, blocks)
     count = max(1, round(density * blocks.always_kept.numel()))
     found = native.rate_recall(scores, mass, _weigh_rows(blocks), count)

@@ -254,3 +254,20 @@ def test_plans_are_the_same_whatever_the_default_dtype_is():
         torch.set_default_dtype(default)
     for part, other in zip(found.tensors, expected.tensors, strict=True):
         assert torch.equal(part, other)
+
+
+def test_mass_that_is_no_number_makes_a_plan_all_the_same():
+    scene = Scene(tokens=4096, video_tokens=4096)
+    mass = draw_mass(scene)
+    mass[:, 0] = torch.nan
+    mass[:, 1, ::2, ::3] = torch.nan
+    for spread in ("need", "even"):
+        allot(mass, scene.blocks, density=0.2, spread=spread)
+    assert rate_recall(mass, 0.2, scene.blocks)[:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("density", [0.0, 1.5])
+def test_recall_at_a_density_that_makes_no_sense_is_refused(density):
+    scene = SCENES["video only"]
+    with pytest.raises(ValueError, match=f"target density is {density}"):
+        rate_recall(draw_mass(scene), density, scene.blocks)
