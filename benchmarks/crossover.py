@@ -23,7 +23,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.searches import list_searches, make_mover
 from benchmarks.timing import time_in_turns
-from dit_opt import cost
 from dit_opt.demo.machine import describe_run
 from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES, DEFAULT_REFRESH_EVERY, Options
 from dit_opt.passes.site_cost import predict_attention
@@ -63,8 +62,8 @@ def measure_length(
         "gain": median["dense"] / step,
         "predicted_gain": model.gain(tokens),
         "predicted_milliseconds": {
-            name: 1e3 * float(seconds.subs(cost.TOKENS, tokens))
-            for name, seconds in (("dense", model.dense), ("step", model.sparse))
+            name: 1e3 * seconds
+            for name, seconds in zip(("dense", "step"), model.spend(tokens), strict=True)
         },
     }
 

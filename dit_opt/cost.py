@@ -5,9 +5,11 @@ kernel. A sparse step takes the kept share of them at a part of R, its share of 
 tokens into the router's order and back, and the launches of more operators:
 
     dense(n)  = F / R + launch
-    sparse(n) = density * F / (efficiency * R) + search(n) / steps + moved(n) / W + launches
+    sparse(n) = share(n) * F / (efficiency * R) + search(n) / steps + moved(n) / W + launches
+    share(n)  = (max(density * n, least_keys) + sparse_keys) / n
 
-Both are polynomials of degree two, so they meet at a root. Reads of tiles are in the rate: tiles of
+By each side of the maximum both are polynomials of degree two, so they meet at the greater of two
+roots. Reads of tiles are in the rate: tiles of
 128 queries make 128 FLOP of a byte, which the second-level cache of a GPU feeds at R; the accesses
 of FlashAttention are `n^2 D^2 / M`, and for block-sparse lists the kept share of that (arXiv
 2205.14135). R and W are measured for each device; the other figures hold for its kind.
@@ -39,8 +41,8 @@ class Device:
         efficiency: part of `rate` that sparse attention attains on what it keeps.
         search: part of `rate` that searches attain.
         launch: seconds that an operator takes whatever its size.
-        sparse_launch, sparse_head: seconds that sparse attention takes beside its products, and for
-            each head.
+        sparse_keys: how many more keys than it keeps each query takes the time of.
+        sparse_head: seconds that sparse attention takes for each head beside its products.
     """
 
     rate: float
@@ -48,7 +50,7 @@ class Device:
     efficiency: float
     search: float
     launch: float
-    sparse_launch: float = 0.0
+    sparse_keys: float = 0.0
     sparse_head: float = 0.0
 
 
@@ -58,6 +60,7 @@ class Step:
 
     Attributes:
         density: kept share of the score matrix.
+        least_keys: what each query keeps whatever the density.
         pairs: queries times keys that one search scores, in `TOKENS`.
         search_operators, operators: of a search, and of each step beside it.
         steps: that share a search.
@@ -65,6 +68,7 @@ class Step:
     """
 
     density: float
+    least_keys: int
     pairs: sympy.Expr
     search_operators: int
     operators: int
@@ -74,26 +78,33 @@ class Step:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one attention call, dense and sparse, in `TOKENS`."""
+    """Seconds of one attention call in `TOKENS`: a dense one, and a sparse one, which takes the
+    longest of `sparse`.
+    """
 
     dense: sympy.Expr
-    sparse: sympy.Expr
+    sparse: tuple[sympy.Expr, ...]
+
+    def spend(self, tokens: int) -> tuple[float, float]:
+        """Seconds of a dense and of a sparse call over so many tokens."""
+        dense, *sparse = (float(e.subs(TOKENS, tokens)) for e in (self.dense, *self.sparse))
+        return dense, max(sparse)
 
     def gain(self, tokens: int) -> float:
         """Time of the dense call over that of the sparse one."""
-        return float((self.dense / self.sparse).subs(TOKENS, tokens))
+        dense, sparse = self.spend(tokens)
+        return dense / sparse
 
     @functools.cached_property
     def crossover(self) -> int | None:
         """The least number of tokens from which on sparse attention is faster; None if none is."""
-        square, linear, constant = _coefficients(self.dense - self.sparse)
-        if square <= 0:
-            return None
-        discriminant = linear**2 - 4 * square * constant
-        if discriminant <= 0:
-            return 1
-        root = (-linear + math.sqrt(discriminant)) / (2 * square)
-        return max(1, math.ceil(root))
+        found = 1
+        for sparse in self.sparse:
+            root = _find_root(self.dense - sparse)
+            if root is None:
+                return None
+            found = max(found, root)
+        return found
 
 
 def dense_flops(
@@ -112,30 +123,34 @@ def predict(heads: int, dim: int, itemsize: int, step: Step, device: Device) -> 
     )
     # each is read once and written once
     moved = 2 * step.moved * heads * dim * itemsize * TOKENS
-    return Prediction(
-        dense=flops / device.rate + device.launch,
-        sparse=step.density * flops / (device.efficiency * device.rate)
-        + search / step.steps
+    rest = (
+        search / step.steps
         + moved / device.bandwidth
         + step.operators * device.launch
-        + device.sparse_launch
-        + heads * device.sparse_head,
+        + heads * device.sparse_head
+    )
+    each = flops / TOKENS / (device.efficiency * device.rate)
+    kept = (step.density * TOKENS, sympy.Integer(step.least_keys))
+    return Prediction(
+        dense=flops / device.rate + device.launch,
+        sparse=tuple((keys + device.sparse_keys) * each + rest for keys in kept),
     )
 
 
-# Of a processor, two cores with AVX-512 in float32, measured by `benchmarks.crossover`: what counts
-# are ratios. Of GPUs, the best dense bfloat16 kernels and copies as published, not yet measured.
+# Of a processor, two cores with AVX2 and the C++ kernels in float32, measured by
+# `benchmarks.crossover`: what counts are ratios. Of GPUs, the best dense bfloat16 kernels and
+# copies as published, not yet measured.
 _CPU = {
-    "efficiency": 0.72,
-    "search": 0.5,
+    "efficiency": 0.88,
+    "search": 0.62,
     "launch": 3e-6,
-    "sparse_launch": 1.3e-3,
-    "sparse_head": 2e-4,
+    "sparse_keys": 48,
+    "sparse_head": 3e-5,
 }
 _GPU = {"efficiency": 0.75, "search": 0.3, "launch": 6e-6}
 # By a part of the name; the first that fits.
 DEVICES = {
-    "cpu": Device(rate=1.6e11, bandwidth=2.5e10, **_CPU),
+    "cpu": Device(rate=1.05e11, bandwidth=1.0e10, **_CPU),
     "H200": Device(rate=6.0e14, bandwidth=4.3e12, **_GPU),
     "H100": Device(rate=6.0e14, bandwidth=2.8e12, **_GPU),
     "A100": Device(rate=1.9e14, bandwidth=1.5e12, **_GPU),
@@ -149,8 +164,14 @@ def find_device(name: str) -> Device:
     return next(device for part, device in DEVICES.items() if part in name)
 
 
-def _coefficients(polynomial: sympy.Expr) -> tuple[float, float, float]:
-    """Of the square, the first power and the constant."""
-    terms = sympy.Poly(polynomial, TOKENS).all_coeffs()
+def _find_root(gained: sympy.Expr) -> int | None:
+    """The least number of tokens from which on a polynomial of degree two is positive for good;
+    None if it never is."""
+    terms = sympy.Poly(gained, TOKENS).all_coeffs()
     square, linear, constant = ([0.0] * (3 - len(terms)) + [float(t) for t in terms])[-3:]
-    return square, linear, constant
+    if square <= 0:
+        return None
+    discriminant = linear**2 - 4 * square * constant
+    if discriminant <= 0:
+        return 1
+    return max(1, math.ceil((-linear + math.sqrt(discriminant)) / (2 * square)))

@@ -17,11 +17,17 @@ DEVICE = cost.Device(
     efficiency=0.8,
     search=0.5,
     launch=1e-5,
-    sparse_launch=2e-4,
+    sparse_keys=30,
     sparse_head=1e-5,
 )
 STEP = cost.Step(
-    density=0.2, pairs=cost.TOKENS**2 / 16, search_operators=100, operators=20, steps=5, moved=4
+    density=0.2,
+    least_keys=256,
+    pairs=cost.TOKENS**2 / 16,
+    search_operators=100,
+    operators=20,
+    steps=5,
+    moved=4,
 )
 
 
@@ -34,26 +40,27 @@ def test_dense_attention_takes_four_flop_for_each_pair_and_channel():
     assert cost.dense_flops(3 * b, n, 77, 64) == 4 * 3 * b * n * 77 * 64
 
 
-def test_times_are_sums_of_their_parts():
+@pytest.mark.parametrize(("n", "kept"), [(4096, 0.2 * 4096), (1024, 256)])
+def test_times_are_sums_of_their_parts(n, kept):
     found = predict()
-    n = 4096
     flops = 4 * 8 * n * n * 64
-    assert float(found.dense.subs(cost.TOKENS, n)) == pytest.approx(flops / 1e12 + 1e-5)
+    dense, sparse = found.spend(n)
+    assert dense == pytest.approx(flops / 1e12 + 1e-5)
     parts = {
-        "attention": 0.2 * flops / 0.8e12,
+        "attention": (kept + 30) / n * flops / 0.8e12,
         "search": (2 * 8 * 64 * n * n / 16 / 0.5e12 + 100 * 1e-5) / 5,
         "moves": 4 * 2 * 8 * n * 64 * 4 / 1e11,
-        "launches": 20 * 1e-5 + 2e-4 + 8 * 1e-5,
+        "launches": 20 * 1e-5 + 8 * 1e-5,
     }
-    sparse = float(found.sparse.subs(cost.TOKENS, n))
     assert sparse == pytest.approx(sum(parts.values()))
-    assert found.gain(n) == pytest.approx((flops / 1e12 + 1e-5) / sparse)
+    assert found.gain(n) == pytest.approx(dense / sparse)
 
 
 @given(
     heads=st.integers(1, 64),
     dim=st.sampled_from([64, 128]),
     density=st.floats(0.01, 0.7),
+    least_keys=st.integers(0, 4096),
     operators=st.integers(1, 500),
     steps=st.integers(1, 50),
     moved=st.integers(0, 4),
@@ -85,8 +92,14 @@ def test_more_heads_and_rarer_searches_pay_sooner():
 
 
 def test_a_step_without_overhead_pays_at_once():
-    device = dataclasses.replace(DEVICE, sparse_launch=0.0, sparse_head=0.0)
-    assert predict(device=device, operators=0, moved=0, search_operators=0).crossover == 1
+    device = dataclasses.replace(DEVICE, sparse_keys=0.0, sparse_head=0.0)
+    nothing = {"operators": 0, "moved": 0, "search_operators": 0}
+    assert predict(device=device, least_keys=0, **nothing).crossover == 1
+
+
+def test_what_every_query_keeps_sets_the_least_length_that_pays():
+    found = predict(density=0.01, least_keys=2048, operators=0, moved=0, search_operators=0)
+    assert found.crossover is not None and found.crossover > 2048
 
 
 def test_devices_are_found_by_a_part_of_their_name():

@@ -13,6 +13,7 @@ from dit_opt._compat import size_expression
 from dit_opt.facts.sites import Site
 from dit_opt.options import Options
 from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP
+from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
 
 # Query-key pairs that one search scores, and what it launches on a GPU, counted for 4 heads.
 _SEARCHES: dict[str, tuple[Callable[[sympy.Expr], sympy.Expr], int]] = {
@@ -25,6 +26,8 @@ _SEARCHES: dict[str, tuple[Callable[[sympy.Expr], sympy.Expr], int]] = {
     "frame_tile": (lambda n: sympy.Integer(0), 0),
     "oracle": (lambda n: n**2, 350),
 }
+# Own tokens of a block of queries, and the heaviest blocks that `allot_blocks` leaves every row.
+_LEAST_KEYS = BLOCK_Q + 2 * BLOCK_K
 # Of a step that unpacks lists and moves queries, keys, values and the output.
 _STEP_OPERATORS = 15
 _MOVED = 4
@@ -53,6 +56,7 @@ def predict_attention(
     pairs, operators = _SEARCHES[options.effective_router]
     step = cost.Step(
         density=options.effective_density or cost.EXPECTED_DENSITY,
+        least_keys=_LEAST_KEYS,
         pairs=pairs(cost.TOKENS),
         search_operators=operators,
         operators=_STEP_OPERATORS,
