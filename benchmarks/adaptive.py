@@ -3,9 +3,9 @@
     python -m benchmarks.adaptive [--density 0.125] [--checkpoint F] [--seconds 5] [--json F]
 
 Queries, keys and values of every self-attention call are taken from dense forwards of noised clips,
-each head in the order that the default router picks for it.
-Recall is exact, per row of blocks; errors are of the output against dense attention; a search is
-timed in turns with dense attention over the same tokens.
+each head in the order that the default router picks for it. Recall is exact, per row of blocks, and
+also measured with all heads in one order; errors are of the output against dense attention; a
+search is timed in turns with dense attention over the same tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ REFRESH = (1, 2, 5, DEFAULT_REFRESH_EVERY)
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One self-attention call: its layer, and q, k, v `[1, H, N, D]` in the order of each head."""
+    """One self-attention call: its layer, and q, k, v `[1, H, N, D]`."""
 
     layer: int
     q: torch.Tensor
@@ -69,22 +69,27 @@ class RecordCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and kwargs["key"].shape[-2] == TOKENS:
             qkv = [kwargs[name] for name in ("query", "key", "value")]
-            self.calls.append(Call(len(self.calls) % self._layers, *order_heads(*qkv)))
+            self.calls.append(Call(len(self.calls) % self._layers, *qkv))
         return func(*args, **kwargs)
 
 
-def order_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-    """q, k and v with the tokens of each head in the order that suits it."""
+def order_tokens(call: Call, name: str | None = None) -> Call:
+    """A call whose tokens are in the order of that name, or in the one that suits each head."""
+    q, k, v = call.q, call.k, call.v
     layout = VideoLayout(*GRID, 0, TOKENS)
     orders = headwise.build_orders(layout, BLOCK_Q, BLOCK_K, HEADWISE_CELL, q.device)
-    density = DEFAULT_DENSITIES[AUTO_ROUTER]
-    _, order = headwise.plan(q, k, q.shape[-1] ** -0.5, orders, density=density)
-    return [gather_tokens(x, orders.orders[order.long()]) for x in (q, k, v)]
+    if name is None:
+        density = DEFAULT_DENSITIES[AUTO_ROUTER]
+        _, order = headwise.plan(q, k, q.shape[-1] ** -0.5, orders, density=density)
+    else:
+        order = torch.full(q.shape[:2], headwise.ORDER_NAMES.index(name))
+    return Call(call.layer, *(gather_tokens(x, orders.orders[order.long()]) for x in (q, k, v)))
 
 
 @torch.no_grad()
 def record_calls(model: torch.nn.Module, seed: int = 0) -> list[Call]:
-    """The calls of one forward at each noise level, of one clip of two subjects."""
+    """The calls of one forward at each noise level, of one clip of two subjects, their tokens in
+    the model's own order."""
     rng = torch.Generator().manual_seed(seed)
     prompt = clips.list_prompts(1)[0]
     clip = clips.render(prompt, rng)[None]
@@ -206,17 +211,24 @@ def _mark(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def render(result: dict[str, Any]) -> str:
-    """Three tables."""
+    """Four tables."""
     recalls = [[name, *row.values()] for name, row in result["recall"].items()]
     tails = [[f"layer {r['layer']}", r["drop"], r["centroid"]] for r in result["tail"]]
     searches = [
         [name, result["search"]["share_of_dense"][name], *row.values()]
         for name, row in result["search"]["share_of_trajectory"].items()
     ]
+    spreads = list(result["recall"])
+    by_order = [
+        [name, *(row[spread]["5th_percentile"] for spread in spreads)]
+        for name, row in result["recall_in_one_order"].items()
+    ]
     return "\n\n".join(
         [
             f"recall of rows at density {result['density']}",
             tabulate(recalls, ["budgets", "mean", "5th percentile", "least"], floatfmt=".3f"),
+            "5th percentile of it by budgets, all heads in one order",
+            tabulate(by_order, ["", *spreads], floatfmt=".3f"),
             "relative error of the output, exact search",
             tabulate(tails, ["", "drop", "centroid"], floatfmt=".4f"),
             "searches: share of a dense call; with their lists kept for ... steps, share of all "
@@ -235,10 +247,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long searches are timed")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    calls = record_calls(load_model(args.checkpoint))
+    recorded = record_calls(load_model(args.checkpoint))
+    calls = [order_tokens(call) for call in recorded]
     result = {
         "density": args.density,
         "recall": measure_recalls(calls, args.density),
+        "recall_in_one_order": {
+            name: measure_recalls([order_tokens(call, name) for call in recorded], args.density)
+            for name in headwise.ORDER_NAMES
+        },
         "tail": measure_tails(calls, args.density),
         "search": measure_searches(calls[0], args.density, args.seconds),
         **describe_run(),

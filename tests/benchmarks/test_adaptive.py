@@ -45,13 +45,14 @@ def test_searches_are_timed_beside_dense_attention(small):
     result = {
         "density": 0.4,
         "recall": adaptive.measure_recalls(small, 0.4),
+        "recall_in_one_order": {"cubes": adaptive.measure_recalls(small, 0.4)},
         "tail": adaptive.measure_tails(small, 0.4),
         "search": found,
     }
     assert "subblock" in adaptive.render(result) and "layer 1" in adaptive.render(result)
 
 
-def test_calls_are_recorded_in_the_order_of_each_head():
+def test_calls_are_recorded_and_put_into_the_order_of_each_head_or_into_one():
     class Block(torch.nn.Module):
         pass
 
@@ -70,7 +71,15 @@ def test_calls_are_recorded_in_the_order_of_each_head():
 
     calls = adaptive.record_calls(Model())
     assert len(calls) == len(adaptive.NOISE_LEVELS) and {c.layer for c in calls} == {0}
-    order = calls[0].v[0, 0, :, 0].long()
-    assert torch.equal(order.sort().values, torch.arange(adaptive.TOKENS))
+    numbers = torch.arange(adaptive.TOKENS)
+    assert torch.equal(calls[0].v[0, 0, :, 0].long(), numbers)
+    order = adaptive.order_tokens(calls[0]).v[0, 0, :, 0].long()
+    assert torch.equal(order.sort().values, numbers)
     # four columns through all sixteen frames
     assert len((order[:64] % 256).unique()) == 4 and len((order[:64] // 256).unique()) == 16
+    raster = adaptive.order_tokens(calls[0], "raster")
+    assert torch.equal(raster.v, calls[0].v) and torch.equal(raster.q, calls[0].q)
+    cubes = adaptive.order_tokens(calls[0], "cubes").v[0, 0, :, 0].long()
+    # of 16 x 16 x 16, each 4 x 4 x 4
+    t, h, w = cubes[:64] // 256, cubes[:64] // 16 % 16, cubes[:64] % 16
+    assert [len(axis.unique()) for axis in (t, h, w)] == [4, 4, 4]
