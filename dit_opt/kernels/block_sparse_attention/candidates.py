@@ -1,9 +1,9 @@
 """Tile sizes that fit a Hopper GPU: the solutions of what its multiprocessor can hold.
 
 Found by enumeration, since the domains are small. For tiles that are loaded by descriptors, what a
-program takes follows from their sizes: the machine code has the same shared memory and the same
-registers, or up to 40 more where the compiler has some to spare. What runs fastest among them is
-for a measurement to say; see `tuning`.
+program takes follows from their sizes: the machine code has the same shared memory, and registers
+between two bounds (Triton 3.6.0 and 3.7.1). What runs fastest among them is for a measurement to
+say; see `tuning`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _SHARED = 228 * 1024
 _ROWS_PER_WARP = 16
 # Addresses, row sums and loop counters of a thread.
 _FIXED_REGISTERS = 26
-# What the compiler may take beyond need.
-_SPARE_REGISTERS = 40
+# Addresses that the compiler may hold beyond need.
+_SPARE_REGISTERS = 6
 # Barriers beside the tiles.
 _FIXED_SHARED = 64
 # The listed index is one stage of the pipeline: three stages hold two pairs of key and value tiles
@@ -34,10 +34,17 @@ _TILES_Q, _TILES_K, _WARPS = (64, 128), (32, 64, 128), (4, 8)
 
 @dataclass(frozen=True)
 class Demand:
-    """What one program takes: registers of each thread, and bytes of shared memory."""
+    """What one program takes.
+
+    Attributes:
+        registers: of each thread.
+        shared: bytes of shared memory.
+        spare_registers: what the compiler may take beyond these.
+    """
 
     registers: int
     shared: int
+    spare_registers: int = 0
 
     def occupancy(self, warps: int) -> int:
         """Programs that a multiprocessor holds at once."""
@@ -49,16 +56,19 @@ class Demand:
 def estimate_demand(tiling: Tiling, padded_dim: int) -> Demand:
     """Of 16-bit tiles loaded by descriptors.
 
-    Registers hold the output and the scores in float32, and the weights in 16 bits; shared memory
-    the queries and the buffered keys and values.
+    Registers hold the output and the scores in float32, and the weights in 16 bits, once or, where
+    the compiler copies them for the product, twice; shared memory the queries and the buffered keys
+    and values.
     """
     threads = 32 * tiling.num_warps
-    held = tiling.tile_q * (padded_dim + tiling.tile_k + tiling.tile_k // 2)
+    weights = tiling.tile_q * tiling.tile_k // 2
+    held = tiling.tile_q * (padded_dim + tiling.tile_k) + weights
     pairs = _PAIRS[tiling.num_stages]
     rows = tiling.tile_q + 2 * pairs * tiling.tile_k
     return Demand(
         registers=-(-held // threads) + _FIXED_REGISTERS,
         shared=2 * padded_dim * rows + _FIXED_SHARED,
+        spare_registers=-(-weights // threads) + _SPARE_REGISTERS,
     )
 
 
@@ -81,7 +91,7 @@ def list_candidates(
             block_q % tile_q == 0
             and block_k % tile_k == 0
             and tile_q % (_ROWS_PER_WARP * warps) == 0
-            and demand.registers + _SPARE_REGISTERS <= _REGISTERS_PER_THREAD
+            and demand.registers + demand.spare_registers <= _REGISTERS_PER_THREAD
             and demand.shared <= _SHARED_PER_PROGRAM
         )
         if fits:

@@ -55,7 +55,8 @@ def test_all_candidates_compile_and_take_what_was_estimated():
         report, faults = check_build(build)
         demand = estimate_demand(tiling, dim)
         assert faults == []
-        assert 0 <= report.registers - demand.registers <= 30, (dim, tiling)
+        beyond = report.registers - demand.registers
+        assert 0 <= beyond <= demand.spare_registers, (dim, tiling)
         assert report.shared_bytes == pytest.approx(demand.shared, abs=32), (dim, tiling)
         real = Demand(report.registers, report.shared_bytes)
         assert real.occupancy(tiling.num_warps) == demand.occupancy(tiling.num_warps)
