@@ -29,7 +29,7 @@ from dit_opt.demo import clips
 from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.kernels.block_sparse_attention.op import block_sparse_attention
-from dit_opt.kernels.routers import headwise
+from dit_opt.kernels.routers import head_orders, headwise
 from dit_opt.kernels.routers.block_mass import measure_block_mass
 from dit_opt.kernels.routers.budgets import Spread, allot_blocks
 from dit_opt.kernels.routers.orders import VideoLayout
@@ -77,12 +77,12 @@ def order_tokens(call: Call, name: str | None = None) -> Call:
     """A call whose tokens are in the order of that name, or in the one that suits each head."""
     q, k, v = call.q, call.k, call.v
     layout = VideoLayout(*GRID, 0, TOKENS)
-    orders = headwise.build_orders(layout, BLOCK_Q, BLOCK_K, HEADWISE_CELL, q.device)
+    orders = head_orders.build_orders(layout, BLOCK_Q, BLOCK_K, HEADWISE_CELL, q.device)
     if name is None:
         density = DEFAULT_DENSITIES[AUTO_ROUTER]
         _, order = headwise.plan(q, k, q.shape[-1] ** -0.5, orders, density=density)
     else:
-        order = torch.full(q.shape[:2], headwise.ORDER_NAMES.index(name))
+        order = torch.full(q.shape[:2], head_orders.ORDER_NAMES.index(name))
     return Call(call.layer, *(gather_tokens(x, orders.orders[order.long()]) for x in (q, k, v)))
 
 
@@ -254,7 +254,7 @@ def main() -> None:
         "recall": measure_recalls(calls, args.density),
         "recall_in_one_order": {
             name: measure_recalls([order_tokens(call, name) for call in recorded], args.density)
-            for name in headwise.ORDER_NAMES
+            for name in head_orders.ORDER_NAMES
         },
         "tail": measure_tails(calls, args.density),
         "search": measure_searches(calls[0], args.density, args.seconds),

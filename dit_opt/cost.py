@@ -139,7 +139,8 @@ def predict(heads: int, dim: int, itemsize: int, step: Step, device: Device) -> 
 
 # Of a processor, two cores with AVX2 and the C++ kernels in float32, measured by
 # `benchmarks.crossover`: what counts are ratios. Of GPUs, the best dense bfloat16 kernels and
-# copies as published, not yet measured.
+# copies as published, and two to four passes of a search at the rate of exponentials; none is
+# measured yet.
 _CPU = {
     "efficiency": 0.88,
     "search": 0.62,
@@ -147,7 +148,7 @@ _CPU = {
     "sparse_keys": 48,
     "sparse_head": 3e-5,
 }
-_GPU = {"efficiency": 0.75, "search": 0.3, "launch": 6e-6}
+_GPU = {"efficiency": 0.75, "search": 0.2, "launch": 6e-6}
 # By a part of the name; the first that fits.
 DEVICES = {
     "cpu": Device(rate=1.05e11, bandwidth=1.0e10, **_CPU),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dit_opt.kernels.routers.frame_tile import build_tiles
-from dit_opt.kernels.routers.headwise import build_orders, list_orders
+from dit_opt.kernels.routers.head_orders import build_orders, list_orders
 from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.kernels.routers.plan import lay_blocks
 from dit_opt.kernels.routers.sample import count_rows, draw_sample

@@ -15,16 +15,16 @@ from dit_opt.options import Options
 from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
 
-# Query-key pairs that one search scores, and what it launches on a GPU, counted for 4 heads.
+# Query-key pairs that one search scores, and what it launches on a GPU.
 _SEARCHES: dict[str, tuple[Callable[[sympy.Expr], sympy.Expr], int]] = {
-    "headwise": (lambda n: n**2 / HEADWISE_CELL, 350),
+    "headwise": (lambda n: n**2 / HEADWISE_CELL, 140),
     "adaspa": (lambda n: n**2 / ROW_STEP, 320),
     "subblock": (lambda n: (n / CELL) ** 2, 270),
     "sol": (lambda n: (n / CELL) ** 2, 270),
     # as many rows as it ever looks at
     "rainfusion": (lambda n: 64 * n, 50),
     "frame_tile": (lambda n: sympy.Integer(0), 0),
-    "oracle": (lambda n: n**2, 350),
+    "oracle": (lambda n: n**2, 140),
 }
 # Own tokens of a block of queries, and the heaviest blocks that `allot_blocks` leaves every row.
 _LEAST_KEYS = BLOCK_Q + 2 * BLOCK_K

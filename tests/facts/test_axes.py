@@ -52,7 +52,7 @@ def two_factorisations(draw):
     return sides
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(two_factorisations())
 def test_unify_keeps_sizes_and_makes_dimensions_the_same(sides):
     x, y = dim_of(*sides[0]), dim_of(*sides[1])
@@ -63,7 +63,7 @@ def test_unify_keeps_sizes_and_makes_dimensions_the_same(sides):
         assert unify(x, y)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(FACTORS, FACTORS)
 def test_unify_is_symmetric(left, right):
     x, y, u, v = dim_of(*left), dim_of(*right), dim_of(*left), dim_of(*right)
@@ -71,7 +71,7 @@ def test_unify_is_symmetric(left, right):
     assert shape_of(x, y) == shape_of(u, v)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(FACTORS, st.permutations(range(4)))
 def test_axes_of_one_dimension_stay_apart(factors, order):
     x = dim_of(*factors)
@@ -80,7 +80,7 @@ def test_axes_of_one_dimension_stay_apart(factors, order):
     assert len(set(leaves(x))) == len(leaves(x))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(two_factorisations())
 def test_regroup_round_trip(sides):
     x = dim_of(*sides[0])
@@ -92,7 +92,7 @@ def test_regroup_round_trip(sides):
         assert tuple(a for p in parts for a in resolve(p)) == resolve(x)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=5), st.data())
 def test_sums_are_cut_at_each_others_borders(lengths, data):
     total = sum(lengths)

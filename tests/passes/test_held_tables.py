@@ -7,7 +7,7 @@ import torch
 
 from dit_opt.backend import live_bounds
 from dit_opt.kernels import token_order
-from dit_opt.kernels.routers import frame_tile, headwise, plan, sample, tables
+from dit_opt.kernels.routers import frame_tile, head_orders, plan, sample, tables
 from tests.tiny_models import flux, wan
 from tests.trajectories import compiled, run_trajectory
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("eager")
 CACHES = (
     token_order.build_cube_order,
     frame_tile.build_tiles,
-    headwise.build_orders,
-    headwise.list_orders,
+    head_orders.build_orders,
+    head_orders.list_orders,
     plan.lay_blocks,
     sample.draw_sample,
     tables.build_tables,

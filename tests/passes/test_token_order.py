@@ -281,7 +281,7 @@ def test_layers_that_are_alike_at_every_token_are_proved(name):
     assert check_stack([name])
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.lists(st.sampled_from(list(LAYERS)), min_size=1, max_size=5))
 def test_what_is_proved_runs_in_any_order(names):
     check_stack(names)

@@ -20,30 +20,8 @@ from dit_opt.kernels.block_sparse_attention.tilings import (
 )
 from dit_opt.kernels.block_sparse_attention.triton import read_architecture
 from dit_opt.kernels.routers.block_mass import STALE_LIMIT
+from dit_opt.kernels.routers.score_tiles_triton import score_tile, sum_rows
 from dit_opt.kernels.scores import LOG2_E
-
-
-@triton.jit
-def _score_tile(
-    b_q, p_k, p_bias, first, num_keys, scale_log2, stride_n, stride_d,
-    TILE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RAGGED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores of a tile of queries against the keys from `first` on, in units of log2."""
-    o_k = first + tl.arange(0, TILE)
-    o_d = tl.arange(0, PADDED_DIM)
-    p_tile = p_k + o_k.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
-    if RAGGED:
-        b_k = tl.load(p_tile, mask=(o_k < num_keys)[:, None] & (o_d < DIM)[None, :], other=0.0)
-    else:
-        b_k = tl.load(p_tile, mask=(o_d < DIM)[None, :], other=0.0)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-    if HAS_BIAS:
-        b_bias = tl.load(p_bias + o_k, mask=o_k < num_keys, other=0.0)
-        b_s += (b_bias * 1.4426950408889634)[None, :]
-    if RAGGED:
-        b_s = tl.where((o_k < num_keys)[None, :], b_s, -float("inf"))
-    return b_s
 
 
 @triton.jit
@@ -81,29 +59,19 @@ def block_mass_kernel(
         b_lse = tl.load(p_cached + o_lse, mask=is_query, other=0.0) * 1.4426950408889634
         b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)
     else:
-        b_max = tl.full([TILE_Q], -float("inf"), tl.float32)
-        b_sum = tl.zeros([TILE_Q], tl.float32)
-        for first in tl.range(0, num_keys, TILE_K):
-            b_s = _score_tile(
-                b_q, p_k, p_bias, first, num_keys, scale_log2, stride_kn, stride_kd,
-                TILE_K, DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
-            )  # fmt: skip
-            b_new = tl.maximum(b_max, tl.max(b_s, 1))
-            # Rows without any key so far, where inf - inf would be NaN.
-            b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
-            b_sum = b_sum * tl.math.exp2(b_max - b_ref) + tl.sum(
-                tl.math.exp2(b_s - b_ref[:, None]), 1
-            )
-            b_max = b_new
-        b_lse = tl.where(b_sum > 0.0, b_max + tl.math.log2(b_sum), 0.0)
+        b_lse = sum_rows(
+            b_q, p_k, p_bias, num_keys, scale_log2, stride_kn, stride_kd,
+            TILE_Q, TILE_K, DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
+        )  # fmt: skip
 
     rows = tl.minimum(num_queries - first_query // BLOCK_Q * BLOCK_Q, BLOCK_Q).to(tl.float32)
     p_mass += (row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * key_tiles
     b_total = tl.zeros([TILE_Q], tl.float32)
     for tile in tl.range(0, key_tiles):
-        b_s = _score_tile(
-            b_q, p_k, p_bias, tile * TILE_K, num_keys, scale_log2, stride_kn, stride_kd,
-            TILE_K, DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
+        o_k = tile * TILE_K + tl.arange(0, TILE_K)
+        b_s = score_tile(
+            b_q, p_k, p_bias, o_k, o_k < num_keys, scale_log2, stride_kn, stride_kd,
+            DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
         )  # fmt: skip
         b_row = tl.sum(tl.math.exp2(tl.minimum(b_s - b_lse[:, None], STALE_LIMIT)), 1)
         b_total += b_row

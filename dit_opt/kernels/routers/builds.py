@@ -1,18 +1,23 @@
 """Every configuration of the routers' kernels that ships, ready for compilation ahead of time.
 
-Mirrors what `block_mass_triton`, `packing_triton` and `thresholds_triton` would compile.
+Mirrors what `block_mass_triton`, `sampled_mass_triton`, `packing_triton` and `thresholds_triton`
+would compile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import torch
+from triton.runtime import JITFunction
 
 from dit_opt.kernels.aot import Build
-from dit_opt.kernels.block_sparse_attention.tilings import choose_precision, pad_dim
+from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_precision, pad_dim
 from dit_opt.kernels.routers import block_mass_triton as _launcher
 from dit_opt.kernels.routers import packing_triton as _packing
+from dit_opt.kernels.routers import sampled_mass_triton as _sampled
 from dit_opt.kernels.routers import thresholds_triton as _thresholds
 from dit_opt.kernels.routers.block_mass import STALE_LIMIT
 
@@ -47,10 +52,64 @@ def make_build(
         "RAGGED": ragged,
         "STALE_LIMIT": STALE_LIMIT,
         "PRECISION": choose_precision(target, padded_dim, dtype.itemsize),
-        # The launcher turns an integer argument of 1 into a constant.
-        "stride_qd": 1,
-        "stride_kd": 1,
     }
+    config = (
+        f"block mass D={dim} {_NAMES[dtype]} block {block_q}x{block_k} {_describe(tiling)}"
+        + (" ragged" if ragged else "")
+        + (" bias" if bias else "")
+        + (" cached" if cached else "")
+    )
+    return _make(config, target, _launcher, kernel, constexprs, tiling, dtype)
+
+
+def make_sample_build(
+    target: str,
+    kernel: JITFunction[Any],
+    dim: int,
+    dtype: torch.dtype,
+    block_k: int = 64,
+    *,
+    ragged: bool = True,
+    bias: bool = False,
+) -> Build:
+    """One configuration of either kernel of `sampled_mass_triton`."""
+    padded_dim = pad_dim(dim)
+    tiling = _sampled.choose_sample_tiling(target, padded_dim, dtype.itemsize, block_k, bias)
+    constexprs = {
+        "DIM": dim,
+        "PADDED_DIM": padded_dim,
+        "TILE_Q": tiling.tile_q,
+        "TILE_K": tiling.tile_k,
+        "HAS_BIAS": bias,
+        "RAGGED": ragged,
+        "PRECISION": choose_precision(target, padded_dim, dtype.itemsize),
+    }
+    config = (
+        f"{kernel.__name__.removesuffix('_kernel').replace('_', ' ')} D={dim} {_NAMES[dtype]} "
+        f"block {block_k} {_describe(tiling)}"
+        + (" ragged" if ragged else "")
+        + (" bias" if bias else "")
+    )
+    return _make(config, target, _sampled, kernel, constexprs, tiling, dtype)
+
+
+def _describe(tiling: Tiling) -> str:
+    tile = f"tile {tiling.tile_q}x{tiling.tile_k}"
+    return f"{tile} warps {tiling.num_warps} stages {tiling.num_stages}"
+
+
+def _make(
+    config: str,
+    target: str,
+    module: ModuleType,
+    kernel: JITFunction[Any],
+    constexprs: dict[str, object],
+    tiling: Tiling,
+    dtype: torch.dtype,
+) -> Build:
+    """The build of a kernel that reads aligned queries and keys."""
+    # The launcher turns an integer argument of 1 into a constant.
+    constexprs = constexprs | {"stride_qd": 1, "stride_kd": 1}
     signature = {
         argument: _type_of(argument, _NAMES[dtype], constexprs) for argument in kernel.arg_names
     }
@@ -61,16 +120,9 @@ def make_build(
         or (argument.startswith("stride_") and argument not in constexprs)
     }
     return Build(
-        config=(
-            f"block mass D={dim} {_NAMES[dtype]} block {block_q}x{block_k} "
-            f"tile {tiling.tile_q}x{tiling.tile_k} warps {tiling.num_warps} "
-            f"stages {tiling.num_stages}"
-            + (" ragged" if ragged else "")
-            + (" bias" if bias else "")
-            + (" cached" if cached else "")
-        ),
+        config=config,
         target=target,
-        kernel=f"{_launcher.__name__}:{kernel.__name__}",
+        kernel=f"{module.__name__}:{kernel.__name__}",
         signature=signature,
         constexprs=constexprs,
         attrs=attrs,
@@ -139,6 +191,13 @@ def list_builds(target: str) -> Iterator[Build]:
     yield make_build(target, 128, bf16, cached=True, ragged=False)
     yield make_build(target, 128, bf16, block_k=128, cached=True, bias=True)
     yield make_build(target, 80, torch.float16)
+    for kernel in (_sampled.row_sums_kernel, _sampled.sampled_mass_kernel):
+        for dim in (32, 64, 128, 256):
+            yield make_sample_build(target, kernel, dim, bf16)
+            yield make_sample_build(target, kernel, dim, fp32)
+        yield make_sample_build(target, kernel, 128, bf16, block_k=128, bias=True)
+        yield make_sample_build(target, kernel, 128, bf16, ragged=False)
+        yield make_sample_build(target, kernel, 80, torch.float16)
     yield make_list_build(target, packed=True)
     yield make_list_build(target, packed=False)
     for place, within in (("first", False), ("middle", True), ("last", True)):
@@ -150,6 +209,8 @@ def _type_of(argument: str, name: str, constexprs: dict[str, object]) -> str:
         return "constexpr"
     if argument in ("p_q", "p_k"):
         return f"*{name}"
+    if argument in ("p_rows", "p_orders"):
+        return "*i64"
     if argument.startswith("p_"):
         return "*fp32"
     return "fp32" if argument == "scale_log2" else "i32"

@@ -9,35 +9,14 @@ searches in it. Rows drawn one out of each small cell of the video stand for the
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from dit_opt.kernels.routers.budgets import Spread, allot_blocks, rate_recall
-from dit_opt.kernels.routers.orders import (
-    VideoLayout,
-    cut_evenly,
-    invert_order,
-    locate_tokens,
-    order_columns,
-    order_cubes,
-    order_raster,
-)
-from dit_opt.kernels.routers.plan import (
-    BlockLayout,
-    Plan,
-    check_request,
-    describe_plan,
-    lay_blocks,
-)
-from dit_opt.kernels.routers.sample import GOLDEN_RATIO
-from dit_opt.kernels.routers.sampled_mass import Sums, lay_sums, measure_sampled_mass
-from dit_opt.kernels.routers.tables import choose_strip
-
-# Where candidates stand in `HeadOrders.orders`.
-ORDER_NAMES = ("raster", "columns", "cubes")
+from dit_opt.kernels.routers.head_orders import HeadOrders, build_orders, list_orders
+from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.routers.plan import Plan, check_request, describe_plan
+from dit_opt.kernels.routers.sampled_mass import RowMeans, measure_sampled_mass
 
 # The density at which orders are compared where a quality is asked for, and not a density.
 _COMPARED_DENSITY = 0.15
@@ -68,86 +47,6 @@ _library.define(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class HeadOrders:
-    """The orders that heads choose from, and the rows that they are searched with.
-
-    `orders` int64 [O, N], text behind the video in each. `blocks`: those of every order. `rows`
-    int64 [m]: sampled queries, in the model's own order. `weights` float32 [O, nq, m]: each query
-    block's mean over its rows; the nearest row stands for a block without any. `sums` are those of
-    all key blocks.
-    """
-
-    orders: Tensor
-    blocks: BlockLayout
-    rows: Tensor
-    weights: Tensor
-    sums: tuple[Sums, ...]
-
-
-# A grid has entries for the processor and for a device.
-@functools.lru_cache(maxsize=16)
-def list_orders(
-    layout: VideoLayout, block_q: int, block_k: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The candidates of `ORDER_NAMES` and their inverses, int64 [O, N] each; cached."""
-    orders = torch.stack(
-        [
-            order_raster(layout),
-            order_columns(layout, choose_strip(layout, block_q, block_k)),
-            order_cubes(layout),
-        ]
-    )
-    return orders.to(device), invert_order(orders).to(device)
-
-
-@functools.lru_cache(maxsize=8)
-def build_orders(
-    layout: VideoLayout, block_q: int, block_k: int, cell: int, device: torch.device
-) -> HeadOrders:
-    """The orders of one grid, and one row out of `cell` tokens; cached.
-
-    Raises ValueError for a cell that is no power of two, or an empty block.
-    """
-    if cell < 1 or cell & (cell - 1):
-        raise ValueError(f"cell={cell} is no power of two; one row stands for so many tokens.")
-    blocks = lay_blocks(layout.tokens, 0, layout.video_tokens, block_q, block_k, device)
-    orders, inverses = list_orders(layout, block_q, block_k, torch.device("cpu"))
-    rows = sample_cells(layout, cell)
-    return HeadOrders(
-        orders=orders.to(device),
-        blocks=blocks,
-        rows=rows.to(device),
-        weights=_weigh_rows(inverses[:, rows], layout.tokens, block_q).to(device),
-        sums=lay_sums(orders, block_k, device),
-    )
-
-
-def sample_cells(layout: VideoLayout, cell: int) -> Tensor:
-    """One video token out of each box of about `cell` tokens, int64 [m], ascending.
-
-    Which one differs from box to box, by a sequence that fills the interval evenly: rows at one
-    place of all boxes would meet the same place of all blocks.
-    """
-    sizes = [1, 1, 1]
-    extents = (layout.frames, layout.height, layout.width)
-    while sizes[0] * sizes[1] * sizes[2] < cell:
-        # Doubles the thinnest axis that has room: w before h before t.
-        axis = min((2, 1, 0), key=lambda a: (2 * sizes[a] > extents[a], sizes[a]))
-        sizes[axis] *= 2
-    places = locate_tokens(layout)
-    box = torch.zeros(layout.video_tokens, dtype=torch.int64)
-    for axis, (extent, size) in enumerate(zip(extents, sizes)):
-        parts = cut_evenly(extent, size)
-        box = box * int(parts[-1] + 1) + parts[places[:, axis]]
-    members = box.argsort(stable=True)
-    counts = box.bincount()
-    first = counts.cumsum(0) - counts
-    number = torch.arange(len(counts))
-    drawn = ((number + 1) * GOLDEN_RATIO % 1 * counts).long().clamp(max=counts - 1)
-    return members[first + drawn].sort().values + layout.video_start
-
-
 def plan(
     q: Tensor,
     k: Tensor,
@@ -169,19 +68,10 @@ def plan(
     Raises ValueError for shapes and targets that do not fit.
     """
     check_request(q, k, orders.blocks, None)
-    batch, heads = q.shape[:2]
-    kinds = len(orders.orders)
-    query_blocks, key_blocks = orders.weights.shape[1], len(orders.blocks.key_sizes)
-    shape = (batch, k.shape[1], heads // k.shape[1], kinds, query_blocks, key_blocks)
-    mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
-    for part in measure_sampled_mass(q, k, orders.rows, orders.sums, scale, key_bias):
-        # [keys, O * nk, group, rows] as [keys, group, O, rows, nk]
-        found = part.mass.unflatten(1, (kinds, key_blocks)).permute(0, 3, 1, 4, 2)
-        mass[part.item, part.keys, part.group] += orders.weights[..., part.rows] @ found
-    mass = mass.flatten(1, 2)
+    mass = _measure_mass(q, k, scale, orders, key_bias)
     rated = rate_recall(mass, density or _COMPARED_DENSITY, orders.blocks)
     # Of orders that serve alike the first one, or rounding would choose.
-    handicap = _MARGIN * torch.arange(kinds, device=q.device)
+    handicap = _MARGIN * torch.arange(len(orders.orders), device=q.device)
     order = (rated - handicap).argmax(-1)
     where = order[..., None, None, None].expand(-1, -1, 1, *mass.shape[3:])
     chosen = allot_blocks(
@@ -195,14 +85,28 @@ def plan(
     return chosen, order.int()
 
 
-def _weigh_rows(places: Tensor, tokens: int, block_q: int) -> Tensor:
-    """Float32 [O, nq, m] for rows at `places` int64 [O, m] of each order."""
-    middles = torch.arange(0, tokens, block_q) + (block_q - 1) / 2
-    held = (places[:, None] // block_q == torch.arange(len(middles))[:, None]).float()
-    nearest = (places[:, None] - middles[:, None]).abs().argmin(-1, keepdim=True)
-    nearest = torch.zeros_like(held).scatter_(-1, nearest, 1.0)
-    held = torch.where(held.any(-1, keepdim=True), held, nearest)
-    return held / held.sum(-1, keepdim=True)
+def _measure_mass(
+    q: Tensor, k: Tensor, scale: float, orders: HeadOrders, key_bias: Tensor | None
+) -> Tensor:
+    """What each block of keys holds of the softmax of each query block, in each order: float32
+    [B, H, O, nq, nk]."""
+    if isinstance(orders.means, RowMeans):
+        # Imported here because Triton is absent where there is no GPU to run it on.
+        from dit_opt.kernels.routers import sampled_mass_triton
+
+        return sampled_mass_triton.launch(
+            q, k, orders.rows, orders.orders, orders.means, scale, key_bias, orders.blocks.block_k
+        )
+    batch, heads = q.shape[:2]
+    kinds, query_blocks, _ = orders.means.shape
+    key_blocks = len(orders.blocks.key_sizes)
+    shape = (batch, k.shape[1], heads // k.shape[1], kinds, query_blocks, key_blocks)
+    mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
+    for part in measure_sampled_mass(q, k, orders.rows, orders.sums, scale, key_bias):
+        # [keys, O * nk, group, rows] as [keys, group, O, rows, nk]
+        found = part.mass.unflatten(1, (kinds, key_blocks)).permute(0, 3, 1, 4, 2)
+        mass[part.item, part.keys, part.group] += orders.means[..., part.rows] @ found
+    return mass.flatten(1, 2)
 
 
 @torch.library.impl(_library, "headwise_plan_v1", "CompositeExplicitAutograd")

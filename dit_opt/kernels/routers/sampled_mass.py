@@ -30,6 +30,19 @@ class Sums:
     offsets: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class RowMeans:
+    """Weighted means over the m sampled rows, for the query blocks of one order after the other.
+
+    `gather` int64: what goes into them, o * m + i for row i in order o; `shares` float32: how much
+    each of those counts; `offsets` int64: where each mean begins.
+    """
+
+    gather: Tensor
+    shares: Tensor
+    offsets: Tensor
+
+
 @dataclass(frozen=True)
 class Part:
     """The mass of some rows of some heads.
@@ -65,6 +78,15 @@ def lay_sums(orders: Tensor, block: int, device: torch.device) -> tuple[Sums, ..
             (names.argsort(stable=True) % cells, _find_starts(names)),
         ]
     return tuple(Sums(gather.to(device), offsets.to(device)) for gather, offsets in levels)
+
+
+def lay_means(weights: Tensor, device: torch.device) -> RowMeans:
+    """The means on a device that the weights [O, nq, m], each row of which sums to 1, stand for."""
+    means, rows = weights.shape[1:]
+    order, mean, row = weights.nonzero().unbind(1)
+    gather, shares = order * rows + row, weights[order, mean, row]
+    offsets = _find_starts(order * means + mean)
+    return RowMeans(*(x.to(device) for x in (gather, shares, offsets)))
 
 
 def _find_starts(owners: Tensor) -> Tensor:

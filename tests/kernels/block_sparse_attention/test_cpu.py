@@ -72,7 +72,7 @@ def test_the_native_kernel_matches_the_reference(case, dtype, attended):
     assert empty.numel() == 0 and torch.equal(without, cpu.attend(*arguments)[0])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 2),
     group=st.integers(1, 2),

@@ -35,7 +35,7 @@ def test_matches_the_reference(case, dtype):
     assert_matches_reference(cpu.attend(*arguments), arguments, *ERRORS[dtype])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 2),
     group=st.integers(1, 2),

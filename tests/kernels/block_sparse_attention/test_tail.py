@@ -31,7 +31,7 @@ def summarize_plainly(k, v, bias, block_k):
     return torch.stack(n, 2), torch.stack(c, 2), torch.stack(m, 2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     tokens=st.integers(1, 200),
     block_k=st.sampled_from([16, 64]),

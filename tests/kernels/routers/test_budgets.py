@@ -38,7 +38,7 @@ def keep_mass(mass, mask, blocks):
     return ((mass.double() * mask).sum(-1) * weights).sum(-1), weights
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
     quality=st.floats(0.2, 0.99),
@@ -208,7 +208,7 @@ def test_a_target_that_makes_no_sense_is_refused(targets, named):
 KERNELS = ("score_blocks", "square_losses", "rate_recall", "measure_kept")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     scene=st.sampled_from(list(SCENES.values())),

@@ -41,7 +41,7 @@ def reference(q, k, v, mask, bias, scale):
     return kept.mean(-1), (sparse - dense).flatten(2).norm(dim=-1) / dense.flatten(2).norm(dim=-1)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(17, 150), st.booleans(), st.sampled_from([(4, 4), (4, 2), (3, 1)]))
 def test_mass_and_error_are_those_of_the_lists(queries, with_bias, heads):
     q, k, v, mask = make(queries, *heads)

@@ -31,7 +31,7 @@ layouts = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layout=layouts, strip=st.integers(1, 5))
 def test_every_order_is_a_permutation_with_text_last_and_in_sequence(layout, strip):
     end = layout.video_start + layout.video_tokens
@@ -52,7 +52,7 @@ def test_raster_keeps_the_video_as_it_is():
     assert order_raster(layout)[:30].tolist() == list(range(4, 34))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layout=layouts, strip=st.integers(1, 5))
 def test_columns_run_through_all_frames_before_the_next_column(layout, strip):
     video = order_columns(layout, strip)[: layout.video_tokens] - layout.video_start
@@ -66,7 +66,7 @@ def test_columns_run_through_all_frames_before_the_next_column(layout, strip):
     assert (t.diff()[same] >= 0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layout=layouts)
 def test_lattice_puts_each_checkerboard_in_a_prefix(layout):
     video = order_lattice(layout)[: layout.video_tokens] - layout.video_start
@@ -87,7 +87,7 @@ def test_lattice_prefixes_are_an_eighth_a_quarter_and_a_half():
     assert [(level >= step).float().mean().item() for step in (8, 4, 2)] == [1 / 8, 1 / 4, 1 / 2]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layout=layouts)
 def test_cubes_follow_each_other_and_blocks_stay_small(layout):
     video = order_cubes(layout)[: layout.video_tokens] - layout.video_start

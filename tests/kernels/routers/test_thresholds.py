@@ -21,9 +21,7 @@ def path(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("path")
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), share=st.floats(0.01, 0.99), within=st.booleans())
 def test_one_entry_fewer_or_more_misses_the_target(seed, share, within):
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,118 @@
+"""The orders of tokens that a head may take, and the rows that stand for all in a search."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_opt.kernels.routers.orders import (
+    VideoLayout,
+    cut_evenly,
+    invert_order,
+    locate_tokens,
+    order_columns,
+    order_cubes,
+    order_raster,
+)
+from dit_opt.kernels.routers.plan import BlockLayout, lay_blocks
+from dit_opt.kernels.routers.sample import GOLDEN_RATIO
+from dit_opt.kernels.routers.sampled_mass import RowMeans, Sums, lay_means, lay_sums
+from dit_opt.kernels.routers.tables import choose_strip
+
+# Where candidates stand in `HeadOrders.orders`.
+ORDER_NAMES = ("raster", "columns", "cubes")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOrders:
+    """The orders that heads choose from, and the rows that they are searched with.
+
+    `orders` int64 [O, N], text behind the video in each. `blocks`: those of every order. `rows`
+    int64 [m]: sampled queries, in the model's own order. Each query block stands for the mean over
+    its rows, or for the nearest one if it has none: `means` are float32 weights [O, nq, m] on a
+    processor, and lists on GPUs. `sums` are those of all key blocks, for processors.
+    """
+
+    orders: Tensor
+    blocks: BlockLayout
+    rows: Tensor
+    means: Tensor | RowMeans
+    sums: tuple[Sums, ...]
+
+
+# A grid has entries for the processor and for a device.
+@functools.lru_cache(maxsize=16)
+def list_orders(
+    layout: VideoLayout, block_q: int, block_k: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The candidates of `ORDER_NAMES` and their inverses, int64 [O, N] each; cached."""
+    orders = torch.stack(
+        [
+            order_raster(layout),
+            order_columns(layout, choose_strip(layout, block_q, block_k)),
+            order_cubes(layout),
+        ]
+    )
+    return orders.to(device), invert_order(orders).to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def build_orders(
+    layout: VideoLayout, block_q: int, block_k: int, cell: int, device: torch.device
+) -> HeadOrders:
+    """The orders of one grid, and one row out of `cell` tokens; cached.
+
+    Raises ValueError for a cell that is no power of two, or an empty block.
+    """
+    if cell < 1 or cell & (cell - 1):
+        raise ValueError(f"cell={cell} is no power of two; one row stands for so many tokens.")
+    blocks = lay_blocks(layout.tokens, 0, layout.video_tokens, block_q, block_k, device)
+    orders, inverses = list_orders(layout, block_q, block_k, torch.device("cpu"))
+    rows = sample_cells(layout, cell)
+    weights = _weigh_rows(inverses[:, rows], layout.tokens, block_q)
+    on_processor = device.type == "cpu"
+    return HeadOrders(
+        orders=orders.to(device),
+        blocks=blocks,
+        rows=rows.to(device),
+        means=weights if on_processor else lay_means(weights, device),
+        sums=lay_sums(orders, block_k, device) if on_processor else (),
+    )
+
+
+def sample_cells(layout: VideoLayout, cell: int) -> Tensor:
+    """One video token out of each box of about `cell` tokens, int64 [m], ascending.
+
+    Which one differs from box to box, by a sequence that fills the interval evenly: rows at one
+    place of all boxes would meet the same place of all blocks.
+    """
+    sizes = [1, 1, 1]
+    extents = (layout.frames, layout.height, layout.width)
+    while sizes[0] * sizes[1] * sizes[2] < cell:
+        # Doubles the thinnest axis that has room: w before h before t.
+        axis = min((2, 1, 0), key=lambda a: (2 * sizes[a] > extents[a], sizes[a]))
+        sizes[axis] *= 2
+    places = locate_tokens(layout)
+    box = torch.zeros(layout.video_tokens, dtype=torch.int64)
+    for axis, (extent, size) in enumerate(zip(extents, sizes)):
+        parts = cut_evenly(extent, size)
+        box = box * int(parts[-1] + 1) + parts[places[:, axis]]
+    members = box.argsort(stable=True)
+    counts = box.bincount()
+    first = counts.cumsum(0) - counts
+    number = torch.arange(len(counts))
+    drawn = ((number + 1) * GOLDEN_RATIO % 1 * counts).long().clamp(max=counts - 1)
+    return members[first + drawn].sort().values + layout.video_start
+
+
+def _weigh_rows(places: Tensor, tokens: int, block_q: int) -> Tensor:
+    """Float32 [O, nq, m] for rows at `places` int64 [O, m] of each order."""
+    middles = torch.arange(0, tokens, block_q) + (block_q - 1) / 2
+    held = (places[:, None] // block_q == torch.arange(len(middles))[:, None]).float()
+    nearest = (places[:, None] - middles[:, None]).abs().argmin(-1, keepdim=True)
+    nearest = torch.zeros_like(held).scatter_(-1, nearest, 1.0)
+    held = torch.where(held.any(-1, keepdim=True), held, nearest)
+    return held / held.sum(-1, keepdim=True)
