@@ -33,7 +33,7 @@ from dit_opt.kernels.native.build import build_ahead
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.passes.graph_edit import copy_graph
-from dit_opt.passes.held_tables import hold_tables
+from dit_opt.passes.held_tables import hold_order, hold_tables
 from dit_opt.passes.plan_nodes import can_ask, count_plan_tensors, make_blank_plan
 from dit_opt.passes.qk_prologue import fold_orders, fuse_prologues
 from dit_opt.passes.sparse_attention import sparse_attention
@@ -158,6 +158,17 @@ def _bind(
     # without a grid, a site is a row of tokens to its ops
     places = [(*(s.grid or (1, 1, s.video)), s.start, count_tokens(s)) for s in searching]
     where = read_sizes([e for place in places for e in place], placeholders)
+    region = analysis.order if isinstance(analysis.order, OrderRegion) else None
+    ordered = read_sizes([] if region is None else [*region.grid, region.length], placeholders)
+
+    def hold(args: tuple[Any, ...], device: torch.device) -> list[Any]:
+        five = zip(*[iter(where(args))] * 5)
+        held = [hold_tables(s, place, device) for s, place in zip(searching, five, strict=True)]
+        if region is not None:
+            *grid, length = ordered(args)
+            held.append(hold_order(tuple(grid), length, device))
+        return held
+
     wiring = Wiring(
         outputs=count_outputs(gm),
         timesteps=analysis.timesteps if sparse else (),
@@ -166,10 +177,7 @@ def _bind(
         state={phase: form.name_outputs(plan_tensors) for phase, form in forms.items()},
         heads=lambda args: list(zip(*[iter(heads(args))] * 2)),
         layouts=lambda args: list(zip(*[iter(flat(args))] * 5)),
-        hold=lambda args, device: [
-            hold_tables(s, place, device)
-            for s, place in zip(searching, zip(*[iter(where(args))] * 5), strict=True)
-        ],
+        hold=hold,
         lengths=read_sizes(lengths, placeholders),
         min_tokens=tuple(site.min_tokens for site in sparse),
         blank_plan=make_blank_plan if asks else None,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_opt.kernels.own_device import on_own_device
+
 WARPS = 4
 # Values that a program moves: 32 of each thread. Their addresses take twice the registers.
 _VALUES = 4096
@@ -58,6 +60,7 @@ def choose_tile(padded_dim: int) -> int:
     return max(1, _VALUES // padded_dim)
 
 
+@on_own_device
 def _gather(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     batch, heads, count = rows.shape
     dim = x.shape[-1]

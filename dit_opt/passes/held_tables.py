@@ -37,3 +37,9 @@ def hold_tables(sparse: SparseSite, layout: tuple[int, ...], device: torch.devic
         return [build_tiles(place, sparse.target, *where)]
     blocks = lay_blocks(place.tokens, place.video_start, place.video_tokens, *where)
     return [blocks, build_cube_order(place, device)]
+
+
+def hold_order(grid: tuple[int, ...], length: int, device: torch.device) -> Any:
+    """The order of a region's tokens alone, for (T, H, W) and their number."""
+    t, h, w = grid
+    return build_cube_order(VideoLayout(t, h, w, 0, length), device)

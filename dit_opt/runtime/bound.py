@@ -213,9 +213,10 @@ class Bound:
         calls[phase] += 1
         if phase is Phase.OBSERVE:
             return self.variant(phase)(*args)
-        if owner.device.type != "cpu" and stream[1] not in self._held:
+        device = _find_device(args)
+        if device.type != "cpu" and stream[1] not in self._held:
             # A CUDA graph knows tables by their addresses, for as long as it is replayed.
-            self._held[stream[1]] = self._wiring.hold(args, owner.device)
+            self._held[stream[1]] = self._wiring.hold(args, device)
         out = self.variant(phase)(*args, *self._state_inputs(phase, args, position, states))
         self._keep(owner, phase, args, key, position, states, out[self._wiring.outputs :])
         return out[: self._wiring.outputs]
@@ -274,11 +275,11 @@ class Bound:
     ) -> list[torch.Tensor]:
         """What a variant takes beside the graph's own arguments, site after site."""
         inputs: list[torch.Tensor] = []
+        device = _find_device(args)
         heads = self._wiring.heads(args)
         layouts = self._wiring.layouts(args)
         make_blank = self._wiring.blank_plan
-        for site, (i, state) in enumerate(zip(self._wiring.layers, states, strict=True)):
-            owner = self._nobody if i is None else args[i]
+        for site, state in enumerate(states):
             if state is not None:
                 state.begin(position.plans if position else NO_RUN)
             if make_blank is not None:
@@ -286,17 +287,17 @@ class Bound:
             if phase is not Phase.SEARCH:
                 assert state is not None
                 # the state follows a model that was moved between calls
-                inputs += [part.to(owner.device) for part in state.plan]
+                inputs += [part.to(device) for part in state.plan]
                 if phase is Phase.VERIFY:
                     assert state.kept is not None
-                    inputs.append(state.kept.to(owner.device))
+                    inputs.append(state.kept.to(device))
             elif make_blank is not None:
                 inputs += make_blank(*heads[site], layouts[site][-1])
             elif "caught" in self._wiring.state[phase]:
                 boost = None if state is None else state.boost
                 if boost is None or boost.shape != heads[site]:
                     boost = torch.ones(heads[site])
-                inputs.append(boost.to(owner.device))
+                inputs.append(boost.to(device))
         return inputs
 
     def _keep(
@@ -333,3 +334,9 @@ class Bound:
                 state.differences[step] = found["difference"].clone()
         if caught:
             remember(self._caught.setdefault(model, {}), key, torch.stack(caught).any())
+
+
+def _find_device(args: tuple[Any, ...]) -> torch.device:
+    """Where a graph runs; some of its arguments may stay on the processor, as a timestep does."""
+    devices = [a.device for a in args if isinstance(a, torch.Tensor)]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

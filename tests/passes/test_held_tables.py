@@ -8,7 +8,7 @@ import torch
 from dit_opt.backend import live_bounds
 from dit_opt.kernels import token_order
 from dit_opt.kernels.routers import frame_tile, head_orders, plan, sample, tables
-from tests.tiny_models import flux, wan
+from tests.tiny_models import cogvideox, flux, hunyuan_video, wan
 from tests.trajectories import compiled, run_trajectory
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -34,6 +34,9 @@ CACHES = (
         ("frame_tile", wan),
         ("adaspa", wan),
         ("adaspa", flux),
+        # text stands in the sequence, so that the ordered region is not all of it
+        ("adaspa", hunyuan_video),
+        ("subblock", cogvideox),
         ("subblock", wan),
         ("sol", wan),
     ],

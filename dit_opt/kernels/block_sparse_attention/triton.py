@@ -27,6 +27,7 @@ from dit_opt.kernels.block_sparse_attention.triton_tail import attend_centroids,
 from dit_opt.kernels.block_sparse_attention.triton_tiles import attend_tile, load_tile
 from dit_opt.kernels.block_sparse_attention.tuning import find_tiling
 from dit_opt.kernels.block_sparse_attention.variants import launch_variant
+from dit_opt.kernels.own_device import on_own_device
 from dit_opt.kernels.scores import LOG2_E
 
 
@@ -137,6 +138,7 @@ def block_sparse_attention_fwd_kernel(
     tl.store(p_tile, b_out, mask=is_query[:, None] & (o_d < DIM)[None, :])
 
 
+@on_own_device
 def launch(
     q: Tensor,
     k: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_opt.kernels.norm_rope.reference import new_output
 from dit_opt.kernels.norm_rope.triton_pairs import load_pairs, load_rotation, store_pairs
+from dit_opt.kernels.own_device import on_own_device
 
 WARPS = 4
 # Values that a program holds at a time: 16 of each thread, and twice as many factors.
@@ -143,6 +144,7 @@ def choose_group(heads: int, tiles: int, per_head: bool) -> int:
     return triton.cdiv(heads, min(heads, groups))
 
 
+@on_own_device
 def launch(
     x: Tensor,
     weight: Tensor | None,

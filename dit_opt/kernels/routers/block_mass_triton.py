@@ -19,9 +19,13 @@ from dit_opt.kernels.block_sparse_attention.tilings import (
     pad_dim,
 )
 from dit_opt.kernels.block_sparse_attention.triton import read_architecture
+from dit_opt.kernels.own_device import on_own_device
 from dit_opt.kernels.routers.block_mass import STALE_LIMIT
 from dit_opt.kernels.routers.score_tiles_triton import score_tile, sum_rows
 from dit_opt.kernels.scores import LOG2_E
+
+# Rows that a tile may have whatever the block, so that products keep the tensor cores busy.
+_LEAST_ROWS = 128
 
 
 @triton.jit
@@ -35,11 +39,13 @@ def block_mass_kernel(
     TILE_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, RAGGED: tl.constexpr,
     STALE_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one query tile (grid axis 0) of one head (axis 1) adds to the mass of its block.
+    """What one query tile (grid axis 0) of one head (axis 1) adds to the mass of its block, or of
+    all the small blocks that it holds.
 
-    Every tile of queries and keys writes a number of its own, which the launcher adds up by blocks:
+    Every tile of queries and keys writes numbers of its own, which the launcher adds up by blocks:
     an atomic sum would change from run to run, and a sum within would unroll the loop.
     """
+    BLOCKS: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
     first_query = tl.program_id(0) * TILE_Q
     row = tl.program_id(1)
     batch = row // num_heads
@@ -64,20 +70,26 @@ def block_mass_kernel(
             TILE_Q, TILE_K, DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
         )  # fmt: skip
 
-    rows = tl.minimum(num_queries - first_query // BLOCK_Q * BLOCK_Q, BLOCK_Q).to(tl.float32)
-    p_mass += (row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * key_tiles
+    o_block = tl.arange(0, BLOCKS)
+    b_rows = tl.minimum(num_queries - (first_query // BLOCK_Q + o_block) * BLOCK_Q, BLOCK_Q)
+    b_rows = tl.maximum(b_rows, 1).to(tl.float32)
+    line = (row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * BLOCKS
+    p_mass += (line + o_block) * key_tiles
     b_total = tl.zeros([TILE_Q], tl.float32)
+    # Not peeled as the loop over sums is: Blackwell's compiler spills with four products.
     for tile in tl.range(0, key_tiles):
         o_k = tile * TILE_K + tl.arange(0, TILE_K)
         b_s = score_tile(
             b_q, p_k, p_bias, o_k, o_k < num_keys, scale_log2, stride_kn, stride_kd,
             DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
         )  # fmt: skip
-        b_row = tl.sum(tl.math.exp2(tl.minimum(b_s - b_lse[:, None], STALE_LIMIT)), 1)
+        b_s -= b_lse[:, None]
+        if HAS_LSE:
+            b_s = tl.minimum(b_s, STALE_LIMIT)
+        b_row = tl.sum(tl.math.exp2(b_s), 1)
         b_total += b_row
-        # As a column, because Triton fails on the sum of a vector out of Blackwell's tensor memory.
-        b_tile = tl.sum(tl.where(is_query, b_row, 0.0)[:, None], 0) / rows
-        tl.store(p_mass + tile + tl.arange(0, 1), b_tile)
+        b_tile = tl.reshape(tl.where(is_query, b_row, 0.0), [BLOCKS, TILE_Q // BLOCKS])
+        tl.store(p_mass + tile, tl.sum(b_tile, 1) / b_rows)
     b_lse = (b_lse + tl.math.log2(b_total)) * 0.6931471805599453
     tl.store(p_lse + o_lse, tl.where(b_total > 0.0, b_lse, -float("inf")), mask=is_query)
 
@@ -86,10 +98,13 @@ def choose_mass_tiling(
     architecture: str, padded_dim: int, itemsize: int, block_q: int, block_k: int, crowded: bool
 ) -> Tiling:
     """Attention's tiling, or with both a bias and a cached log-sum-exp (`crowded`) the smaller one
-    that attention takes for unaligned loads: the other would spill."""
-    return choose_tiling(architecture, padded_dim, itemsize, block_q, block_k, aligned=not crowded)
+    that attention takes for unaligned loads: the other would spill. Blocks of few queries, as of
+    sampled rows, share a tile."""
+    rows = max(block_q, _LEAST_ROWS)
+    return choose_tiling(architecture, padded_dim, itemsize, rows, block_k, aligned=not crowded)
 
 
+@on_own_device
 def launch(
     q: Tensor,
     k: Tensor,
@@ -104,9 +119,9 @@ def launch(
     Runs on the device of `q`, or on CPU tensors under TRITON_INTERPRET=1. Raises ValueError for
     blocks that tiles cannot cover.
     """
-    if any(block < 16 or block & (block - 1) for block in (block_q, block_k)):
+    if any(block & (block - 1) for block in (block_q, block_k)) or block_k < 16:
         raise ValueError(
-            f"block_q={block_q} and block_k={block_k} must be powers of two, 16 or more."
+            f"block_q={block_q} and block_k={block_k} must be powers of two, block_k 16 or more."
         )
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
@@ -120,10 +135,11 @@ def launch(
         block_k,
         key_bias is not None and lse is not None,
     )
-    tiles_q, tiles_k = block_q // tiling.tile_q, block_k // tiling.tile_k
-    grid = (ceil_div(queries, block_q) * tiles_q, batch * heads)
+    tiles_q, tiles_k = ceil_div(block_q, tiling.tile_q), block_k // tiling.tile_k
+    grid = (ceil_div(queries, max(block_q, tiling.tile_q)) * tiles_q, batch * heads)
     key_tiles = ceil_div(keys, block_k) * tiles_k
-    mass = q.new_empty((batch, heads, grid[0], key_tiles), dtype=torch.float32)
+    lines = grid[0] * ceil_div(tiling.tile_q, block_q)
+    mass = q.new_empty((batch, heads, lines, key_tiles), dtype=torch.float32)
     found = q.new_empty((batch, heads, queries), dtype=torch.float32)
     bias_strides = (0, 0)
     if key_bias is not None:
@@ -164,4 +180,5 @@ def launch(
     )
     if tiles_q * tiles_k > 1:
         mass = mass.unflatten(3, (-1, tiles_k)).unflatten(2, (-1, tiles_q)).sum((3, 5))
-    return mass, found
+    # the last tile may hold more small blocks than there are
+    return mass[:, :, : ceil_div(queries, block_q)].contiguous(), found

@@ -130,6 +130,30 @@ def _make(
     )
 
 
+def make_average_build(target: str, tiles: int) -> Build:
+    """The kernel of means over sampled rows."""
+    kernel = _sampled.average_rows_kernel
+    constexprs = {"TILES": tiles, "COLUMNS": _sampled.COLUMNS, "RUN": _sampled.RUN}
+    pointers = dict.fromkeys(("p_first", "p_last"), "*i32")
+    pointers |= dict.fromkeys(("p_shares", "p_mass"), "*fp32")
+    return Build(
+        config=f"average rows {tiles} tiles",
+        target=target,
+        kernel=f"{_sampled.__name__}:{kernel.__name__}",
+        signature={
+            name: "constexpr" if name in constexprs else pointers.get(name, "i32")
+            for name in kernel.arg_names
+        },
+        constexprs=constexprs,
+        attrs={
+            (position,): [["tt.divisibility", 16]]
+            for position, name in enumerate(kernel.arg_names)
+            if name in ("p_shares", "p_first", "p_last")
+        },
+        options={"num_warps": 4},
+    )
+
+
 def make_list_build(target: str, packed: bool) -> Build:
     """The kernel that makes lists of packed plans, or of block masks."""
     kernel = _packing.list_blocks_kernel
@@ -191,6 +215,7 @@ def list_builds(target: str) -> Iterator[Build]:
     yield make_build(target, 128, bf16, cached=True, ragged=False)
     yield make_build(target, 128, bf16, block_k=128, cached=True, bias=True)
     yield make_build(target, 80, torch.float16)
+    yield make_build(target, 128, bf16, block_q=8)
     for kernel in (_sampled.row_sums_kernel, _sampled.sampled_mass_kernel):
         for dim in (32, 64, 128, 256):
             yield make_sample_build(target, kernel, dim, bf16)
@@ -198,6 +223,8 @@ def list_builds(target: str) -> Iterator[Build]:
         yield make_sample_build(target, kernel, 128, bf16, block_k=128, bias=True)
         yield make_sample_build(target, kernel, 128, bf16, ragged=False)
         yield make_sample_build(target, kernel, 80, torch.float16)
+    yield make_average_build(target, 1)
+    yield make_average_build(target, 2)
     yield make_list_build(target, packed=True)
     yield make_list_build(target, packed=False)
     for place, within in (("first", False), ("middle", True), ("last", True)):

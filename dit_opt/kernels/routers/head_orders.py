@@ -19,7 +19,7 @@ from dit_opt.kernels.routers.orders import (
 )
 from dit_opt.kernels.routers.plan import BlockLayout, lay_blocks
 from dit_opt.kernels.routers.sample import GOLDEN_RATIO
-from dit_opt.kernels.routers.sampled_mass import RowMeans, Sums, lay_means, lay_sums
+from dit_opt.kernels.routers.sampled_mass import RowMeans, Sums, lay_sums
 from dit_opt.kernels.routers.tables import choose_strip
 
 # Where candidates stand in `HeadOrders.orders`.
@@ -72,13 +72,13 @@ def build_orders(
     blocks = lay_blocks(layout.tokens, 0, layout.video_tokens, block_q, block_k, device)
     orders, inverses = list_orders(layout, block_q, block_k, torch.device("cpu"))
     rows = sample_cells(layout, cell)
-    weights = _weigh_rows(inverses[:, rows], layout.tokens, block_q)
+    means = list_rows(inverses[:, rows], rows, layout.tokens, block_q)
     on_processor = device.type == "cpu"
     return HeadOrders(
         orders=orders.to(device),
         blocks=blocks,
         rows=rows.to(device),
-        means=weights if on_processor else lay_means(weights, device),
+        means=weigh_rows(means, rows) if on_processor else means.to(device),
         sums=lay_sums(orders, block_k, device) if on_processor else (),
     )
 
@@ -108,11 +108,25 @@ def sample_cells(layout: VideoLayout, cell: int) -> Tensor:
     return members[first + drawn].sort().values + layout.video_start
 
 
-def _weigh_rows(places: Tensor, tokens: int, block_q: int) -> Tensor:
-    """Float32 [O, nq, m] for rows at `places` int64 [O, m] of each order."""
-    middles = torch.arange(0, tokens, block_q) + (block_q - 1) / 2
-    held = (places[:, None] // block_q == torch.arange(len(middles))[:, None]).float()
-    nearest = (places[:, None] - middles[:, None]).abs().argmin(-1, keepdim=True)
-    nearest = torch.zeros_like(held).scatter_(-1, nearest, 1.0)
-    held = torch.where(held.any(-1, keepdim=True), held, nearest)
-    return held / held.sum(-1, keepdim=True)
+def list_rows(places: Tensor, rows: Tensor, tokens: int, block_q: int) -> RowMeans:
+    """What each query block of each order is the mean of: its own sampled rows, or the nearest one.
+
+    `rows` int64 [m] stand at `places` int64 [O, m] of the orders.
+    """
+    places, ranks = places.sort(-1)
+    starts = torch.arange(0, tokens + block_q, block_q).expand(len(places), -1).contiguous()
+    bounds = torch.searchsorted(places, starts)
+    first, last = bounds[:, :-1], bounds[:, 1:]
+    middles = starts[:, :-1, None] + (block_q - 1) / 2
+    nearest = (places[:, None] - middles).abs().argmin(-1)
+    first = torch.where(first < last, first, nearest)
+    return RowMeans(rows[ranks], first.int(), torch.maximum(last, first + 1).int())
+
+
+def weigh_rows(means: RowMeans, rows: Tensor) -> Tensor:
+    """The same means as weights of `rows`, ascending, in their own order: float32 [O, nq, m]."""
+    number = torch.arange(len(rows))
+    held = (number >= means.first[..., None]) & (number < means.last[..., None])
+    weights = held / held.sum(-1, keepdim=True)
+    index = torch.searchsorted(rows, means.rows)[:, None].expand_as(weights)
+    return torch.zeros_like(weights).scatter_(-1, index, weights)

@@ -95,7 +95,7 @@ def _measure_mass(
         from dit_opt.kernels.routers import sampled_mass_triton
 
         return sampled_mass_triton.launch(
-            q, k, orders.rows, orders.orders, orders.means, scale, key_bias, orders.blocks.block_k
+            q, k, orders.orders, orders.means, scale, key_bias, orders.blocks.block_k
         )
     batch, heads = q.shape[:2]
     kinds, query_blocks, _ = orders.means.shape

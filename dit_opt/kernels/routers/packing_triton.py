@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.own_device import on_own_device
 
 # Blocks that a program looks at together.
 CHUNK = 256
@@ -55,6 +56,7 @@ def unpack_plan(words: Tensor, tokens: int, block_k: int) -> tuple[Tensor, Tenso
     return _list(words.contiguous(), blocks, blocks, packed=True)
 
 
+@on_own_device
 def _list(kept: Tensor, blocks: int, capacity: int, packed: bool) -> tuple[Tensor, Tensor]:
     counts = kept.new_empty(kept.shape[:-1], dtype=torch.int32)
     indices = kept.new_empty((*kept.shape[:-1], capacity), dtype=torch.int32)

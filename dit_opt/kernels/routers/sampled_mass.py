@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,15 +33,19 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class RowMeans:
-    """Weighted means over the m sampled rows, for the query blocks of one order after the other.
+    """Means over sampled rows, one for each query block of each order.
 
-    `gather` int64: what goes into them, o * m + i for row i in order o; `shares` float32: how much
-    each of those counts; `offsets` int64: where each mean begins.
+    `rows` int64 [O, m]: the sampled queries as they come in each order. `first` and `last` int32
+    [O, nq]: which of these a block is the mean of, without the last.
     """
 
-    gather: Tensor
-    shares: Tensor
-    offsets: Tensor
+    rows: Tensor
+    first: Tensor
+    last: Tensor
+
+    def to(self, device: torch.device) -> RowMeans:
+        """The same on a device."""
+        return RowMeans(*(x.to(device) for x in (self.rows, self.first, self.last)))
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,6 @@ def lay_sums(orders: Tensor, block: int, device: torch.device) -> tuple[Sums, ..
     return tuple(Sums(gather.to(device), offsets.to(device)) for gather, offsets in levels)
 
 
-def lay_means(weights: Tensor, device: torch.device) -> RowMeans:
-    """The means on a device that the weights [O, nq, m], each row of which sums to 1, stand for."""
-    means, rows = weights.shape[1:]
-    order, mean, row = weights.nonzero().unbind(1)
-    gather, shares = order * rows + row, weights[order, mean, row]
-    offsets = _find_starts(order * means + mean)
-    return RowMeans(*(x.to(device) for x in (gather, shares, offsets)))
-
-
 def _find_starts(owners: Tensor) -> Tensor:
     """Where the entries of each owner begin, once sorted by owner."""
     counts = owners.bincount()
@@ -123,8 +119,8 @@ def measure_sampled_mass(
         whole = (slice(0, key_heads), slice(0, shared), slice(0, count))
         yield from (Part(item, *whole, mass[item]) for item in range(batch))
         return
-    direct = key_bias is None and batch * count * shared >= _MANY_ROWS and _is_bounded(queries, k)
-    queries = (queries * LOG2_E if direct else queries).to(exact)
+    way = _choose_softmax(queries, k, key_bias)
+    queries = (queries * LOG2_E if way == "exp2" else queries).to(exact)
     # Query heads that share a key head stand side by side, as columns of one matmul. Contiguous
     # factors, or the products run one by one, each on a copy.
     queries = queries.view(batch, key_heads, shared, count, dim).permute(0, 1, 4, 2, 3).contiguous()
@@ -167,14 +163,16 @@ def measure_sampled_mass(
                     if key_bias is not None:
                         bias = key_bias[item, part, group].transpose(1, 2).unsqueeze(-1)
                         scores.unflatten(2, (bias.shape[2], -1)).add_(bias)
-                    if direct:
-                        torch.exp2(scores, out=scores)
-                    else:
+                    if way == "softmax":
                         torch.softmax(scores, 1, out=scores)
+                    elif way == "exp2":
+                        scores.exp2_()
+                    else:
+                        scores.sub_(scores.amax(1, keepdim=True)).exp_()
                     found = mass = _sum(scores, levels[0])
                     for level in levels[1:]:
                         mass = _sum(mass, level)
-                    if direct:
+                    if way != "softmax":
                         mass = mass * (times / found.sum(1, keepdim=True))
                     mass = mass.unflatten(2, chosen.shape[2:])
                     if bare is not None:
@@ -182,9 +180,17 @@ def measure_sampled_mass(
                     yield Part(item, part, group, chunk, mass)
 
 
-def _is_bounded(queries: Tensor, k: Tensor) -> bool:
-    """Whether weights can be summed as they are, and the few sums divided, on a processor."""
-    return queries.device.type == "cpu" and bound_scores(queries, k, 1.0) <= SCORE_BOUND
+def _choose_softmax(
+    queries: Tensor, k: Tensor, key_bias: Tensor | None
+) -> Literal["softmax", "exp2", "shift"]:
+    """How weights are made of scores: by torch's softmax, or not divided by their sums, of which
+    there are fewer; "exp2" takes scores as they are, "shift" less the greatest of each row."""
+    if queries.device.type != "cpu":
+        # torch's softmax over columns gives all keys of a few rows to a single block of threads
+        return "shift"
+    many = queries.shape[:3].numel() >= _MANY_ROWS
+    bounded = key_bias is None and many and bound_scores(queries, k, 1.0) <= SCORE_BOUND
+    return "exp2" if bounded else "softmax"
 
 
 def _repeat(sums: Sums, length: int, count: int) -> Sums:

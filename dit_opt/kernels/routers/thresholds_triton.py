@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_opt.kernels.own_device import on_own_device
+
 # Parts of a sum, and values that a program adds at a time.
 PARTS, CHUNK = 1024, 1024
 
@@ -53,6 +55,7 @@ def sum_above_kernel(
         tl.store(p_sums + group * parts + part, tl.sum(b_sum, 0))
 
 
+@on_own_device
 def search_bits(
     scores: Tensor, gains: Tensor, target: Tensor, lowest: int, steps: int, within: bool
 ) -> Tensor:

@@ -23,6 +23,8 @@ CASES = {
     "ragged": Scene(tokens=75, heads=2, key_heads=2),
     "even, grouped heads": Scene(tokens=64, heads=2, key_heads=1),
     "bias, batch": Scene(tokens=70, batch=2, heads=1, key_heads=1, bias=True),
+    "small blocks share a tile": Scene(tokens=75, heads=2, key_heads=2, block_q=8),
+    "blocks of one row": Scene(tokens=35, heads=1, key_heads=1, block_q=1),
     "several tiles per block": Scene(
         tokens=150, heads=1, key_heads=1, dim=40, block_q=128, block_k=128
     ),
@@ -50,5 +52,6 @@ def test_matches_the_reference(case, dtype):
 
 def test_blocks_that_tiles_cannot_cover_are_refused():
     q, k, _, scale = make_inputs(Scene(tokens=64))
-    with pytest.raises(ValueError, match="block_q=24"):
-        launch(q, k, None, None, scale, 24, 16)
+    for blocks in ((24, 16), (16, 8)):
+        with pytest.raises(ValueError, match=f"block_q={blocks[0]} and block_k={blocks[1]}"):
+            launch(q, k, None, None, scale, *blocks)

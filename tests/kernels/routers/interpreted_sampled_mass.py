@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from dit_opt.kernels.routers import sampled_mass_triton
-from dit_opt.kernels.routers.head_orders import build_orders
+from dit_opt.kernels.routers.head_orders import build_orders, list_orders, list_rows
 from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.routers.sampled_mass import lay_means
 
 from .scenes import CPU, Scene, make_inputs, weigh_tokens
 
@@ -42,8 +41,10 @@ def measure(case, cell, dtype):
         bias[1:] = -torch.inf
     layout = VideoLayout(*GRID, case.video_start, case.tokens)
     orders = build_orders(layout, case.block_q, case.block_k, cell, CPU)
-    means = lay_means(orders.means, torch.device(DEVICE))
-    tensors = (x.to(DEVICE) for x in (q, k, orders.rows, orders.orders))
+    _, inverses = list_orders(layout, case.block_q, case.block_k, CPU)
+    means = list_rows(inverses[:, orders.rows], orders.rows, case.tokens, case.block_q)
+    means = means.to(torch.device(DEVICE))
+    tensors = (x.to(DEVICE) for x in (q, k, orders.orders))
     bias_there = None if bias is None else bias.to(DEVICE)
     found = sampled_mass_triton.launch(*tensors, means, scale, bias_there, case.block_k)
     weights = weigh_tokens(q, k, bias, scale).nan_to_num()[:, :, orders.rows]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from dit_opt.kernels.routers.head_orders import build_orders, list_orders, sample_cells
+from dit_opt.kernels.routers.head_orders import (
+    build_orders,
+    list_orders,
+    list_rows,
+    sample_cells,
+    weigh_rows,
+)
 from dit_opt.kernels.routers.orders import VideoLayout, invert_order, locate_tokens
-from dit_opt.kernels.routers.sampled_mass import lay_means
 
 from .scenes import CPU
 
@@ -31,20 +38,28 @@ def test_a_block_without_a_row_is_given_the_nearest():
     assert torch.equal(orders.means.sum(-1), torch.ones(3, 7))
 
 
-def test_means_in_lists_are_those_of_the_weights():
-    torch.manual_seed(0)
-    # seven rows of two video frames: some blocks have several, some none
-    orders = build_orders(VideoLayout(2, 4, 7, 3, 61), 8, 8, 8, CPU)
-    weights = orders.means
-    kinds, blocks, rows = weights.shape
-    lines = torch.randn(kinds * rows, 5)
-    means = lay_means(weights, CPU)
-    found = torch.zeros(kinds * blocks, 5)
-    for block, part in enumerate(means.gather.tensor_split(means.offsets[1:])):
-        shares = means.shares.tensor_split(means.offsets[1:])[block]
-        found[block] = shares @ lines[part]
-    expected = weights @ lines.view(kinds, rows, 5)
-    torch.testing.assert_close(found.view(kinds, blocks, 5), expected)
+def test_listed_rows_are_the_weighted_ones_of_each_block():
+    layout = VideoLayout(2, 4, 7, 3, 61)
+    _, inverses = list_orders(layout, 8, 8, CPU)
+    rows = sample_cells(layout, 8)
+    places = inverses[:, rows]
+    means = list_rows(places, rows, 61, 8)
+    weights = weigh_rows(means, rows)
+    assert torch.equal(build_orders(layout, 8, 8, 8, CPU).means, weights)
+    lengths = set()
+    for order, block in itertools.product(range(3), range(8)):
+        listed = means.rows[order, means.first[order, block] : means.last[order, block]]
+        assert sorted(listed.tolist()) == rows[weights[order, block] > 0].tolist()
+        own = places[order] // 8 == block
+        if own.any():
+            assert sorted(listed.tolist()) == rows[own].tolist()
+        else:
+            distance = (places[order] - (block * 8 + 3.5)).abs()
+            assert distance[rows == listed].item() == distance.min()
+        lengths.add(len(listed) if own.any() else 0)
+    # several rows, one, and none
+    assert {0, 1} < lengths
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 8))
 
 
 def test_a_cell_that_is_no_power_of_two_is_refused():

@@ -58,6 +58,13 @@ def test_the_mass_is_the_softmax_summed_over_blocks(name, many, monkeypatch, tor
 
 
 @pytest.mark.parametrize("name", SCENES)
+def test_weights_less_the_greatest_score_are_the_same(name, monkeypatch, torch_path):
+    monkeypatch.setattr(sampled_mass, "_choose_softmax", lambda *a: "shift")
+    found, expected, _ = measure(SCENES[name])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCENES)
 def test_the_native_kernel_measures_the_same_mass(name, sampled):
     if load_library() is None:
         pytest.skip("there is no C++ compiler")
