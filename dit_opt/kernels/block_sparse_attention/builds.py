@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from dit_opt.kernels.aot import Build
+from dit_opt.kernels.block_sparse_attention import row_order_triton as _order
 from dit_opt.kernels.block_sparse_attention import triton as _launcher
 from dit_opt.kernels.block_sparse_attention import triton_tail as _tail
 from dit_opt.kernels.block_sparse_attention.candidates import list_candidates
@@ -144,6 +145,21 @@ def make_pack_build(target: str) -> Build:
     )
 
 
+def make_order_build(target: str) -> Build:
+    """The kernel that finds the order of rows."""
+    kernel = _order.order_rows_kernel
+    constexprs = {"TILE": _order.TILE, "CHUNK": _order.CHUNK}
+    return Build(
+        config=f"order rows tile {_order.TILE} chunk {_order.CHUNK}",
+        target=target,
+        kernel=f"{_order.__name__}:{kernel.__name__}",
+        signature={"p_counts": "*i32", "p_order": "*i32", "rows": "i32"}
+        | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        attrs={(0,): _ALIGNED, (1,): _ALIGNED},
+    )
+
+
 def list_builds(target: str) -> Iterator[Build]:
     """The shipped configurations for one target: every tiling, and every branch of the kernel."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -156,6 +172,7 @@ def list_builds(target: str) -> Iterator[Build]:
             yield make_build(target, dim, bf16, bias=True)
         if dim in (64, 128):
             yield make_build(target, dim, bf16, tail=True)
+    yield make_order_build(target)
     yield make_build(target, 128, bf16, block_k=128, ragged=False)
     yield make_build(target, 128, bf16, block_q=64)
     yield make_build(target, 128, bf16, aligned=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
+from dit_opt.kernels.block_sparse_attention.row_order_triton import order_rows
 from dit_opt.kernels.block_sparse_attention.tail import Tail
 from dit_opt.kernels.block_sparse_attention.tilings import (
     Tiling,
@@ -196,7 +197,6 @@ def launch(
             for x, tile in zip(sources, tiles, strict=True)
         ]
     query_blocks = ceil_div(queries, block_q)
-    order = counts.argsort(dim=-1, descending=True, stable=True).int()
     grid = (query_blocks * (block_q // tiling.tile_q), batch * heads)
     block_sparse_attention_fwd_kernel[grid](
         *sources[:3],
@@ -204,7 +204,7 @@ def launch(
         key_bias if key_bias is not None else lse,
         counts,
         indices,
-        order,
+        order_rows(counts),
         out,
         lse,
         scale * LOG2_E,

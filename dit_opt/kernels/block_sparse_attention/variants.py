@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
+from dit_opt.kernels.block_sparse_attention.row_order_triton import order_rows
 from dit_opt.kernels.block_sparse_attention.tail import Tail
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling, is_aligned
 from dit_opt.kernels.scores import LOG2_E
@@ -87,7 +88,6 @@ def prepare(
     batch, heads, queries, _ = q.shape
     query_blocks = ceil_div(queries, block_q)
     counts, indices = counts.contiguous(), indices.contiguous()
-    order = counts.argsort(dim=-1, descending=True, stable=True).int()
     sizes = (
         scale * LOG2_E,
         queries,
@@ -98,7 +98,9 @@ def prepare(
         query_blocks,
         indices.shape[-1],
     )
-    return Prepared(out, lse, (counts, indices, order), sizes, (query_blocks, batch * heads))
+    return Prepared(
+        out, lse, (counts, indices, order_rows(counts)), sizes, (query_blocks, batch * heads)
+    )
 
 
 def is_empty(q: Tensor, k: Tensor, indices: Tensor) -> bool:

@@ -15,6 +15,7 @@ from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.candidates import list_candidates
 from dit_opt.kernels.block_sparse_attention.contract import new_outputs
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
+from dit_opt.kernels.block_sparse_attention.row_order_triton import order_rows
 from dit_opt.kernels.block_sparse_attention.tail import Tail
 from dit_opt.kernels.block_sparse_attention.triton_tail import pack_lists
 
@@ -138,3 +139,14 @@ def test_packed_lists_hold_one_bit_per_block(blocks):
     bits = (words.unsqueeze(-1) >> torch.arange(32)) & 1
     assert torch.equal(bits.flatten(-2)[..., :blocks].bool(), expand_lists(counts, indices, blocks))
     assert not bits.flatten(-2)[..., blocks:].any()
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 200])
+def test_the_longest_lists_start_first(rows):
+    generator = torch.Generator().manual_seed(rows)
+    # few lengths, so that many rows have the same
+    counts = torch.randint(0, 9, (2, 3, rows), generator=generator, dtype=torch.int32)
+    expected = counts.argsort(dim=-1, descending=True, stable=True).int()
+    found = order_rows(counts.to(DEVICE)).cpu()
+    assert torch.equal(found, expected) and found.dtype == torch.int32
+    assert order_rows(counts[:0].to(DEVICE)).shape == (0, 3, rows)
