@@ -1,20 +1,24 @@
 """Everything that is measured on a GPU, in one command that can be interrupted.
 
-    python -m benchmarks.gpu --out DIR [--parts attention models] [--dry-run] [--minutes 9]
+    python -m benchmarks.gpu --out DIR [--parts attention models] [--only D=128] [--dry-run]
+        [--minutes 9]
 
-Parts run one after the other, each in a process of its own, so that a kernel that crashes takes
-only its part along. Every row is written as soon as it is known; a second call goes on where the
-first one stopped. No speed is shown for a kernel whose result is wrong. --dry-run lists what would
-run and compiles every kernel ahead of time, for which no GPU is needed.
+Parts run one after the other, each in a process of its own and for a time of its own, so that a
+kernel that crashes or hangs takes only its part along. Every row is written as soon as it is known,
+to DIR/rows.jsonl; a second call goes on where the first one stopped. Measured tilings are kept in
+DIR, too. No speed is shown for a kernel whose result is wrong. --dry-run lists what would run and
+compiles every kernel ahead of time, for which no GPU is needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import logging
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +33,7 @@ from benchmarks.crossover import measure_length
 from benchmarks.gpu_attention import check_case, measure_case, measure_ceilings
 from benchmarks.gpu_cases import Case, list_cases
 from benchmarks.gpu_models import list_shapes, measure_model
+from benchmarks.gpu_operators import list_checks
 from benchmarks.gpu_prologue import SHAPES, measure_prologue
 from benchmarks.gpu_routers import GRIDS, measure_grid
 from benchmarks.gpu_variants import list_cases as list_variant_cases
@@ -47,30 +52,61 @@ from dit_opt.tune import Workload, tune_kernel
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+ROWS = "rows.jsonl"
 # Seconds that each contest is timed for.
 SECONDS = 0.3
 # Tokens at which the cost model is compared with the clock.
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
-CHECKED = tuple(
-    Case(dim, tokens, 3, density, block_k=block_k, plan=plan)
-    for dim in (64, 80, 128, 256)
-    for tokens, density, block_k, plan in (
-        (1000, 0.3, 64, "random"),
-        (2048, 0.5, 128, "one dense head"),
-        (4099, 0.1, 64, "video"),
-    )
-)
+# (D, N, density, block_k, plan, masked) by dtype; sizes of other dtypes than bfloat16 are fewer, as
+# each is compiled for several seconds.
+CHECKED = {
+    "bfloat16": (
+        *(
+            Case(dim, tokens, 3, density, block_k=block_k, plan=plan, masked=masked)
+            for dim in (128, 64)
+            for tokens, density, block_k, plan, masked in (
+                (4099, 0.1, 64, "video", False),
+                (2048, 0.5, 128, "one dense head", False),
+                (2051, 0.3, 64, "random", True),
+            )
+        ),
+        Case(80, 1000, 3, 0.3),
+        Case(256, 1000, 3, 0.3),
+    ),
+    "float16": (Case(128, 1000, 3, 0.3),),
+    "float32": (Case(128, 1000, 3, 0.3), Case(64, 1000, 3, 0.3)),
+}
+# Seconds that a part may take, so that one that hangs leaves time for the others.
+LIMITS = {
+    "correctness": 90,
+    "operators": 60,
+    "ceilings": 20,
+    "tilings": 90,
+    "attention": 150,
+    "routers": 60,
+    "models": 240,
+    "crossover": 40,
+    "prologue": 40,
+    "variants": 150,
+}
 HEADERS = {
     "correctness": ("case", "dtype", "relative_error", "passed"),
+    "operators": ("case", "agreement", "recall_apart", "relative_error", "passed"),
     "ceilings": ("case", "matmul_tflops", "memory_tb_per_s", "cache_tb_per_s"),
     "tilings": ("case", "milliseconds", "refusals"),
     "attention": (
-        "case", "fastest_dense", "dense_tflops", "eta", "speedup", "speedup_vs_default",
+        "case", "fastest_dense", "dense_tflops", "eta", "eta_vs_default", "speedup",
         "speedup_vs_flex", "refused",
     ),
-    "routers": ("case", "fastest_dense", "share_of_dense", "speedup_with_search"),
-    "crossover": ("case", "gain", "predicted_gain"),
-    "models": ("case", "milliseconds", "speedup_of_a_reuse_step", "speedup", "peak_gib"),
+    "routers": (
+        "case", "fastest_dense", "share_of_dense", "share_of_dense_per_step",
+        "speedup_with_search", "refused",
+    ),
+    "models": (
+        "case", "dense_kernel", "milliseconds", "speedup_of_a_reuse_step", "speedup", "peak_gib",
+        "refused",
+    ),
+    "crossover": ("case", "gain", "predicted_gain", "refused"),
     "prologue": ("case", "milliseconds", "speedup", "tb_per_s", "refused"),
     # last, since these kernels may hang
     "variants": ("case", "milliseconds", "speedup_vs_plain", "failed", "refused"),
@@ -82,13 +118,16 @@ def list_rows(part: str, device: torch.device) -> dict[str, Callable[[], dict[st
     if part == "correctness":
         return {
             f"{case.name} {name}": partial(check_case, case, dtype, device)
-            for name, dtype in DTYPES.items()
-            for case in CHECKED
+            for name, cases in CHECKED.items()
+            for case in cases
+            for dtype in [DTYPES[name]]
         }
+    if part == "operators":
+        return {name: partial(check, device) for name, check in list_checks().items()}
     if part == "ceilings":
         return {"device": partial(measure_ceilings, device)}
     if part == "tilings":
-        return {f"D={dim}": partial(measure_tilings, dim, device) for dim in (64, 128)}
+        return {f"D={dim}": partial(measure_tilings, dim, device) for dim in (128, 64)}
     if part == "crossover":
         shape = (24, 128, DEFAULT_DENSITIES[AUTO_ROUTER], device, SECONDS)
         return {f"N={n} H=24 D=128": partial(measure_length, n, *shape) for n in LENGTHS}
@@ -121,54 +160,84 @@ def measure_tilings(dim: int, device: torch.device) -> dict[str, Any]:
                 refusals[name] = trial.refused
             else:
                 milliseconds[name] = trial.milliseconds
-    return {"milliseconds": milliseconds, "refusals": refusals, "file": str(file)}
+    raw = {key: [dataclasses.asdict(trial) for trial in found] for key, found in trials.items()}
+    return {"milliseconds": milliseconds, "refusals": refusals, "trials": raw, "file": str(file)}
 
 
-def run_part(part: str, out: Path, device: torch.device) -> None:
-    """Measure the rows of a part that are not in its file yet, each written when it is known.
+def run_part(part: str, out: Path, device: torch.device, only: str = "") -> None:
+    """Measure the rows of a part that are not in the file yet, each written when it is known.
 
-    What was refused is tried again. Raises where the device takes no more calls after a failure:
-    an illegal access fails all that come after it.
+    What was refused is tried again, after what was not tried yet. Raises where the device takes no
+    more calls after a failure: an illegal access fails all that come after it.
     """
-    file = out / f"{part}.jsonl"
-    done = {row["case"] for row in read_rows(file) if "refused" not in row}
-    for name, measure in list_rows(part, device).items():
-        if name in done:
-            continue
+    before = {row["case"]: "refused" in row for row in read_rows(out, part)}
+    rows = {name: call for name, call in list_rows(part, device).items() if only in name}
+    new = [name for name in rows if name not in before]
+    for name in [*new, *(name for name in rows if before.get(name))]:
         log.info("%s: %s", part, name)
         try:
-            row = measure()
+            row = rows[name]()
         except Exception as error:
             log.exception("%s: %s failed", part, name)
             row = {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
-        with file.open("a") as stream:
-            stream.write(json.dumps({"case": name} | row) + "\n")
+        row = {"part": part, "case": name} | row | read_state(device)
+        with (out / ROWS).open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_state(device: torch.device) -> dict[str, Any]:
+    """When a row was measured, on what, and how hot and fast that was."""
+    state: dict[str, Any] = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    if device.type == "cuda":
+        state["device"] = torch.cuda.get_device_name(device)
+        for name in ("clock_rate", "temperature", "power_draw"):
+            try:
+                state[name] = getattr(torch.cuda, name)(device)
+            except (ModuleNotFoundError, RuntimeError) as error:
+                log.debug("%s cannot be read: %s", name, error)
+    return state
+
+
+def read_rows(out: Path, part: str) -> list[dict[str, Any]]:
     """The rows that a part has written so far, of each case the last one."""
+    file = out / ROWS
     if not file.exists():
         return []
-    rows = map(json.loads, file.read_text().splitlines())
+    rows = [row for row in map(json.loads, file.read_text().splitlines()) if row["part"] == part]
     return list({row["case"]: row for row in rows}.values())
 
 
-def run_parts(parts: Sequence[str], out: Path, device: str, minutes: float) -> dict[str, str]:
-    """Each part in a process of its own; why a part is not complete, by part."""
+def run_parts(
+    parts: Sequence[str], out: Path, device: str, minutes: float, only: str = ""
+) -> dict[str, str]:
+    """Each part in a process of its own; why a part is not complete, by part.
+
+    The processes are forks, which have imported everything; nothing here touches the device. One
+    that dies is started again as long as it adds rows.
+    """
+    context = multiprocessing.get_context("fork")
     end = time.monotonic() + 60 * minutes
     stopped = {}
     for part in parts:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--part-here", part]
-        left = end - time.monotonic()
-        try:
-            done = subprocess.run([*command, "--device", device], timeout=max(0.0, left))
-        except subprocess.TimeoutExpired:
-            stopped[part] = "the time is over; call again to go on"
-            continue
-        if done.returncode:
-            stopped[part] = f"its process ended with status {done.returncode}"
+        until = min(end, time.monotonic() + LIMITS[part])
+        known = -1
+        while known < len(read_rows(out, part)):
+            known = len(read_rows(out, part))
+            stopped.pop(part, None)
+            process = context.Process(target=run_part, args=(part, out, torch.device(device), only))
+            process.start()
+            process.join(max(0.0, until - time.monotonic()))
+            if process.exitcode is None:
+                process.kill()
+                # a driver that hangs keeps even a killed process
+                process.join(10)
+                stopped[part] = "its time is over; call again to go on"
+                break
+            if process.exitcode == 0:
+                break
+            stopped[part] = f"its process ended with status {process.exitcode}"
     return stopped
 
 
@@ -210,11 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(tabulate(rows, ["part", "row"]))
         return 1 if compile_kernels() else 0
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.part_here:
-        run_part(options.part_here, options.out, torch.device(options.device))
-        return 0
-    stopped = run_parts(options.parts, options.out, options.device, options.minutes)
-    results = {part: read_rows(options.out / f"{part}.jsonl") for part in options.parts}
+    # tilings that are measured here come back with the rows
+    os.environ.setdefault("DITOPT_CACHE_DIR", str(options.out.resolve()))
+    stopped = run_parts(options.parts, options.out, options.device, options.minutes, options.only)
+    results = {part: read_rows(options.out, part) for part in options.parts}
     report = {
         **describe_run(options.device),
         "incomplete": stopped,
@@ -237,7 +305,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--part-here", choices=list(HEADERS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
     return parser.parse_args(arguments)
 
 

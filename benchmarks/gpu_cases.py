@@ -14,9 +14,9 @@ from dit_opt.kernels.routers.plan import list_kept
 
 PlanKind = Literal["random", "video", "one dense head"]
 
-# heads x tokens of a call, so that the longest dense ones take a tenth of a second
-HEADS = {4096: 24, 16384: 24, 17776: 48, 32768: 24, 75600: 8, 115200: 4}
-DENSITIES = (1.0, 0.5, 0.25, 0.1)
+# heads of a call by its tokens, so that the longest dense ones take a tenth of a second
+HEADS = {4096: 24, 16384: 24, 17776: 48, 32768: 24, 75600: 8, 115200: 4, 115456: 4}
+PADDING = 56
 
 # Of a video plan: blocks around the query's own, and how often the same place comes again.
 _PERIODS = 16
@@ -24,7 +24,11 @@ _PERIODS = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One self-attention call of batch 1, and the plan it is given."""
+    """One self-attention call of batch 1, and the plan it is given.
+
+    Attributes:
+        masked: whether the last `PADDING` keys are padding, as of a prompt.
+    """
 
     dim: int
     tokens: int
@@ -33,13 +37,14 @@ class Case:
     block_q: int = 128
     block_k: int = 64
     plan: PlanKind = "random"
+    masked: bool = False
 
     @property
     def name(self) -> str:
         """For tables and JSON."""
         return (
             f"D={self.dim} N={self.tokens} H={self.heads} density={self.density:g} "
-            f"{self.block_q}x{self.block_k} {self.plan}"
+            f"{self.block_q}x{self.block_k} {self.plan}{' masked' if self.masked else ''}"
         )
 
     @property
@@ -49,16 +54,31 @@ class Case:
 
 
 def list_cases() -> Iterator[Case]:
-    """All cases; those of one (D, N) stand together, because they share a dense baseline."""
-    for dim, lengths in ((128, (4096, 16384, 32768, 75600, 115200)), (64, (4096, 17776, 32768))):
-        for tokens in lengths:
-            heads = HEADS[tokens]
-            for density in DENSITIES:
-                yield Case(dim, tokens, heads, density)
-            if tokens >= 16384:
-                yield Case(dim, tokens, heads, 0.25, block_k=128)
-                yield Case(dim, tokens, heads, 0.25, plan="video")
-                yield Case(dim, tokens, heads, 0.25, plan="one dense head")
+    """All cases, those that bars are about first; neighbours share a dense baseline."""
+    for dim, tokens, densities in (
+        (128, 32768, (0.5, 0.25, 1.0, 0.1)),
+        (64, 17776, (0.25, 0.5)),
+        (128, 16384, (0.5, 0.25, 0.1)),
+        (128, 115200, (0.5, 0.25)),
+        (128, 75600, (0.5, 0.25)),
+        (128, 4096, (0.5, 0.25)),
+        (64, 32768, (0.5, 0.25)),
+    ):
+        for density in densities:
+            yield Case(dim, tokens, HEADS[tokens], density)
+    # a video model's prompt is padded, and its kernel another one
+    yield Case(128, 115456, HEADS[115456], 0.25, masked=True)
+    for dim, tokens in ((128, 32768), (64, 17776)):
+        yield Case(dim, tokens, HEADS[tokens], 0.25, block_k=128)
+        yield Case(dim, tokens, HEADS[tokens], 0.25, plan="video")
+        yield Case(dim, tokens, HEADS[tokens], 0.25, plan="one dense head")
+
+
+def make_key_mask(case: Case, device: torch.device) -> Tensor | None:
+    """Which keys are there, bool `[N]`; None if all are."""
+    if not case.masked:
+        return None
+    return torch.arange(case.tokens, device=device) < case.tokens - PADDING
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +19,18 @@ import dit_opt
 from dit_opt.backend import ditopt
 from dit_opt.options import DEFAULT_REFRESH_EVERY
 
+log = logging.getLogger(__name__)
+
 DENSITY = 0.25
 # Steps 0 and 1 compile, and a CUDA graph is recorded in the second call of each kind; the search
 # of step 20 and the steps after the first search again are warm.
 STEPS, WARM, SEARCH = 24, 12, 20
-# What Inductor's baseline may use, best first; the default never picks cuDNN.
-PRIORITY = [
+# What Inductor's baseline may use first; one that takes no mask leaves it to the next.
+FIRST = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Shape:
         grid: (T, H, W) of the latent tokens. layers: of each kind of block.
         config: further arguments of the class. inputs: makes those of a call, from a grid.
         graphs: whether CUDA graphs are on ("reduce-overhead").
+        min_tokens: of ditopt's options; 0 for sizes that are not predicted to gain.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Shape:
     config: Mapping[str, Any]
     inputs: Callable[[tuple[int, int, int]], dict[str, torch.Tensor]]
     graphs: bool = False
+    min_tokens: int | None = None
 
     @property
     def case(self) -> str:
@@ -88,59 +94,127 @@ def _flux_inputs(grid: tuple[int, int, int]) -> dict[str, torch.Tensor]:
 
 
 def list_shapes() -> Iterator[Shape]:
-    """Single blocks of each model first, deeper models after them."""
-    wan = ("WanTransformer3DModel", (21, 45, 80), {"ffn_dim": 13824}, _wan_inputs)
-    hunyuan = (
+    """The one that a bar is about first, then single blocks of the others and deeper models."""
+    hunyuan = Shape(
+        "HunyuanVideo",
         "HunyuanVideoTransformer3DModel",
         (30, 48, 80),
+        {"num_layers": 1, "num_single_layers": 1},
         {"num_refiner_layers": 1},
         _hunyuan_inputs,
     )
-    flux = ("FluxTransformer2DModel", (1, 64, 64), {"guidance_embeds": True}, _flux_inputs)
-    for graphs in (False, True):
-        yield _shape("Wan-14B", wan, {"num_layers": 1}, graphs)
-        yield _shape("Flux", flux, {"num_layers": 1, "num_single_layers": 1}, graphs)
-        yield _shape("HunyuanVideo", hunyuan, {"num_layers": 1, "num_single_layers": 1}, graphs)
-    yield _shape("HunyuanVideo", hunyuan, {"num_layers": 2, "num_single_layers": 4})
-    yield _shape("Wan-14B", wan, {"num_layers": 4})
-    yield _shape("Flux", flux, {"num_layers": 19, "num_single_layers": 38})
-
-
-def _shape(name: str, kind: tuple, layers: dict[str, int], graphs: bool = False) -> Shape:
-    model, grid, config, inputs = kind
-    return Shape(name, model, grid, layers, config, inputs, graphs)
+    wan = Shape(
+        "Wan-14B",
+        "WanTransformer3DModel",
+        (21, 45, 80),
+        {"num_layers": 1},
+        {"ffn_dim": 13824},
+        _wan_inputs,
+    )
+    flux = Shape(
+        "Flux",
+        "FluxTransformer2DModel",
+        (1, 64, 64),
+        {"num_layers": 1, "num_single_layers": 1},
+        {"guidance_embeds": True},
+        _flux_inputs,
+        min_tokens=0,
+    )
+    yield from (hunyuan, wan)
+    yield from (dataclasses.replace(shape, graphs=True) for shape in (hunyuan, wan))
+    yield dataclasses.replace(hunyuan, layers={"num_layers": 2, "num_single_layers": 4})
+    yield flux
 
 
 @torch.no_grad()
 def measure_model(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of dense, search and reuse steps, and peak memory; dense Inductor and ditopt
-    take turns, step by step of one trajectory."""
-    torch.compiler.reset()
+    """Milliseconds of dense, search and reuse steps, and peak memory; dense Inductor, by the kernel
+    that is fastest in this model, and ditopt take turns, step by step of one trajectory.
+
+    Has no speed, but a reason, where nothing was replaced or an output is not a number.
+    """
     model, inputs = build(shape, device)
     mode = {"mode": "reduce-overhead"} if shape.graphs else {}
+    start = _make_timestep(shape, 0, device)
+    first, trials = choose_dense(shape, model, inputs | {"timestep": start}, device)
+    torch.compiler.reset()
+    options = {"density": DENSITY, "min_tokens": shape.min_tokens, **mode}
     rivals = {
         "dense": torch.compile(model, dynamic=False, **mode),
-        "ditopt": torch.compile(
-            model, dynamic=False, backend=ditopt, options={"density": DENSITY, **mode}
-        ),
+        "ditopt": torch.compile(model, dynamic=False, backend=ditopt, options=options),
     }
     times: dict[str, list[float]] = {name: [] for name in rivals}
     peaks = dict.fromkeys(rivals, 0.0)
+    outputs: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        timestep = torch.full((1,), 999.0 - 20 * step, device=device)
-        if shape.model.startswith("Flux"):
-            timestep /= 1000
+        timestep = _make_timestep(shape, step, device)
         for name, call in rivals.items():
-            fastest = sdpa_kernel(PRIORITY, set_priority=True)
-            with fastest if name == "dense" else contextlib.nullcontext():
-                spent, peak = _run(lambda c=call, t=timestep: c(**inputs, timestep=t), device)
+            with prefer(first) if name == "dense" else contextlib.nullcontext():
+                out, spent, peak = _run(
+                    lambda c=call, t=timestep: c(**inputs, timestep=t)[0], device
+                )
             times[name].append(spent)
-            peaks[name] = max(peaks[name], peak if step >= WARM else 0.0)
-    return summarise(times) | {
+            peaks[name] = max(peaks[name], peak)
+            outputs[name] = out.float()
+    # of random weights, whose attention looks everywhere alike: not a measure of quality
+    apart = (outputs["ditopt"] - outputs["dense"]).norm() / outputs["dense"].norm()
+    row = {
         "tokens": shape.grid[0] * shape.grid[1] * shape.grid[2],
         "density": dit_opt.report(model).density,
+        "dense_kernel": first.name,
+        "dense_kernels": trials,
+        "difference": apart.item(),
         "peak_gib": peaks,
+        "times": times,
     }
+    if row["density"] is None:
+        return row | {"refused": "no attention site was replaced"}
+    if not math.isfinite(row["difference"]):
+        return row | {"refused": "an output is not finite"}
+    return row | summarise(times)
+
+
+def prefer(first: SDPBackend) -> contextlib.AbstractContextManager[Any]:
+    """SDPA takes this kernel where it can, and the others in their order where not."""
+    others = [b for b in (*FIRST, SDPBackend.MATH) if b is not first]
+    return sdpa_kernel([first, *others], set_priority=True)
+
+
+_chosen: dict[str, tuple[SDPBackend, dict[str, Any]]] = {}
+
+
+def choose_dense(
+    shape: Shape, model: torch.nn.Module, inputs: dict[str, Any], device: torch.device
+) -> tuple[SDPBackend, dict[str, Any]]:
+    """The kernel that makes a dense step of a model the fastest, and the times of all in
+    milliseconds, or why one failed; found once for a name."""
+    if shape.name in _chosen:
+        return _chosen[shape.name]
+    trials: dict[str, Any] = {}
+    for backend in FIRST:
+        torch.compiler.reset()
+        compiled = torch.compile(model, dynamic=False)
+        try:
+            with prefer(backend):
+                spent = [_run(lambda c=compiled: c(**inputs)[0], device)[1] for _ in range(4)]
+        except Exception as error:
+            log.warning("%s by %s failed: %s", shape.name, backend.name, error)
+            trials[backend.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        trials[backend.name] = min(spent[1:])
+        if device.type == "cpu":
+            break
+    timed = {name: t for name, t in trials.items() if isinstance(t, float)}
+    if not timed:
+        raise RuntimeError(f"No dense kernel runs {shape.name}: {trials}.")
+    best = SDPBackend.__members__[min(timed, key=lambda name: timed[name])]
+    _chosen[shape.name] = (best, trials)
+    return _chosen[shape.name]
+
+
+def _make_timestep(shape: Shape, step: int, device: torch.device) -> torch.Tensor:
+    timestep = torch.full((1,), 999.0 - 20 * step, device=device)
+    return timestep / 1000 if shape.model.startswith("Flux") else timestep
 
 
 def summarise(times: Mapping[str, list[float]]) -> dict[str, Any]:
@@ -163,9 +237,11 @@ def build(
     """The model with seeded random weights, and the inputs of a call but its timestep."""
     import diffusers
 
+    # its imports must not make tensors on the device
+    make = getattr(diffusers, shape.model)
     torch.manual_seed(0)
     with device:
-        model = getattr(diffusers, shape.model)(**shape.config, **shape.layers)
+        model = make(**shape.config, **shape.layers)
         inputs = shape.inputs(shape.grid)
     model = model.to(dtype).eval().requires_grad_(False)
     cast = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
@@ -174,17 +250,18 @@ def build(
     return model, {**cast, "return_dict": False}
 
 
-def _run(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Milliseconds and peak memory in GiB of one call."""
+def _run(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
+    """What a call returns, its milliseconds, and the memory in GiB that was taken at its peak."""
     if device.type != "cuda":
         begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3, 0.0
+        out = call()
+        return out, (time.perf_counter() - begin) * 1e3, 0.0
     torch.cuda.reset_peak_memory_stats(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.compiler.cudagraph_mark_step_begin()
     begin.record()
-    call()
+    out = call()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end), torch.cuda.max_memory_allocated(device) / 2**30
+    # the next replay of a CUDA graph writes to the same memory
+    return out.clone(), begin.elapsed_time(end), torch.cuda.max_memory_allocated(device) / 2**30

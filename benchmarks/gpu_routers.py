@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu_attention import bind_ours, drop_failing, list_dense, measure_dense
-from benchmarks.gpu_cases import Case, make_inputs, make_plan
+from benchmarks.crossover import list_rivals
+from benchmarks.gpu_attention import drop_failing, list_dense, measure_dense
+from benchmarks.gpu_cases import Case, make_inputs
 from benchmarks.gpu_timing import time_captured
-from benchmarks.searches import list_searches, make_mover
+from benchmarks.searches import list_searches
 from dit_opt.options import DEFAULT_REFRESH_EVERY
+from dit_opt.passes.plan_nodes import SPREAD
+from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
 
 # (T, H, W) of the searched sequences; the first is the one that the bars name.
 GRIDS = ((16, 32, 64), (21, 45, 80))
 DENSITY = 0.5
+
+
+def list_exact(q: Tensor, k: Tensor, density: float) -> dict[str, Callable[[], Any]]:
+    """Searches by all rows, the second with the log-sum-exp that the one before it found."""
+    place = (0, q.shape[2], BLOCK_Q, BLOCK_K)
+    goal = (q.shape[-1] ** -0.5, density, True)
+
+    def search(lse: Tensor | None) -> Any:
+        return torch.ops.ditopt.adaspa_plan_v1(q, k, None, lse, *goal, *place, 1, SPREAD)
+
+    @functools.cache
+    def find_sums() -> Tensor:
+        return search(None)[-1]
+
+    return {"exact": lambda: search(None), "exact, cached sums": lambda: search(find_sums())}
 
 
 def measure_grid(
@@ -25,34 +46,44 @@ def measure_grid(
     heads: int = 24,
     dim: int = 128,
 ) -> dict[str, Any]:
-    """Milliseconds of every search over a grid, and shares of the fastest dense call.
+    """Milliseconds of every search over a grid, and shares of the fastest dense call, once and
+    spread over a plan's steps.
 
-    The speedup with search is that of all that `headwise` pays in a step on average: the sparse
-    call at a density of a half, its token moves, and its search, spread over a plan's steps.
+    The speedup with search is that of all that `headwise` pays in a step on average: its lists
+    unpacked, the sparse call by them at a density of a half, its token moves, and its search,
+    spread over a plan's steps.
     """
     case = Case(dim, grid[0] * grid[1] * grid[2], heads, DENSITY)
     q, k, v = make_inputs(case, torch.bfloat16, device)
     baseline = measure_dense(dim, case.tokens, heads, device, seconds)["times"]
     fastest = min(baseline, key=lambda name: baseline[name]["median"])
-    searches = list_searches(q, k, grid, DENSITY)
+    searches, failed = drop_failing(list_searches(q, k, grid, DENSITY))
+    step = list_rivals(q, k, v, grid, DENSITY)
+    realised = float(searches["headwise"]()[4].mean())
     rivals = {
         "dense": list_dense(q, k, v)[fastest],
-        "sparse": bind_ours(case, q, k, v, *make_plan(case, device)),
+        "sparse": step["sparse"],
+        "moves": step["moves"],
         **searches,
-        "moves": make_mover(q, k, v, grid, searches["headwise"]()[2]),
     }
-    rivals, failed = drop_failing(rivals)
+    if device.type == "cuda":
+        # on a processor they take as long as everything else
+        found, refused = drop_failing(list_exact(q, k, DENSITY))
+        rivals, failed = rivals | found, failed | refused
     times = time_captured(rivals, seconds, device)
     dense = times["dense"].median
-    spent = (
-        times["sparse"].median
-        + times["moves"].median
-        + times["headwise"].median / DEFAULT_REFRESH_EVERY
-    )
+    shares = {n: t.median / dense for n, t in times.items() if n != "dense"}
+    spent = shares["sparse"] + shares["moves"] + shares["headwise"] / DEFAULT_REFRESH_EVERY
     return {
         "fastest_dense": fastest,
         "failed": failed,
+        "realised_density": realised,
         "milliseconds": {name: dataclasses.asdict(t) for name, t in times.items()},
-        "share_of_dense": {n: t.median / dense for n, t in times.items() if n != "dense"},
-        "speedup_with_search": dense / spent,
+        "share_of_dense": shares,
+        "share_of_dense_per_step": {
+            name: share / DEFAULT_REFRESH_EVERY
+            for name, share in shares.items()
+            if name not in ("sparse", "moves")
+        },
+        "speedup_with_search": 1 / spent,
     }

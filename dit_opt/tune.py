@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from triton.testing import do_bench
 
 from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.candidates import list_candidates, list_variants
-from dit_opt.kernels.block_sparse_attention.tilings import choose_tiling, pad_dim
+from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling, pad_dim
 from dit_opt.kernels.block_sparse_attention.tuning import (
     Trial,
     choose_fastest,
@@ -20,7 +21,7 @@ from dit_opt.kernels.block_sparse_attention.tuning import (
     store,
     try_candidates,
 )
-from dit_opt.tune_inputs import BLOCK_Q, Workload, attend, make_inputs
+from dit_opt.tune_inputs import BLOCK_Q, Inputs, Workload, attend, make_inputs
 from dit_opt.variant_trial import prove
 
 BLOCKS_K = (64, 128)
@@ -70,10 +71,14 @@ def tune_kernel(
                     refused.append(Trial(tiling, None, reason))
                 else:
                     known = [*known, tiling]
-        by_tiling = functools.partial(attend, make_inputs(workload, dim, block_k, device))
+        by_tiling = functools.partial(_attend, make_inputs(workload, dim, block_k, device))
         key = make_key(name, dim, workload.dtype, BLOCK_Q, block_k)
         trials[key] = try_candidates(default, known, by_tiling, _measure) + refused
     return trials, store({key: choose_fastest(found) for key, found in trials.items()})
+
+
+def _attend(inputs: Inputs, tiling: Tiling) -> Tensor:
+    return attend(inputs, tiling)[0]
 
 
 def _measure(call: Callable[[], object]) -> float:

@@ -19,17 +19,19 @@ class Workload:
     """What the candidates attend to: random lists that keep a share `density` of all blocks.
 
     The last block is ragged, as those of most videos are, which is another branch of the kernel.
+    There are as many key heads as heads unless it says how many.
     """
 
     tokens: int = 32760
     heads: int = 24
     density: float = 0.25
     dtype: torch.dtype = torch.bfloat16
+    key_heads: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """q, k, v `[1, H, N, D]` and a plan over them."""
+    """q `[1, H, N, D]`, k and v `[1, Hk, N, D]`, and a plan over them."""
 
     q: Tensor
     k: Tensor
@@ -42,10 +44,11 @@ class Inputs:
 def make_inputs(workload: Workload, dim: int, block_k: int, device: torch.device) -> Inputs:
     """Normal tensors in `[1, N, H, D]` memory, and rows that differ in length."""
     generator = torch.Generator(device).manual_seed(0)
-    shape = (1, workload.tokens, workload.heads, dim)
+    key_heads = workload.heads if workload.key_heads is None else workload.key_heads
+    like = {"generator": generator, "device": device, "dtype": workload.dtype}
     q, k, v = (
-        torch.randn(shape, generator=generator, device=device, dtype=workload.dtype)
-        for _ in range(3)
+        torch.randn((1, workload.tokens, heads, dim), **like)
+        for heads in (workload.heads, key_heads, key_heads)
     )
     rows, columns = -(-workload.tokens // BLOCK_Q), -(-workload.tokens // block_k)
     draw = torch.rand((1, workload.heads, rows, columns), generator=generator, device=device)
@@ -58,9 +61,9 @@ def make_inputs(workload: Workload, dim: int, block_k: int, device: torch.device
     return Inputs(*(x.transpose(1, 2) for x in (q, k, v)), *list_kept(kept), block_k)
 
 
-def attend(inputs: Inputs, tiling: Tiling) -> Tensor:
-    """The output of the attention kernel by a tiling."""
+def attend(inputs: Inputs, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """The output of the attention kernel by a tiling, and its log-sum-exp."""
     plan = (inputs.counts, inputs.indices, None)
     scale = inputs.q.shape[-1] ** -0.5
     sizes = (BLOCK_Q, inputs.block_k)
-    return kernel.launch(inputs.q, inputs.k, inputs.v, *plan, scale, *sizes, tiling=tiling)[0]
+    return kernel.launch(inputs.q, inputs.k, inputs.v, *plan, scale, *sizes, tiling=tiling)

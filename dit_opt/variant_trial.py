@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
@@ -21,6 +22,8 @@ from dit_opt.tune_inputs import BLOCK_Q, Workload, attend, make_inputs
 
 # How often the output must be right: not every order of the warps shows a race.
 REPEATS = 20
+# Lengths of the first lists of each head: none, one block, and fewer and more than are buffered.
+SHORT = (0, 1, 2, 3, 4)
 
 
 def prove(
@@ -61,15 +64,36 @@ def compare(
     """How an output by a tiling differs from that of the plain kernel; empty if it does not."""
     architecture = kernel.read_architecture(device)
     plain = choose_tiling(architecture, dim, workload.dtype.itemsize, BLOCK_Q, block_k)
-    inputs = make_inputs(workload, dim, block_k, device)
-    expected = attend(inputs, plain).float()
-    for i in range(REPEATS):
-        # Freed at once: what the kernel allocates next holds NaN where it does not write.
-        torch.full_like(inputs.q, torch.nan)
-        off = float((attend(inputs, tiling).float() - expected).norm() / expected.norm())
-        # not the other way round, or NaN would pass
-        if not off <= TOLERANCE:
-            return f"its output is {off:.3g} off in run {i + 1} of {REPEATS}"
+    # with and without a ragged block of keys, which are two kernels, and with shared key heads
+    even = -(-workload.tokens // block_k) * block_k
+    for change in ({}, {"tokens": even}, {"key_heads": 1}):
+        inputs = make_inputs(dataclasses.replace(workload, **change), dim, block_k, device)
+        counts = inputs.counts[..., : len(SHORT)]
+        counts.copy_(counts.new_tensor(SHORT[: counts.shape[-1]]).minimum(counts))
+        expected = attend(inputs, plain)
+        for i in range(REPEATS):
+            # Freed at once: what the kernel allocates next holds NaN where it does not write.
+            torch.full_like(inputs.q, torch.nan)
+            reason = _find_difference(attend(inputs, tiling), expected)
+            if reason:
+                where = f" with {change}" if change else ""
+                return f"{reason} in run {i + 1} of {REPEATS}{where}"
+    return ""
+
+
+def _find_difference(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str:
+    """What is wrong with an output or its log-sum-exp, which is -inf for empty lists."""
+    out, wanted = found[0].float(), expected[0].float()
+    off = float((out - wanted).norm() / wanted.norm())
+    # not the other way round, or NaN would pass
+    if not off <= TOLERANCE:
+        return f"its output is {off:.3g} off"
+    empty = expected[1] == -torch.inf
+    if not torch.equal(found[1] == -torch.inf, empty):
+        return "its log-sum-exp is -inf elsewhere"
+    apart = float((found[1] - expected[1]).masked_fill(empty, 0.0).abs().max())
+    if not apart <= TOLERANCE:
+        return f"its log-sum-exp is {apart:.3g} off"
     return ""
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +47,13 @@ def test_help_and_version(invoke):
     assert "demo" in invoke("--help").stdout
     assert "--checkpoint" in invoke("demo", "--help").stdout
     assert invoke("--version").stdout == f"ditopt {dit_opt.__version__}\n"
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "dit_opt", "--version"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, f"ditopt {dit_opt.__version__}\n"), done.stderr
 
 
 def test_tuning_needs_triton(invoke, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -35,7 +36,7 @@ def test_every_shape_is_measured_and_kept(tmp_path, monkeypatch, with_variants):
 
     def attend(inputs, tiling):
         seen.append((*inputs, tiling))
-        return torch.ones(3)
+        return torch.ones(3), torch.ones(3)
 
     monkeypatch.setattr(tune, "make_inputs", make_inputs)
     monkeypatch.setattr(tune, "attend", attend)
@@ -71,7 +72,7 @@ def test_padded_heads_have_no_variants(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(tune.kernel, "read_architecture", lambda device: "sm_90")
     monkeypatch.setattr(tune, "make_inputs", lambda *_: None)
-    monkeypatch.setattr(tune, "attend", lambda *_: torch.ones(3))
+    monkeypatch.setattr(tune, "attend", lambda *_: (torch.ones(3), torch.ones(3)))
     monkeypatch.setattr(tune, "_measure", lambda call: 1.0)
     monkeypatch.setattr(tune, "prove", lambda *_: pytest.fail("tried"))
     trials, _ = tune.tune_kernel([80], SMALL, torch.device("cuda"), with_variants=True)
@@ -106,3 +107,9 @@ def test_inputs_keep_the_asked_share_in_rows_that_differ():
     assert float(counts.std()) == pytest.approx(0.3 / 3**0.5, abs=0.03)
     again = tune.make_inputs(longer, 16, 64, torch.device("cpu")).counts.float() / 250
     assert torch.equal(counts, again)
+
+
+def test_key_heads_may_be_fewer():
+    shared = dataclasses.replace(SMALL, heads=4, key_heads=2)
+    inputs = tune.make_inputs(shared, 32, 64, torch.device("cpu"))
+    assert inputs.q.shape[1] == 4 and inputs.k.shape == inputs.v.shape == (1, 2, 300, 32)

@@ -40,15 +40,27 @@ def test_a_process_that_dies_is_named(monkeypatch, stderr):
     assert reason.endswith("an illegal memory access" if stderr else "nothing was said")
 
 
-@pytest.mark.parametrize(("wrong", "run"), [(1.1, 1), (torch.nan, 3)])
-def test_every_run_must_be_right(monkeypatch, capsys, wrong, run):
-    runs = []
+@pytest.mark.parametrize(
+    ("wrong", "run", "reason"),
+    [
+        ((1.1, 1.0), 1, "its output is 0.1 off in run 1 of 20"),
+        ((torch.nan, 1.0), 3, "its output is nan off in run 3 of 20"),
+        ((1.0, 1.1), 2, "its log-sum-exp is 0.1 off in run 2 of 20"),
+        ((1.0, -torch.inf), 2, "its log-sum-exp is -inf elsewhere in run 2 of 20"),
+        # the second and the third call have other shapes
+        ((1.1, 1.0), 21, "its output is 0.1 off in run 1 of 20 with {'tokens': 256}"),
+        ((1.1, 1.0), 60, "its output is 0.1 off in run 20 of 20 with {'key_heads': 1}"),
+    ],
+)
+def test_every_run_must_be_right(monkeypatch, capsys, wrong, run, reason):
+    runs, lengths = [], []
 
     def attend(inputs, tiling):
         if tiling.variant == "plain":
-            return torch.ones(4)
+            lengths.append(inputs.counts[0, 0].tolist())
+            return torch.ones(4), torch.ones(4)
         runs.append(tiling)
-        return torch.full((4,), wrong if len(runs) == run else 1.0)
+        return tuple(torch.full((4,), x if len(runs) == run else 1.0) for x in wrong)
 
     monkeypatch.setattr(variant_trial, "attend", attend)
     sent = []
@@ -61,6 +73,7 @@ def test_every_run_must_be_right(monkeypatch, capsys, wrong, run):
     assert variant_trial.prove(SPECIALISED, SMALL, 64, 64, CPU) == ""
     # what the process would do with this request
     variant_trial.main(sent)
-    off = "nan" if run == 3 else "0.1"
-    assert capsys.readouterr().out == f"its output is {off} off in run {run} of 20\n"
+    assert capsys.readouterr().out == f"{reason}\n"
+    # lists that are empty, or shorter than what is buffered, come first
+    assert lengths[0] == [0, 1]
     assert runs == [SPECIALISED] * run and json.loads(sent[0])["workload"]["tokens"] == 200

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +39,11 @@ def small(monkeypatch):
 def test_every_part_names_its_rows():
     for part in gpu.HEADERS:
         assert len(gpu.list_rows(part, CPU)) >= 1
-    assert len(gpu.list_rows("attention", CPU)) > 30
+    assert len(gpu.list_rows("attention", CPU)) > 20
+    assert set(gpu.LIMITS) == set(gpu.HEADERS)
+    # parts that bars need come before the rest, and end in time
+    needed = ("correctness", "operators", "ceilings", "attention", "routers")
+    assert sum(gpu.LIMITS[part] for part in needed) < 400
 
 
 def test_a_row_of_tilings_has_the_time_of_each_candidate(monkeypatch):
@@ -47,35 +53,74 @@ def test_a_row_of_tilings_has_the_time_of_each_candidate(monkeypatch):
     assert gpu.list_rows("tilings", CPU)["D=64"]() == {
         "milliseconds": {"128x64 tile 128x64 warps 8 stages 3": 1.5},
         "refusals": {"128x64 tile 64x64 warps 4 stages 3": "wrong"},
+        "trials": {key: [dataclasses.asdict(trial) for trial in trials]},
         "file": "file",
     }
 
 
+def write(out, part, **row):
+    with (out / gpu.ROWS).open("a") as stream:
+        stream.write(json.dumps({"part": part, "case": "a"} | row) + "\n")
+
+
 def test_rows_are_written_one_by_one_and_not_measured_twice(small, tmp_path):
+    write(tmp_path, "attention", case="first", eta=0.8)
     for _ in range(2):
         gpu.run_part("correctness", tmp_path, CPU)
     # what was refused is tried again, and has one row
     assert small == ["first", "second", "second"]
-    rows = gpu.read_rows(tmp_path / "correctness.jsonl")
-    assert rows == [
-        {"case": "first", "passed": True},
-        {"case": "second", "refused": "ValueError: out of shared memory"},
+    rows = gpu.read_rows(tmp_path, "correctness")
+    assert [(row["case"], row.get("passed"), row.get("refused")) for row in rows] == [
+        ("first", True, None),
+        ("second", None, "ValueError: out of shared memory"),
     ]
+    assert all(row["at"].endswith("Z") for row in rows)
+    assert gpu.read_rows(tmp_path, "attention")[0]["eta"] == 0.8
 
 
-def test_a_part_that_dies_is_named_and_its_rows_are_kept(monkeypatch, tmp_path, capsys):
-    (tmp_path / "correctness.jsonl").write_text('{"case": "a", "passed": true}\n')
+def test_what_was_not_tried_comes_before_what_was_refused(small, tmp_path):
+    write(tmp_path, "correctness", case="second", refused="an illegal access")
+    write(tmp_path, "correctness", case="first", refused="an illegal access")
+    gpu.run_part("correctness", tmp_path, CPU)
+    assert small == ["first", "second"]
+    (tmp_path / gpu.ROWS).unlink()
+    write(tmp_path, "correctness", case="first", refused="an illegal access")
+    gpu.run_part("correctness", tmp_path, CPU)
+    assert small[2:] == ["second", "first"]
 
-    died = SimpleNamespace(returncode=-11)
-    process = SimpleNamespace(run=lambda *_, **__: died, TimeoutExpired=TimeoutError)
-    monkeypatch.setattr(gpu, "subprocess", process)
+
+def test_only_named_rows_are_measured(small, tmp_path):
+    gpu.run_part("correctness", tmp_path, CPU, only="fir")
+    assert small == ["first"]
+
+
+def test_a_part_that_dies_goes_on_while_it_adds_rows(monkeypatch, tmp_path, capsys):
+    def die():
+        os._exit(11)
+
+    def list_rows(*_):
+        return {"a": lambda: {"passed": True}, "b": die, "c": lambda: {"passed": True}}
+
+    monkeypatch.setattr(gpu, "list_rows", list_rows)
     options = ["--out", str(tmp_path), "--device", "cpu", "--parts", "correctness"]
     assert gpu.main(options) == 1
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert report["rows"]["correctness"][0]["passed"] is True
-    assert "status -11" in report["incomplete"]["correctness"]
+    assert [row["case"] for row in report["rows"]["correctness"]] == ["a"]
+    assert "status 11" in report["incomplete"]["correctness"]
     printed = capsys.readouterr()
     assert "correctness is not complete" in printed.err and "True" in printed.out
+
+
+def test_a_part_that_hangs_leaves_time_for_the_next(monkeypatch, tmp_path):
+    def list_rows(part, _):
+        wait = 60 if part == "operators" else 0
+        return {"a": lambda: time.sleep(wait) or {"passed": True}}
+
+    monkeypatch.setattr(gpu, "list_rows", list_rows)
+    monkeypatch.setitem(gpu.LIMITS, "operators", 0.5)
+    stopped = gpu.run_parts(["operators", "correctness"], tmp_path, "cpu", minutes=1.0)
+    assert "time is over" in stopped["operators"] and list(stopped) == ["operators"]
+    assert gpu.read_rows(tmp_path, "correctness")[0]["passed"]
 
 
 @pytest.mark.parametrize(
@@ -89,17 +134,19 @@ def test_a_part_that_dies_is_named_and_its_rows_are_kept(monkeypatch, tmp_path, 
 )
 def test_a_wrong_result_fails_the_command(monkeypatch, tmp_path, part, row, status):
     monkeypatch.setattr(gpu, "run_parts", lambda *_: {})
-    (tmp_path / f"{part}.jsonl").write_text(json.dumps({"case": "a"} | row) + "\n")
+    write(tmp_path, part, **row)
     assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--parts", part]) == status
 
 
 def test_a_part_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
     stopped = gpu.run_parts(["ceilings"], tmp_path, "cpu", minutes=0.0)
     assert "time is over" in stopped["ceilings"]
-    monkeypatch.setattr(gpu, "CHECKED", (Case(16, 300, 1, 0.5),))
-    gpu.main(["--out", str(tmp_path), "--device", "cpu", "--part-here", "correctness"])
-    rows = gpu.read_rows(tmp_path / "correctness.jsonl")
-    assert len(rows) == 3 and all(row["passed"] for row in rows)
+    small = {"float32": (Case(16, 300, 1, 0.5),), "bfloat16": (Case(16, 300, 1, 0.5, masked=True),)}
+    monkeypatch.setattr(gpu, "CHECKED", small)
+    # a fork of a process that has used its threads would wait for them
+    gpu.run_part("correctness", tmp_path, CPU)
+    rows = gpu.read_rows(tmp_path, "correctness")
+    assert len(rows) == 2 and all(row["passed"] for row in rows)
 
 
 def test_a_dry_run_lists_and_compiles_but_measures_nothing(monkeypatch, capsys):

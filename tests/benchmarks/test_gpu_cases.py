@@ -52,4 +52,6 @@ def test_inputs_have_the_memory_of_a_model():
 
 def test_names_are_unique():
     names = [case.name for case in list_cases()]
-    assert len(names) == len(set(names)) > 30
+    assert len(names) == len(set(names)) > 20
+    # the bars' own come first, should the time be over before the end
+    assert names[0].startswith("D=128 N=32768 H=24 density=0.5")
