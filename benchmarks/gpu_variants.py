@@ -22,6 +22,7 @@ from benchmarks.problems import TOLERANCE
 from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention import triton_int8
 from dit_opt.kernels.block_sparse_attention.candidates import list_variants
+from dit_opt.kernels.block_sparse_attention.contract import Arguments
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
 from dit_opt.tune_inputs import Workload
 from dit_opt.variant_trial import prove
@@ -46,14 +47,15 @@ def bind_variants(
     case: Case, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
     """The output of the plain kernel by the table's tiling, and of each variant, as calls."""
-    arguments = (q, k, v, counts, indices, None, case.dim**-0.5, case.block_q, case.block_k)
+    sizes = (case.dim**-0.5, case.block_q, case.block_k)
+    arguments = Arguments(q, k, v, counts, indices, None, *sizes)
 
     def by(tiling: Tiling) -> Callable[[], Tensor]:
-        return lambda: kernel.launch(*arguments, tiling=tiling)[0]
+        return lambda: kernel.launch(arguments, tiling)[0]
 
     usual = choose_tiling("sm_90", case.dim, DTYPE.itemsize, case.block_q, case.block_k)
     calls = {PLAIN: by(usual)} | {t.variant: by(t) for t in _list_tilings(case)}
-    return calls | {INT8: lambda: triton_int8.launch(*arguments)[0]}
+    return calls | {INT8: lambda: triton_int8.launch(arguments)[0]}
 
 
 def measure_variants(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:

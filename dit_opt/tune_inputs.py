@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention import triton as kernel
+from dit_opt.kernels.block_sparse_attention.contract import Arguments
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
 from dit_opt.kernels.routers.plan import list_kept
 
@@ -65,5 +66,5 @@ def attend(inputs: Inputs, tiling: Tiling) -> tuple[Tensor, Tensor]:
     """The output of the attention kernel by a tiling, and its log-sum-exp."""
     plan = (inputs.counts, inputs.indices, None)
     scale = inputs.q.shape[-1] ** -0.5
-    sizes = (BLOCK_Q, inputs.block_k)
-    return kernel.launch(inputs.q, inputs.k, inputs.v, *plan, scale, *sizes, tiling=tiling)
+    call = Arguments(inputs.q, inputs.k, inputs.v, *plan, scale, BLOCK_Q, inputs.block_k)
+    return kernel.launch(call, tiling)

@@ -18,8 +18,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dit_opt.kernels.block_sparse_attention.contract import Arguments
 from dit_opt.kernels.block_sparse_attention.gluon_warps import attend, copy_tiles
-from dit_opt.kernels.block_sparse_attention.tail import Tail
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
 from dit_opt.kernels.block_sparse_attention.variants import check_supported, is_empty, prepare
 
@@ -112,32 +112,20 @@ def block_sparse_attention_gluon_kernel(
     )  # fmt: skip
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    tail: Tail | None = None,
-    tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor]:
+def launch(call: Arguments, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `triton.launch`; of the tiling only the stages are chosen.
 
     Needs a Hopper GPU. Raises ValueError for what the kernel does not take, see
     `variants.check_supported`.
     """
-    check_supported("gluon", q, k, v, key_bias, block_q, block_k, tail)
-    ready = prepare(q, k, counts, indices, scale, block_q)
-    if is_empty(q, k, indices):
+    check_supported("gluon", call)
+    ready = prepare(call)
+    if is_empty(call):
         return ready.out.zero_(), ready.lse.fill_(-float("inf"))
-    dim = q.shape[-1]
+    dim, block_k = call.q.shape[-1], call.block_k
     sources = [
         TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, dim], TILE_LAYOUT)
-        for x, rows in ((q, ROWS), (k, block_k), (v, block_k))
+        for x, rows in ((call.q, ROWS), (call.k, block_k), (call.v, block_k))
     ]
     block_sparse_attention_gluon_kernel[ready.grid](
         *sources,
@@ -150,7 +138,7 @@ def launch(
         BLOCK_K=block_k,
         STAGES=2 if tiling is None else tiling.num_stages,
         ROWS=ROWS,
-        RAGGED_KEYS=k.shape[2] % block_k != 0,
+        RAGGED_KEYS=call.k.shape[2] % block_k != 0,
         COPY_REGISTERS=COPY_REGISTERS,
         ATTEND_REGISTERS=ATTEND_REGISTERS,
         num_warps=4,

@@ -117,9 +117,12 @@ def _run_on_gpu(
     # Imported here because Triton is absent where there is no GPU to run it on.
     from dit_opt.kernels.block_sparse_attention import triton
 
-    arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
-    tail = _check(Arguments(*arguments, centroids, values, log_lengths))
-    out, lse = triton.launch(*arguments, tail)
+    plan = (counts, indices, key_bias, scale, block_q, block_k)
+    call = Arguments(q, k, v, *plan, centroids, values, log_lengths)
+    check_arguments(call)
+    # Triton launches on torch's current device, where the tensors need not lie
+    with torch.cuda.device_of(q):
+        out, lse = triton.launch(call)
     return out, lse if with_lse else lse.new_empty((*lse.shape[:2], 0))
 
 

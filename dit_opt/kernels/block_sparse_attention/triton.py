@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
+from dit_opt.kernels.block_sparse_attention.contract import Arguments, ceil_div, new_outputs
 from dit_opt.kernels.block_sparse_attention.row_order_triton import order_rows
 from dit_opt.kernels.block_sparse_attention.tail import Tail
 from dit_opt.kernels.block_sparse_attention.tilings import (
@@ -28,7 +28,6 @@ from dit_opt.kernels.block_sparse_attention.triton_tail import attend_centroids,
 from dit_opt.kernels.block_sparse_attention.triton_tiles import attend_tile, load_tile
 from dit_opt.kernels.block_sparse_attention.tuning import find_tiling
 from dit_opt.kernels.block_sparse_attention.variants import launch_variant
-from dit_opt.kernels.own_device import on_own_device
 from dit_opt.kernels.scores import LOG2_E
 
 
@@ -139,27 +138,18 @@ def block_sparse_attention_fwd_kernel(
     tl.store(p_tile, b_out, mask=is_query[:, None] & (o_d < DIM)[None, :])
 
 
-@on_own_device
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    tail: Tail | None = None,
-    tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `reference.attend`; the arguments are not checked here.
+def launch(call: Arguments, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
+    """Same results as `reference.attend`; the arguments are not checked here.
 
     Runs on the device of `q`, or on CPU tensors under TRITON_INTERPRET=1. q, k and v are not
     copied but read through their strides. Without a `tiling` the one that was measured to be the
     fastest is taken, or else that of the table; measurements are of calls without bias and tail.
     A tiling may name another kernel, which raises ValueError for what it does not take.
     """
+    q, k, v, key_bias = call.q, call.k, call.v, call.key_bias
+    block_q, block_k = call.block_q, call.block_k
+    counts, indices = call.counts.contiguous(), call.indices.contiguous()
+    tail = Tail(*(x.contiguous() for x in call.tail)) if call.tail else None
     out, lse = new_outputs(q)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
@@ -168,11 +158,9 @@ def launch(
     architecture = read_architecture(q.device)
     padded_dim = pad_dim(dim)
     itemsize = q.element_size()
-    counts, indices = counts.contiguous(), indices.contiguous()
     sources: list[Tensor | TensorDescriptor] = [q, k, v]
     words = None
     if tail is not None:
-        tail = Tail(*(x.contiguous() for x in tail))
         sources += [tail.centroids, tail.values]
         words = pack_lists(counts, indices, ceil_div(keys, block_k))
     aligned = all(is_aligned(x) for x in sources)
@@ -180,8 +168,7 @@ def launch(
     if tiling is None and use_descriptors and tail is None and key_bias is None:
         tiling = find_tiling(q.device, dim, q.dtype, block_q, block_k)
     if tiling is not None and tiling.variant != "plain":
-        plan = (counts, indices, key_bias)
-        return launch_variant(q, k, v, *plan, scale, block_q, block_k, tail, tiling=tiling)
+        return launch_variant(call, tiling)
     if tiling is None:
         tiling = choose_tiling(
             architecture, padded_dim, itemsize, block_q, block_k, aligned, tail=tail is not None
@@ -207,7 +194,7 @@ def launch(
         order_rows(counts),
         out,
         lse,
-        scale * LOG2_E,
+        call.scale * LOG2_E,
         queries,
         keys,
         heads,

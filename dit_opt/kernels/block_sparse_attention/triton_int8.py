@@ -20,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit_opt.kernels.block_sparse_attention.contract import ceil_div
-from dit_opt.kernels.block_sparse_attention.tail import Tail
+from dit_opt.kernels.block_sparse_attention.contract import Arguments, ceil_div
 from dit_opt.kernels.block_sparse_attention.triton_int8_tiles import attend_int8, quantize_kernel
 from dit_opt.kernels.block_sparse_attention.variants import check_supported, is_empty, prepare
 
@@ -149,34 +148,23 @@ def _quantize(x: Tensor, mean: Tensor, block: int, shifts: Tensor | None) -> Qua
     return Quantized(values, scales)
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    tail: Tail | None = None,
-) -> tuple[Tensor, Tensor]:
+def launch(call: Arguments) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `triton.launch`, less what 8 bits leave out.
 
     Needs a Hopper GPU, or runs on CPU tensors under TRITON_INTERPRET=1. Raises ValueError for what
     the kernel does not take, see `variants.check_supported`.
     """
-    check_supported("int8", q, k, v, key_bias, block_q, block_k, tail)
-    ready = prepare(q, k, counts, indices, scale, block_q)
-    if is_empty(q, k, indices):
+    check_supported("int8", call)
+    ready = prepare(call)
+    if is_empty(call):
         return ready.out.zero_(), ready.lse.fill_(-torch.inf)
-    mean = average_keys(k)
-    queries, shifts = quantize_queries(q, mean, block_q)
-    keys = quantize_keys(k, mean, block_k)
-    dim = q.shape[-1]
+    mean = average_keys(call.k)
+    queries, shifts = quantize_queries(call.q, mean, call.block_q)
+    keys = quantize_keys(call.k, mean, call.block_k)
+    dim = call.q.shape[-1]
     sources = [
         TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, dim])
-        for x, rows in ((queries.values, block_q), (keys.values, TILE_K), (v, TILE_K))
+        for x, rows in ((queries.values, call.block_q), (keys.values, TILE_K), (call.v, TILE_K))
     ]
     block_sparse_attention_int8_kernel[ready.grid](
         *sources,
@@ -190,10 +178,10 @@ def launch(
         keys.scales.shape[-1],
         *ready.out.stride()[:3],
         DIM=dim,
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
+        BLOCK_Q=call.block_q,
+        BLOCK_K=call.block_k,
         TILE_K=TILE_K,
-        RAGGED_KEYS=k.shape[2] % block_k != 0,
+        RAGGED_KEYS=call.k.shape[2] % call.block_k != 0,
         num_warps=WARPS,
         num_stages=STAGES,
     )

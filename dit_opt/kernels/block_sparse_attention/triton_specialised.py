@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit_opt.kernels.block_sparse_attention.tail import Tail
+from dit_opt.kernels.block_sparse_attention.contract import Arguments
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
 from dit_opt.kernels.block_sparse_attention.variants import check_supported, is_empty, prepare
 
@@ -81,34 +81,22 @@ def block_sparse_attention_specialised_kernel(
     tl.store(p_tile, b_out, mask=is_query[:, None])
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    tail: Tail | None = None,
-    tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor]:
+def launch(call: Arguments, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `triton.launch`; of the tiling, keys and stages are chosen.
 
     Needs a Hopper GPU, or runs on CPU tensors under TRITON_INTERPRET=1. Raises ValueError for what
     the kernel does not take, see `variants.check_supported`.
     """
-    check_supported("specialised", q, k, v, key_bias, block_q, block_k, tail)
-    ready = prepare(q, k, counts, indices, scale, block_q)
-    if is_empty(q, k, indices):
+    check_supported("specialised", call)
+    ready = prepare(call)
+    if is_empty(call):
         return ready.out.zero_(), ready.lse.fill_(-torch.inf)
     if tiling is None:
-        tiling = Tiling(block_q, block_k, 4, 2, "specialised")
-    dim = q.shape[-1]
+        tiling = Tiling(call.block_q, call.block_k, 4, 2, "specialised")
+    q, dim = call.q, call.q.shape[-1]
     keys, values = (
         TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tiling.tile_k, dim])
-        for x in (k, v)
+        for x in (call.k, call.v)
     )
     if q.device.type == "cuda":
         # The descriptor of the queries is written to memory that Triton asks for. It keeps the last
@@ -127,10 +115,10 @@ def launch(
         *q.stride()[:3],
         *ready.out.stride()[:3],
         DIM=dim,
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
+        BLOCK_Q=call.block_q,
+        BLOCK_K=call.block_k,
         TILE_K=tiling.tile_k,
-        RAGGED_KEYS=k.shape[2] % block_k != 0,
+        RAGGED_KEYS=call.k.shape[2] % call.block_k != 0,
         # With other numbers of warps the compiler gives them no roles, and does not say so.
         num_warps=4,
         num_stages=tiling.num_stages,

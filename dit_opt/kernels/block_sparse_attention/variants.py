@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.block_sparse_attention.contract import ceil_div, new_outputs
+from dit_opt.kernels.block_sparse_attention.contract import Arguments, ceil_div, new_outputs
 from dit_opt.kernels.block_sparse_attention.row_order_triton import order_rows
-from dit_opt.kernels.block_sparse_attention.tail import Tail
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling, is_aligned
 from dit_opt.kernels.scores import LOG2_E
 
@@ -44,23 +42,15 @@ class Prepared:
     grid: tuple[int, int]
 
 
-def check_supported(
-    variant: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    block_q: int,
-    block_k: int,
-    tail: Tail | None,
-) -> None:
+def check_supported(variant: str, call: Arguments) -> None:
     """Raise ValueError unless a call is one that variants are written for."""
-    if key_bias is not None or tail is not None:
-        found = "a bias of keys" if key_bias is not None else "a tail"
+    if call.key_bias is not None or call.tail:
+        found = "a bias of keys" if call.key_bias is not None else "a tail"
         raise ValueError(
             f"The {variant} variant of block-sparse attention knows neither bias nor tail, but "
             f"{found} was given; leave it out, or use a tiling with variant='plain'."
         )
+    q, k, v, block_q, block_k = call.q, call.k, call.v, call.block_q, call.block_k
     dim = q.shape[-1]
     if q.dtype not in DTYPES or dim not in DIMS:
         raise ValueError(
@@ -80,39 +70,36 @@ def check_supported(
         )
 
 
-def prepare(
-    q: Tensor, k: Tensor, counts: Tensor, indices: Tensor, scale: float, block_q: int
-) -> Prepared:
+def prepare(call: Arguments) -> Prepared:
     """Allocate the outputs and put the common arguments together; reads no data."""
-    out, lse = new_outputs(q)
-    batch, heads, queries, _ = q.shape
-    query_blocks = ceil_div(queries, block_q)
-    counts, indices = counts.contiguous(), indices.contiguous()
+    out, lse = new_outputs(call.q)
+    batch, heads, queries, _ = call.q.shape
+    query_blocks = ceil_div(queries, call.block_q)
+    counts, indices = call.counts.contiguous(), call.indices.contiguous()
     sizes = (
-        scale * LOG2_E,
+        call.scale * LOG2_E,
         queries,
-        k.shape[2],
+        call.k.shape[2],
         heads,
-        heads // k.shape[1],
+        heads // call.k.shape[1],
         counts.shape[0] * heads,
         query_blocks,
         indices.shape[-1],
     )
-    return Prepared(
-        out, lse, (counts, indices, order_rows(counts)), sizes, (query_blocks, batch * heads)
-    )
+    plan = (counts, indices, order_rows(counts))
+    return Prepared(out, lse, plan, sizes, (query_blocks, batch * heads))
 
 
-def is_empty(q: Tensor, k: Tensor, indices: Tensor) -> bool:
+def is_empty(call: Arguments) -> bool:
     """Whether there is nothing to attend with or to."""
-    return q.numel() == 0 or k.shape[2] == 0 or indices.shape[-1] == 0
+    return call.q.numel() == 0 or call.k.shape[2] == 0 or call.indices.shape[-1] == 0
 
 
-def launch_variant(*arguments: Any, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """`triton.launch` by the kernel that a tiling names, with the same arguments.
+def launch_variant(call: Arguments, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """`triton.launch` by the kernel that a tiling names.
 
     Raises ValueError for what that kernel does not take, see `check_supported`.
     """
     # Imported here because Gluon is an experiment of Triton's that may change.
     module = importlib.import_module(f"{__package__}.{_MODULES[tiling.variant]}")
-    return module.launch(*arguments, tiling=tiling)
+    return module.launch(call, tiling)

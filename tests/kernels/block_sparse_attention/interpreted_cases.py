@@ -13,13 +13,12 @@ import torch
 
 from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.candidates import list_candidates
-from dit_opt.kernels.block_sparse_attention.contract import new_outputs
+from dit_opt.kernels.block_sparse_attention.contract import Arguments, new_outputs
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.block_sparse_attention.row_order_triton import order_rows
-from dit_opt.kernels.block_sparse_attention.tail import Tail
 from dit_opt.kernels.block_sparse_attention.triton_tail import pack_lists
 
-from .plans import Case, assert_matches_reference, make_inputs, make_plan
+from .plans import Case, assert_matches_reference, flatten_tail, make_inputs, make_plan
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ERRORS = {torch.float32: (3e-6, 3e-6), torch.float16: (3e-3, 3e-6)}
@@ -70,13 +69,8 @@ def poison(monkeypatch):
 
 def launch(arguments, **options):
     """Run the kernel on the device of these tests."""
-
-    def move(x):
-        if isinstance(x, Tail):
-            return Tail(*(move(part) for part in x))
-        return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
-
-    return tuple(x.cpu() for x in kernel.launch(*(move(x) for x in arguments), **options))
+    moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in flatten_tail(arguments))
+    return tuple(x.cpu() for x in kernel.launch(Arguments(*moved), **options))
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
@@ -108,7 +102,7 @@ def test_keys_that_start_off_alignment():
 def test_no_keys_at_all():
     arguments = list(make_inputs(Case(dim=32)))
     arguments[1], arguments[2] = arguments[1][:, :, :0], arguments[2][:, :, :0]
-    out, lse = kernel.launch(*arguments)
+    out, lse = launch(arguments)
     assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -torch.inf).all())
 
 

@@ -17,7 +17,7 @@ from dit_opt.kernels.block_sparse_attention import (
     variants,
 )
 from dit_opt.kernels.block_sparse_attention import triton as kernel
-from dit_opt.kernels.block_sparse_attention.contract import new_outputs
+from dit_opt.kernels.block_sparse_attention.contract import Arguments, new_outputs
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
 
 from .plans import Case, assert_matches_reference, make_inputs
@@ -54,13 +54,13 @@ def poison(monkeypatch):
 
 
 def move(arguments):
-    return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
+    return Arguments(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments))
 
 
 def specialise(arguments, tile_k=64):
     """By the launcher of all kernels, as a measured tiling would be."""
     tiling = Tiling(128, tile_k, 4, 2, "specialised")
-    return tuple(x.cpu() for x in kernel.launch(*move(arguments), tiling=tiling))
+    return tuple(x.cpu() for x in kernel.launch(move(arguments), tiling))
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
@@ -85,7 +85,7 @@ def test_specialised_refuses_what_it_does_not_take():
 def test_specialised_without_keys():
     arguments = list(make_inputs(CASES["even"], torch.float16))
     arguments[1], arguments[2] = arguments[1][:, :, :0], arguments[2][:, :, :0]
-    out, lse = triton_specialised.launch(*move(arguments))
+    out, lse = triton_specialised.launch(move(arguments))
     assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -torch.inf).all())
 
 
@@ -96,7 +96,7 @@ INT8_ERROR = 1.5e-2
 
 def measure_int8(arguments):
     """How far an output in 8 bits is off relative to the specification, and the worst of lse."""
-    out, lse = (x.cpu() for x in triton_int8.launch(*move(arguments)))
+    out, lse = (x.cpu() for x in triton_int8.launch(move(arguments)))
     inputs = [x.double() if i < 3 else x for i, x in enumerate(arguments)]
     expected, expected_lse = reference.attend(*inputs, dtype=torch.float64)
     assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)

@@ -11,12 +11,12 @@ pytest.importorskip("triton")
 
 from dit_opt.kernels.block_sparse_attention import gluon, variants
 from dit_opt.kernels.block_sparse_attention import triton as kernel
-from dit_opt.kernels.block_sparse_attention.contract import new_outputs
+from dit_opt.kernels.block_sparse_attention.contract import Arguments, new_outputs
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
 
 from . import gluon_machine
 from .gluon_replay import Replay
-from .plans import Case, assert_matches_reference, make_inputs, make_plan
+from .plans import Case, assert_matches_reference, flatten_tail, make_inputs, make_plan
 
 ERRORS = (3e-3, 3e-6)
 CASES = {
@@ -56,7 +56,7 @@ def replay(arguments, seed=0, stages=2, **changes):
         stand_in = Replay(patch, 1000 * seed, changes)
         patch.setattr(gluon, "block_sparse_attention_gluon_kernel", stand_in)
         tiling = Tiling(128, arguments[8], 4, stages, "gluon")
-        return kernel.launch(*arguments, tiling=tiling)
+        return kernel.launch(Arguments(*arguments), tiling)
 
 
 def make_arguments(counts):
@@ -120,11 +120,11 @@ def test_what_the_kernel_does_not_take_is_refused():
     ):
         changed = dict(enumerate(arguments)) | change
         with pytest.raises(ValueError, match=words):
-            gluon.launch(*changed.values())
+            gluon.launch(Arguments(*flatten_tail(tuple(changed.values()))))
 
 
 def test_without_keys_nothing_is_launched():
     arguments = list(make_inputs(Case(dim=64, block_q=128), torch.float16))
     arguments[1], arguments[2] = arguments[1][:, :, :0], arguments[2][:, :, :0]
-    out, lse = gluon.launch(*arguments)
+    out, lse = gluon.launch(Arguments(*arguments))
     assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -torch.inf).all())
