@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from dit_opt._compat import size_expression
 from dit_opt.decisions import Reason
+from dit_opt.facts.writes import find_targets, find_write
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,10 @@ def _judge(found: Decomposed) -> Decomposed:
     tensors = [n for n in (found.query, found.key, found.value) if n is not None]
     if escaping:
         return replace(found, refusal=Reason.SHARED_INTERMEDIATE, detail=", ".join(escaping))
+    write = _find_late_write(found)
+    if write is not None:
+        detail = f"written in place by {write.name}"
+        return replace(found, refusal=Reason.SHARED_INTERMEDIATE, detail=detail)
     if found.dropout_p:
         return replace(found, refusal=Reason.DROPOUT, detail=f"p={found.dropout_p}")
     if len({_dtype(n) for n in tensors}) > 1:
@@ -233,6 +238,38 @@ def _judge(found: Decomposed) -> Decomposed:
         detail = ", ".join(str(tuple(n.meta["example_value"].shape)) for n in tensors)
         return replace(found, refusal=Reason.UNSUPPORTED_SHAPE, detail=detail)
     return found
+
+
+def _find_late_write(found: Decomposed) -> Node | None:
+    """A write that one call would not make, or after which it would come.
+
+    It stands at the last product and reads query, key and mask there; the scores did so before.
+    """
+    for node in found.interior:
+        # As `mask += scores`, or any `out=`.
+        if not set(found.interior).issuperset(find_targets(node)):
+            return node
+    product = found.interior[0]
+    factors = _read_product(product) or product.args[1:]
+    for factor, operand in zip(factors, (found.query, found.key), strict=False):
+        assert operand is not None
+        casts = _find_casts(factor, operand)
+        write = find_write([operand, *casts], after=min([product, *casts]), before=found.node)
+        if write is not None:
+            return write
+    if found.mask is None:
+        return None
+    reader = min(n for n in found.interior if found.mask in n.all_input_nodes)
+    return find_write([found.mask], after=reader, before=found.node)
+
+
+def _find_casts(factor: Any, operand: Node) -> list[Node]:
+    """What copies an operand on its way into a product; transposes are views."""
+    casts = []
+    while factor is not operand:
+        casts += [factor] if _is(factor, *_CASTS) else []
+        factor = factor.args[0]
+    return casts
 
 
 def _find_product(scores: Any, depth: int = 8) -> Node | None:

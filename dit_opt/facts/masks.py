@@ -7,6 +7,7 @@ queries, or as the outer product of a validity vector with itself.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch.fx import Node
 
 from dit_opt._compat import size_expression
 from dit_opt.facts.sites import Site
+from dit_opt.facts.writes import find_write
 
 
 class MaskKind(Enum):
@@ -48,30 +50,47 @@ def classify_mask(site: Site) -> Mask:
 
     KEY_PADDING: every dimension but the batch and the keys is 1, or was made from such a tensor by
     expand or repeat. OUTER: `a & b`, both made from one `[B, N]` tensor, one broadcast over the
-    queries and the other over the keys, with no in-place write to either. OTHER: anything else.
+    queries and the other over the keys. OTHER: anything else, as a mask of fewer dimensions than
+    the query that differs between heads, and what is written in place on the way to the site.
     """
     mask = site.mask
     if mask is None:
         return Mask(MaskKind.NONE)
     if site.query is None or site.key is None or _shape(mask) is None:
         return Mask(MaskKind.OTHER)
-    rank, keys = _example(site.query).dim(), _shape(site.key)[-2]
     shape = _shape(mask)
-    if shape[-1] != keys:
+    # One of more dimensions than the query would give the result as many.
+    if not 0 < len(shape) <= len(_shape(site.query)) or shape[-1] != _shape(site.key)[-2]:
         return Mask(MaskKind.OTHER)
-    # A shorter mask is aligned to the right, so its first dimension is no batch.
-    inner = shape[1:-1] if len(shape) == rank else shape[:-1]
-    if all(size == 1 for size in inner):
+    if all(size == 1 for size in shape[1:-1]) and _is_batch(shape[:-1], site):
         return Mask(MaskKind.KEY_PADDING, mask)
     vector = _trace(mask)
-    if vector is not None and vector.dim == len(shape) - 1 and vector.is_clean():
-        return Mask(MaskKind.KEY_PADDING, vector.root)
-    return _classify_outer(mask, len(shape))
+    if vector is None or vector.dim != len(shape) - 1:
+        found = _classify_outer(mask, site)
+    elif _is_written(vector.path, vector.root, site):
+        found = Mask(MaskKind.OTHER)
+    else:
+        found = Mask(MaskKind.KEY_PADDING, vector.root)
+    if found.keys is None or _is_batch(_shape(found.keys)[:-1], site):
+        return found
+    return Mask(MaskKind.OTHER)
 
 
-def _classify_outer(mask: Node, rank: int) -> Mask:
+def _is_batch(sizes: tuple[sympy.Expr, ...], site: Site) -> bool:
+    """Whether what a mask holds before its keys is 1 throughout, or else the batch of the site."""
+    assert site.mask is not None and site.query is not None
+    if all(size == 1 for size in sizes):
+        return True
+    mask, query = _shape(site.mask), _shape(site.query)
+    # A shorter mask is aligned to the right, so its first dimension is no batch. One of more items
+    # than the query would give the result as many.
+    return len(mask) == len(query) and query[0] != 1
+
+
+def _classify_outer(mask: Node, site: Site) -> Mask:
     path: list[Node] = []
     node: Any = mask
+    rank = len(_shape(mask))
     while _is_identity(node):
         path.append(node)
         node = node.args[0]
@@ -80,11 +99,18 @@ def _classify_outer(mask: Node, rank: int) -> Mask:
         vectors = [_trace(a) for a in node.args if isinstance(a, Node)]
         if len(vectors) == 2 and vectors[0] is not None and vectors[1] is not None:
             by_dim = {v.dim: v for v in vectors if v is not None}
-            roots = {v.root for v in by_dim.values()}
-            clean = all(v.is_clean() for v in by_dim.values()) and not _is_written(path)
-            if set(by_dim) == {rank - 2, rank - 1} and len(roots) == 1 and clean:
-                return Mask(MaskKind.OUTER, by_dim[rank - 1].root)
+            (root, *others) = {v.root for v in by_dim.values()}
+            path += [n for v in by_dim.values() for n in v.path]
+            if set(by_dim) == {rank - 2, rank - 1} and not others:
+                if not _is_written(path, root, site):
+                    return Mask(MaskKind.OUTER, root)
     return Mask(MaskKind.OTHER)
+
+
+def _is_written(path: Sequence[Node], root: Node, site: Site) -> bool:
+    """Whether anything from the root to the mask is written before the site reads the root anew."""
+    made = min((n for n in path if n is not root), default=site.node)
+    return find_write(path, after=made, before=site.node) is not None
 
 
 # Boolean tensors only: & of integers is no conjunction.
@@ -104,10 +130,6 @@ class _Vector:
     root: Node
     dim: int
     path: tuple[Node, ...]
-
-    def is_clean(self) -> bool:
-        """Whether nothing on the way from the root is written in place."""
-        return not _is_written(self.path)
 
 
 def _trace(node: Node) -> _Vector | None:
@@ -159,8 +181,8 @@ def _read_vector(node: Node, shape: tuple[sympy.Expr, ...]) -> _Vector | None:
         if inner is None or [s for s in inner if s != 1] != wanted:
             break
         path.append(source)
-    roots = [n for n in path if _shape(n)[-1] == shape[long[0]]]
-    return _Vector(roots[-1], long[0], tuple(path)) if roots else None
+    ends = [i for i, n in enumerate(path) if _shape(n)[-1] == shape[long[0]]]
+    return _Vector(path[ends[-1]], long[0], tuple(path[: ends[-1] + 1])) if ends else None
 
 
 def _is_new_axis(node: Any) -> bool:
@@ -176,41 +198,6 @@ def _is_identity(node: Any) -> bool:
     if _name(node) not in _CASTS or not isinstance(node.args[0], Node):
         return False
     return _shape(node.args[0]) is not None and _example(node.args[0]).dtype == _example(node).dtype
-
-
-def _is_written(path: tuple[Node, ...] | list[Node]) -> bool:
-    """Whether the memory behind any of the nodes is written in place, as far as views show."""
-    seen: set[Node] = set()
-    stack = list(path)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for user in node.users:
-            if _writes(user) and user.args and user.args[0] is node:
-                return True
-            if _shares(user):
-                stack.append(user)
-        if _shares(node):
-            stack += [n for n in node.args if isinstance(n, Node)]
-    return False
-
-
-def _writes(node: Node) -> bool:
-    name = str(node.target)
-    if node.op == "call_method":
-        return name.endswith("_") and not name.endswith("__")
-    return node.target in (operator.setitem, *_IN_PLACE_OPERATORS)
-
-
-_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.iand, operator.ior)
-
-
-def _shares(node: Node) -> bool:
-    """Whether the result may be the memory of the first argument."""
-    names = (*_VIEWS, *_CASTS, "expand", "transpose", "permute", "select", "narrow", "getitem")
-    return _name(node) in names or node.target is operator.getitem
 
 
 def _name(node: Any) -> str:

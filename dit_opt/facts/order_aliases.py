@@ -11,30 +11,11 @@ from typing import TypeAlias
 
 from torch.fx import Node
 
-from dit_opt._compat import writes_in_place
 from dit_opt.facts.nodes import op_name
 from dit_opt.facts.order_modes import Modes
+from dit_opt.facts.writes import VIEWS, find_targets
 
-__all__ = ["VIEWS", "find_stale_write", "find_targets"]
-
-# Ops whose result may be another name of their first argument.
-VIEWS = set(
-    "reshape view flatten unflatten squeeze ravel unsqueeze permute transpose swapaxes swapdims "
-    "movedim moveaxis numpy_T t mT getattr expand expand_as broadcast_to view_as_complex "
-    "view_as_real real imag conj positive getitem split chunk split_with_sizes tensor_split narrow "
-    "unbind select to float double half bfloat16 long int bool type type_as contiguous detach "
-    "dropout cpu cuda requires_grad _get_data_attr alias".split()
-)
-_OPERATORS = set(
-    "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul "
-    "iconcat".split()
-)
-# They end in an underscore and write nothing.
-_PURE = set("and_ or_ not_ xor_ requires_grad_".split())
-_ACTIVATIONS = set(
-    "relu relu6 leaky_relu elu selu celu silu mish hardswish hardsigmoid hardtanh threshold rrelu "
-    "dropout".split()
-)
+__all__ = ["find_stale_write"]
 
 # A value: as its node makes it, in the order, or with the order undone. Each is a memory of its own
 # unless the node is a view.
@@ -92,25 +73,6 @@ def _read(modes: Modes, source: Node, reader: Node) -> Name:
     if modes.is_entry(source):
         return source, RAW if reader in modes.plain else ORDERED
     return source, UNDONE if reader in modes.plain else ORDERED
-
-
-def find_targets(node: Node) -> list[Node]:
-    """The values that a node writes to."""
-    if node.op not in ("call_function", "call_method"):
-        return []
-    if writes_in_place(node.target):
-        return list(node.all_input_nodes)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _PURE
-    flagged = name in _ACTIVATIONS and (
-        node.kwargs.get("inplace") is True or any(a is True for a in node.args[1:])
-    )
-    targets = [node.kwargs.get("out")]
-    if in_place or flagged or name in _OPERATORS:
-        targets += [node.args[0] if node.args else node.kwargs.get("input")]
-    # `out` and what `_foreach_` ops write to may be several.
-    lists = [t if isinstance(t, (list, tuple)) else [t] for t in targets]
-    return [t for several in lists for t in several if isinstance(t, Node)]
 
 
 def _aliased(modes: Modes, node: Node) -> list[Node]:

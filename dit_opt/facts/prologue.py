@@ -16,9 +16,9 @@ import torch
 from torch.fx import Node
 
 from dit_opt.facts.nodes import number_of, op_name, sizes_of
-from dit_opt.facts.order_aliases import VIEWS, find_targets
 from dit_opt.facts.rms_norm import Norm, match_norm
 from dit_opt.facts.rotation import Rotation, match_rotation, strip_casts
+from dit_opt.facts.writes import find_write
 
 __all__ = ["Norm", "Part", "Prologue", "find_prologue"]
 
@@ -77,12 +77,12 @@ def find_prologue(node: Node) -> Prologue | str:
     if any(p.source.meta["example_value"].dtype != node.meta["example_value"].dtype for p in parts):
         return "its dtype changes on the way"
     known = [n for n in interior if n.target is operator.setitem]
-    write = _find_write([node, *interior, *(part.source for part in parts)], known)
+    write = find_write([node, *interior, *(part.source for part in parts)], known)
     if write is None and interior:
         # Tables may be made by writes, but what reads them moves to the end of all this.
         read = [t for p in parts for t in (p.rotation and (p.rotation.cos, p.rotation.sin)) or ()]
         read += [p.norm.weight for p in parts if p.norm and p.norm.weight is not None]
-        write = _find_write(read, known, after=min(interior))
+        write = find_write(read, known, after=min(interior))
     write = write or next((n for n in interior if "out" in n.kwargs), None)
     if write is not None:
         return f"it is written to in place, by {write.name}"
@@ -175,27 +175,6 @@ class _Reader:
         stripped, casts = strip_casts(node)
         self.seen += casts
         return stripped
-
-
-def _find_write(
-    nodes: Sequence[Node], known: Sequence[Node], after: Node | None = None
-) -> Node | None:
-    """A write to the memory of one of the nodes that is not among the known ones, after a node."""
-    waiting, met = [], set(nodes)
-    for node in nodes:
-        while op_name(node) in VIEWS and isinstance(node.args[0], Node):
-            node = node.args[0]
-        waiting += [node]
-    waiting += nodes
-    while waiting:
-        node = waiting.pop()
-        for user in node.users:
-            if node in find_targets(user) and user not in known and (not after or user > after):
-                return user
-            if op_name(user) in VIEWS and user not in met:
-                met.add(user)
-                waiting.append(user)
-    return None
 
 
 def _read_cat(node: Node, dim: int) -> Sequence[Node] | None:

@@ -9,8 +9,13 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
 from dit_opt.facts.decomposed import match_decomposed
+from dit_opt.facts.nodes import op_name
 from dit_opt.facts.sites import Form, Site
+from dit_opt.facts.writes import find_write
 from dit_opt.passes.graph_edit import erase_unused
+
+# They keep the strides of a tensor without gaps.
+_KEEP_LAYOUT = ("to", "type_as", "float", "half", "bfloat16", "clone", "detach")
 
 
 def canonicalize_attention(gm: GraphModule, sites: Sequence[Site]) -> int:
@@ -26,7 +31,9 @@ def canonicalize_attention(gm: GraphModule, sites: Sequence[Site]) -> int:
 
         %out = scaled_dot_product_attention(%q, %k, %v, attn_mask=%mask, scale=scale)
 
-    where `[B * H, N, D]` tensors get a head dimension of 1 before, and lose it after.
+    where `[B * H, N, D]` tensors get a head dimension of 1 before, and lose it after. Fused kernels
+    write `[B, N, H, D]` memory and a product `[B, H, N, D]`, so `.contiguous()` follows, unless all
+    that is done to the result is to put the heads after the tokens and to join them.
 
     Refuses (ValueError) sites of another form and sites with a refusal: their scores or weights are
     used elsewhere, or dropped at random, or cannot be read.
@@ -65,6 +72,9 @@ def _rewrite(graph: Graph, site: Site) -> None:
         if flat:
             out = graph.call_method("squeeze", (out, 1))
             _describe(out, site, _example(site.node))
+        elif _shows_layout(site.node):
+            out = graph.call_method("contiguous", (out,))
+            _describe(out, site, _example(site.node))
     site.node.replace_all_uses_with(out)
     interior = match.interior
     # transposes and casts that only the site needed, and baddbmm's empty input
@@ -72,6 +82,33 @@ def _rewrite(graph: Graph, site: Site) -> None:
     graph.erase_node(site.node)
     erase_unused(graph, interior)
     erase_unused(graph, [n for n in around if n not in interior])
+
+
+def _shows_layout(node: Node) -> bool:
+    """Whether a user of attention's output may tell how it lies in memory.
+
+    Where it is written in place, who shares its memory depends on that, too.
+    """
+    waiting = [(node, False)]
+    while waiting:
+        value, swapped = waiting.pop()
+        for user in value.users:
+            name = op_name(user)
+            if name == "contiguous" or (swapped and name in ("reshape", "flatten")):
+                continue
+            swaps = _swaps_heads(user)
+            if not swaps and name not in _KEEP_LAYOUT:
+                return True
+            waiting.append((user, swapped != swaps))
+    return find_write([node]) is not None
+
+
+def _swaps_heads(node: Node) -> bool:
+    """Whether all that a node does is to swap the heads and the tokens."""
+    name, dims = op_name(node), node.args[1:]
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return set(dims) in ({1, 2}, {-2, -3})
+    return name == "permute" and dims in ((0, 2, 1, 3), ((0, 2, 1, 3),), ([0, 2, 1, 3],))
 
 
 def _write_mask(graph: Graph, site: Site, flat: bool) -> Node | None:

@@ -108,6 +108,105 @@ def batch_moved(valid):
     return valid.bool()[:, None, :].expand(2, 2, 6, 6)
 
 
+def by_out(valid):
+    mask = valid.bool()
+    copied = mask[:, None, None, :].expand(2, 1, 6, 6).clone()
+    torch.logical_or(mask, ~mask, out=mask)
+    return copied
+
+
+def by_a_flag(valid):
+    bias = valid - 0.5
+    copied = bias[:, None, None, :].repeat(1, 1, 6, 1)
+    F.relu(bias, inplace=True)
+    return copied
+
+
+def by_an_operator(valid):
+    bias = valid * 1.0
+    copied = bias[:, None, None, :].repeat(1, 1, 6, 1)
+    torch.ops.aten.fill_.Scalar(bias, 0.0)
+    return copied
+
+
+def through_flatten(valid):
+    bias = valid * 1.0
+    copied = bias[:, None, None, :].repeat(1, 1, 6, 1)
+    bias.flatten().zero_()
+    return copied
+
+
+def through_an_einsum(valid):
+    bias = valid * 1.0
+    copied = bias[:, None, None, :].repeat(1, 1, 6, 1)
+    torch.einsum("bn->nb", bias).zero_()
+    return copied
+
+
+@pytest.mark.parametrize(
+    "make", [by_out, by_a_flag, by_an_operator, through_flatten, through_an_einsum]
+)
+def test_a_vector_written_after_it_was_copied(make):
+    assert classify(make, VALID) == (MaskKind.OTHER, None)
+
+
+def test_a_vector_made_by_writes():
+    def make(valid):
+        mask = torch.zeros(2, 6, dtype=torch.bool)
+        mask[:, :4] = valid[:, :4].bool()
+        return mask[:, None, None, :].expand(2, 2, 6, 6)
+
+    kind, keys = classify(make, VALID)
+    assert kind is MaskKind.KEY_PADDING and keys.meta["example_value"].shape == (2, 6)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (2, 1, 6)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_short_mask_of_queries_or_heads(shape, dtype):
+    # heads and batch are both 2: the first dimension is that of heads
+    assert classify(lambda mask: mask, torch.ones(shape, dtype=dtype)).kind is MaskKind.OTHER
+
+
+def sliding_window(valid):
+    index = torch.arange(6)
+    return (index[:, None] - index[None]).abs() < 3
+
+
+def head_by_view(valid):
+    return valid.bool().unsqueeze(1)
+
+
+def head_by_repeat(valid):
+    return valid.bool()[:, None].repeat(1, 6, 1)
+
+
+def head_outer(valid):
+    valid = valid.bool()
+    return valid[:, None, :] & valid[:, :, None]
+
+
+@pytest.mark.parametrize("make", [sliding_window, head_by_view, head_by_repeat, head_outer])
+def test_a_short_mask_that_the_graph_makes(make):
+    assert classify(make, VALID) == (MaskKind.OTHER, None)
+
+
+def test_a_short_mask_is_honoured_where_the_query_is_short_too():
+    def attend(q, mask):
+        return F.scaled_dot_product_attention(q, q, q, mask)
+
+    (site,) = find_sites(capture_one(attend, Q[:, 0], torch.ones(2, 1, 6)).graph)
+    assert classify_mask(site).kind is MaskKind.KEY_PADDING
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 6), (1, 1, 1, 1, 6)])
+def test_a_mask_that_makes_the_result_larger(shape):
+    def attend(q, mask):
+        return (q @ q.mT + mask).softmax(-1) @ q
+
+    (site,) = find_sites(capture_one(attend, Q[:1], torch.ones(shape)).graph)
+    assert classify_mask(site) == (MaskKind.OTHER, None)
+
+
 @pytest.mark.parametrize(
     "make",
     [written_after, written_before_the_product, either, heads_differ, negated_rows, batch_moved],

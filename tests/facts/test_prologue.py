@@ -275,6 +275,25 @@ def test_a_table_that_is_written_to_later_is_refused(table):
     assert "written to in place, by neg_" in read(change)
 
 
+def test_a_write_to_what_a_write_returned_is_refused():
+    def change(norm, x, cos, sin):
+        x = x * 1.0
+        q = norm(x.mul_(2.0))
+        x.zero_()
+        return q
+
+    assert "written to in place, by zero_" in read(change)
+
+
+def test_a_write_before_what_is_read_is_no_obstacle():
+    def change(norm, x, cos, sin):
+        x = x * 1.0
+        x.mul_(2.0)
+        return norm(x.view(2, 10, 2, 16))
+
+    assert isinstance(read(change), Prologue)
+
+
 def test_a_table_that_is_made_by_writes_is_read():
     def change(norm, x, cos, sin):
         table = torch.zeros_like(cos)

@@ -89,6 +89,90 @@ def test_nothing_of_the_old_attention_stays():
     assert not any(word in t for t in targets for word in ("empty", "transpose", "baddbmm", "bmm"))
 
 
+def fused(q, k, v, **kwargs):
+    """Attention that lies in memory as fused kernels write it."""
+    out = F.scaled_dot_product_attention(q, k, v, **kwargs)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def canonicalize_fused(gm):
+    assert canonicalize_attention(gm, find_sites(gm.graph)) == 1
+    (node,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    node.target = fused
+    gm.recompile()
+
+
+def attention(q):
+    return (q @ q.mT).softmax(-1) @ q
+
+
+def viewed(q):
+    return attention(q).view(6, 8, 4)
+
+
+def viewed_after_a_cast(q):
+    return attention(q).double().float().view(6, 32)
+
+
+def viewed_as_written(q):
+    out = attention(q)
+    out.reshape(6, 8, 4).mul_(2.0)
+    return out.sum(-1)
+
+
+def kept_apart_from_a_write(q):
+    out = attention(q)
+    out.transpose(1, 2).reshape(2, 8, 12).zero_()
+    return out.sum(-1)
+
+
+def strides_read(q):
+    out = attention(q)
+    return torch.as_strided(out, (8, 12), (12, 1))
+
+
+def strides_returned(q):
+    return attention(q)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        viewed,
+        viewed_after_a_cast,
+        viewed_as_written,
+        kept_apart_from_a_write,
+        strides_read,
+        strides_returned,
+    ],
+)
+def test_the_result_lies_in_memory_as_before(function):
+    gm = capture_one(function, Q)
+    canonicalize_fused(gm)
+    (out,), expected = gm(Q), function(Q)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda out: out.transpose(1, 2).reshape(2, 8, 12),
+        lambda out: out.permute(0, 2, 1, 3).to(torch.float64).flatten(2),
+        lambda out: torch.permute(out, [0, 2, 1, 3]).contiguous().view(2, 8, 12),
+        lambda out: out.swapaxes(-3, -2).flatten(-2),
+    ],
+)
+def test_heads_that_are_joined_cost_no_copy(join):
+    gm = capture_one(lambda q: join(attention(q)), Q)
+    before = count(gm, "contiguous")
+    canonicalize_fused(gm)
+    assert count(gm, "contiguous") == before
+    (out,), expected = gm(Q), join(attention(Q))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert out.stride() == expected.stride()
+
+
 def test_new_nodes_keep_module_line_and_value():
     tiny = tiny_models.dit()
     from diffusers.models.attention_processor import AttnProcessor
