@@ -135,7 +135,14 @@ class Labels:
                 return label
             reason: Exception = NoRule("sizes of the rule and of the tensor differ")
         # An argument form that a rule does not know ends the axes; it must not end the compilation.
-        except (NoRule, TypeError, IndexError, AttributeError) as error:
+        except (
+            NoRule,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+        ) as error:
             reason = error
         log.debug("No label for %s (%s): %s", node.name, name, reason)
         self.unknown[node] = str(reason)

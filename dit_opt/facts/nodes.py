@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt._compat import proved_sizes, size_expression
+from dit_opt._compat import operator_name, proved_sizes, size_expression
 
 __all__ = [
     "find_data",
@@ -28,13 +28,38 @@ __all__ = [
 ]
 
 
+# Where functions are written whose names say what they do. Others may have the same bare names.
+_HOMES = frozenset(
+    "_operator aten builtins torch torch._tensor torch.functional torch.nn.functional".split()
+)
+
+
 def op_name(node: Node) -> str:
-    """The public name of an op, one for its function, method, in-place form and overloads."""
-    return _plain_name(
-        node.target
-        if isinstance(node.target, str)
-        else getattr(node.target, "__name__", str(node.target))
-    )
+    """The public name of an op, one for its function, method, in-place form and overloads.
+
+    An op that is not torch's keeps its namespace or module, as `einops.einops.repeat`, and no rule
+    has such a name.
+    """
+    if isinstance(node.target, str):
+        return _plain_name(node.target)
+    home, name = _home_of(node.target)
+    name = _plain_name(name)
+    return name if home in _HOMES or home.startswith("torch._C.") else f"{home}.{name}"
+
+
+def _home_of(target: Any) -> tuple[str, str]:
+    """(namespace or module, name) of a function or an operator."""
+    operator = operator_name(target)
+    if operator is not None:
+        home, _, name = operator.partition(".")
+        return home, name
+    name = getattr(target, "__name__", str(target))
+    owner = getattr(target, "__objclass__", None)
+    if isinstance(owner, type) and issubclass(torch.Tensor, owner):
+        return torch.Tensor.__module__, name
+    # A function that wraps one of torch has taken over its `__module__`.
+    written = getattr(target, "__globals__", {}).get("__name__")
+    return str(written or getattr(target, "__module__", None)), name
 
 
 @lru_cache(maxsize=4096)

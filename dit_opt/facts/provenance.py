@@ -1,6 +1,7 @@
 """Which input tells the step, and which parameter tells the layer.
 
-Neither is read from a name: names differ between models, what is done with an input does not.
+The step is what the graph does with an input, not what the input is called: names differ between
+models. The layer is where the module that makes the call keeps its parameters.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from dit_opt._compat import belongs_to_model, parameter_path, size_expression
+from dit_opt.facts.nodes import op_name
 from dit_opt.facts.sites import Site
 
 
@@ -107,8 +109,7 @@ def _feeds_layer(node: Node) -> bool:
         for user in stack.pop().users:
             if user.op == "call_function" and user.target in _LAYERS:
                 return True
-            name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
-            if name in _CARRIERS and user not in seen:
+            if op_name(user) in _CARRIERS and user not in seen:
                 seen.add(user)
                 stack.append(user)
     return False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import operator
 
 import pytest
@@ -7,6 +8,7 @@ import sympy
 import torch
 
 from dit_opt.facts.nodes import is_pointwise, number_of, op_name, origin_of, sizes_of
+from dit_opt.facts.rules import RULES
 from tests import tiny_models
 from tests.graphs import capture_one
 
@@ -27,10 +29,55 @@ def node_of(target):
         (torch.ops.aten.add.Tensor, "add"),
         (torch.nn.functional.scaled_dot_product_attention, "scaled_dot_product_attention"),
         ("__and__", "__and__"),
+        (torch.add, "add"),
+        (torch.Tensor.add_, "add"),
+        (torch.Tensor.split, "split"),
+        (torch.functional.split, "split"),
+        (torch.linalg.vector_norm, "linalg_vector_norm"),
+        (torch.sym_max, "sym_max"),
+        (getattr, "getattr"),
     ],
 )
 def test_one_name_for_every_spelling(target, name):
     assert op_name(node_of(target)) == name
+
+
+def silu(x):
+    return torch.nn.functional.silu(x.cumsum(1))
+
+
+@functools.wraps(torch.nn.functional.gelu)
+def wrapped(x):
+    return silu(x)
+
+
+@functools.wraps(torch.nn.functional.silu)
+def wrapped_too(x):
+    return silu(x)
+
+
+scan = torch.library.custom_op(
+    "ditopt_test_nodes::silu", silu, mutates_args=(), schema="(Tensor x) -> Tensor"
+)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        silu,
+        wrapped,
+        wrapped_too,
+        torch.ops.ditopt_test_nodes.silu,
+        torch.ops.ditopt_test_nodes.silu.default,
+        torch.ops.prims.transpose,
+        torch.masked.softmax,
+        torch.sparse.sum,
+    ],
+    ids=str,
+)
+def test_what_only_shares_its_name_with_torch_has_another_one(target):
+    name = op_name(node_of(target))
+    assert name not in RULES and not is_pointwise(name)
 
 
 def test_pointwise_is_what_torch_says():

@@ -110,6 +110,19 @@ def cumulative(x):
     return unpatchify(attend(tokens + tokens.cumsum(1)))
 
 
+scan = torch.library.custom_op(
+    "ditopt_test_order::silu",
+    lambda x: x.cumsum(1),
+    mutates_args=(),
+    schema="(Tensor x) -> Tensor",
+)
+
+
+def cumulative_by_another_name(x):
+    tokens = attend(patchify(x))
+    return unpatchify(attend(tokens + torch.ops.ditopt_test_order.silu(tokens)))
+
+
 def temporal_convolution(x, weight):
     tokens = attend(patchify(x)).transpose(1, 2)
     tokens = tokens + F.conv1d(tokens, weight, padding=1, groups=4)
@@ -179,6 +192,9 @@ X = latents()
 # reason: (function, inputs, name of the op that stops the proof)
 REFUSED = {
     "cumulative": (cumulative, (X,), OrderReason.UNKNOWN_OP, "cumsum"),
+    "cumulative by another name": (
+        cumulative_by_another_name, (X,), OrderReason.UNKNOWN_OP, "ditopt_test_order.silu"
+    ),
     "temporal convolution": (
         temporal_convolution, (X, randn(4, 1, 3)), OrderReason.CONVOLUTION, "conv1d"
     ),

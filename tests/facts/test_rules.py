@@ -308,6 +308,36 @@ def test_a_rule_of_wrong_sizes_is_no_rule(monkeypatch):
     assert all(leaf in labels.ended for dim in labels[source] for leaf in leaves(dim))
 
 
+@pytest.mark.parametrize(
+    "function",
+    # zip of sizes that differ; a remainder by no dimensions
+    [lambda x: torch.einsum("bnc,bnd->bcd", [x]), lambda x: x.sum((0, 1, 2)).sum(0)],
+    ids=["ValueError", "ZeroDivisionError"],
+)
+def test_a_rule_that_fails_in_any_way_is_no_rule(function):
+    gm = torch.fx.symbolic_trace(function)
+    for node in gm.graph.nodes:
+        node.meta["example_value"] = X if node.op == "placeholder" else torch.tensor(0.0)
+    labels = label_axes(gm.graph)
+    (node,) = labels.unknown
+    assert node.name in ("einsum", "sum_2")
+
+
+def silu(x):
+    return x.cumsum(1)
+
+
+torch.fx.wrap("silu")
+
+
+def test_a_function_with_the_name_of_an_op_of_torch_has_no_rule():
+    gm = trace(lambda x: silu(x) * 2, X)
+    passed, _ = check(gm, X)
+    assert not passed
+    (reason,) = label_axes(gm.graph).unknown.values()
+    assert reason == "tests.facts.test_rules.silu has no rule"
+
+
 def test_two_structures_of_one_axis_are_disputed():
     def clash(x, h, w):
         return x + (h[:, None] + w).flatten() + (w[:, None] + h).flatten()
