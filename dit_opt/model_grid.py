@@ -1,46 +1,135 @@
-"""The grid that a whole model tells its blocks, where only the blocks are compiled."""
+"""What a whole model tells its blocks where only these are compiled: the grid, and the step."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import GraphModule
 
-from dit_opt._compat import BackendCompilerFailed
+from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import find_tokens
 
 log = logging.getLogger(__name__)
 
+# Dynamo may be switched off for good, and every attempt to trace then runs the model.
+ATTEMPTS = 3
 
-class _Traced(Exception):
+# the name of an argument of `forward`, then keys and positions inside it
+Path: TypeAlias = tuple[Any, ...]
+
+
+# Neither Dynamo, which may be told to suppress errors, nor the model may take it for a failure:
+# what they would do then is to run the model.
+class _Traced(BaseException):
     """The graph was seen; nothing needs to run."""
 
 
-def read_grid(
+@dataclass(frozen=True)
+class Telling:
+    """What the first graph of a whole model tells of a call.
+
+    Attributes:
+        grid: (T, H, W) of the latent tokens; None where it proves none, or several.
+        timesteps: where the tensors are that may be the timestep; see `find_timestep`.
+    """
+
+    grid: tuple[int, int, int] | None = None
+    timesteps: tuple[Path, ...] = ()
+
+
+class ModelReader:
+    """What a model tells in its calls; traced once for each set of sizes.
+
+    Whole numbers may tell a grid, as shapes do, or only count steps: those that changed and left
+    the grid as it was are looked at no longer.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._signature = inspect.signature(model.forward)
+        # by shapes: the whole numbers of the calls that were traced, and what these told
+        self._seen: dict[Any, list[tuple[list[int], Telling]]] = {}
+        # by shapes: which of the whole numbers tell nothing
+        self._idle: dict[Any, set[int]] = {}
+        self._failed = 0
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        return self._signature.bind_partial(*args, **kwargs).arguments
+
+    def read(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Telling:
+        """What the model tells in a call, `model(*args, **kwargs)`."""
+        arguments = self.bind(args, kwargs)
+        numbers: list[int] = []
+        sizes = {name: x for name, x in arguments.items() if name != "timestep"}
+        shapes = _describe_sizes(sizes, numbers)
+        seen = self._seen.setdefault(shapes, [])
+        idle = self._idle.setdefault(shapes, set())
+        for others, telling in seen:
+            if _differing(numbers, others) <= idle:
+                return telling
+        found = read_model(model, args, kwargs)
+        if found is None:
+            self._failed += 1
+            if self._failed < ATTEMPTS:
+                return Telling()
+            log.warning(
+                "Dynamo made no graph of %s in %d calls, so its blocks know neither the grid of "
+                "their tokens nor, unless an argument is called `timestep`, the step. Switch "
+                "Dynamo on (TORCHDYNAMO_DISABLE, torch._dynamo.config.disable).",
+                type(model).__name__,
+                self._failed,
+            )
+            found = Telling()
+        log.info("the whole model tells the grid %s to its blocks", found.grid)
+        for others, telling in seen:
+            if telling.grid == found.grid:
+                idle |= _differing(numbers, others)
+        seen.append((numbers, found))
+        return found
+
+
+def read_model(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, int, int] | None:
-    """(T, H, W) of the latent tokens of a whole model in a call, `model(*args, **kwargs)`.
+) -> Telling | None:
+    """What a whole model tells in a call, `model(*args, **kwargs)`; None where no graph was made.
 
     Traces the model, but runs and compiles nothing. Tracing takes time with every block, and blocks
     of a kind see the same tokens, so a copy with one block of each kind is traced first, and the
-    model itself only where that one proves no grid. None where the first graph of neither proves
-    one, or where it proves several.
+    model itself only where that one proves no grid.
     """
     short = keep_one_of_each_block(model)
     if short is not None:
         try:
-            grid = _trace_grid(short, args, kwargs)
+            telling = _trace(short, args, kwargs)
         # A model that counts on the number of its blocks raises what it likes; the whole one tells.
         except Exception as error:
             log.debug("with one block of each kind %s raised %r", type(model).__name__, error)
         else:
-            if grid is not None:
-                return grid
-    return _trace_grid(model, args, kwargs)
+            if telling is not None and telling.grid is not None:
+                return telling
+    return _trace(model, args, kwargs)
+
+
+def walk_arguments(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """All that is in dictionaries and lists, with where it is."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        yield path, value
+        return
+    for key, item in items:
+        yield from walk_arguments(item, (*path, key))
 
 
 def keep_one_of_each_block(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -71,23 +160,60 @@ def _shorten(module: torch.nn.Module, kinds: frozenset[str]) -> torch.nn.Module:
     return short
 
 
-def _trace_grid(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, int, int] | None:
-    """The grid that the first graph of a model proves, None for none or several."""
-    grids: set[tuple[int, ...]] = set()
+def _trace(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Telling | None:
+    """What the first graph of a model tells; None where Dynamo made none."""
+    arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    told: list[Telling] = []
 
     def look(gm: GraphModule, inputs: list[Any]) -> Any:
         layouts = find_tokens(gm.graph, find_sites(gm.graph)).layouts.values()
-        grids.update(tuple(map(int, x.grid.sizes)) for x in layouts if x.grid is not None)
+        grids = {tuple(map(int, x.grid.sizes)) for x in layouts if x.grid is not None}
+        told.append(Telling(_only(grids), _find_timesteps(gm, inputs, arguments)))
         raise _Traced
 
-    try:
-        torch.compile(model.forward, backend=look, dynamic=False)(*args, **kwargs)
-    except BackendCompilerFailed as error:
-        if not isinstance(error.inner_exception, _Traced):
-            raise
+    # whatever stance the user has taken, nothing is to run here
+    with torch.compiler.set_stance("default"):
+        try:
+            torch.compile(model.forward, backend=look, dynamic=False)(*args, **kwargs)
+        except _Traced:
+            return told[0]
+    return None
+
+
+def _only(grids: set[tuple[int, ...]]) -> tuple[int, int, int] | None:
     if len(grids) != 1:
         return None
     T, H, W = grids.pop()
     return T, H, W
+
+
+def _find_timesteps(
+    gm: GraphModule, inputs: list[Any], arguments: dict[str, Any]
+) -> tuple[Path, ...]:
+    """Where the tensors that may be the timestep are among the arguments of a call."""
+    timestep = find_timestep(gm.graph)
+    if timestep is None:
+        return ()
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    # Dynamo hands a backend the very tensors of the call.
+    paths = {id(value): path for path, value in walk_arguments(arguments)}
+    found = (paths.get(id(given[node])) for node in timestep.candidates)
+    return tuple(path for path in found if path is not None)
+
+
+def _describe_sizes(value: Any, numbers: list[int]) -> Any:
+    """What of the arguments of a call may tell a grid: shapes, hashable, and whole numbers."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return tuple((name, _describe_sizes(x, numbers)) for name, x in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_describe_sizes(x, numbers) for x in value)
+    if isinstance(value, int):
+        numbers.append(value)
+        return int
+    return None
+
+
+def _differing(numbers: list[int], others: list[int]) -> set[int]:
+    return {i for i, (a, b) in enumerate(zip(numbers, others, strict=True)) if a != b}

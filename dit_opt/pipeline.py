@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import weakref
@@ -14,11 +13,16 @@ from typing import Any, TypeVar
 import torch
 
 from dit_opt._compat import allow_recompiles
-from dit_opt.model_grid import read_grid
+from dit_opt.model_grid import ModelReader, Path, walk_arguments
 from dit_opt.options import Options
-from dit_opt.runtime.bound import read_timesteps
-from dit_opt.runtime.schedule import Clock
-from dit_opt.runtime.state import Announcement, announce, remember, set_running_grid
+from dit_opt.runtime.bound import Stream
+from dit_opt.runtime.state import (
+    Announcement,
+    announce,
+    remember,
+    set_running_announcement,
+    set_running_grid,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,9 @@ DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 
 # Dynamo runs a block eagerly, and dense, after so many different shapes; its own limit is 8.
 REGIONAL_SHAPES = 64
+
+# the hooks of each model whose blocks are compiled one by one
+_handles: weakref.WeakKeyDictionary[torch.nn.Module, list[Any]] = weakref.WeakKeyDictionary()
 
 T = TypeVar("T")
 
@@ -45,8 +52,9 @@ def optimize(
         pipe_or_model: a diffusers pipeline (its scheduler tells how long a trajectory is) or a
             module.
         regional: compile the repeated blocks one by one (`compile_repeated_blocks`), which is
-            quicker to compile. A hook around the model then reads the step, and traces the whole
+            quicker to compile. Hooks around the model then read the step, and trace the whole
             model once for each shape, without compiling it, for the grid that no block can know.
+            They take the place of those of an earlier call.
         fullgraph, dynamic: as in `torch.compile`. But regional compilation is static unless asked
             otherwise: the grid of a block is a fact of one shape. Dynamo's `recompile_limit` is
             raised to 64 shapes for it.
@@ -58,7 +66,7 @@ def optimize(
     Raises:
         OptionError: an option is wrong. TypeError: nothing in the object can be compiled.
     """
-    Options.parse(options)
+    parsed = Options.parse(options)
     scheduler = getattr(pipe_or_model, "scheduler", None)
     models = find_denoisers(pipe_or_model)
     for model in models:
@@ -76,13 +84,19 @@ def optimize(
             "dynamic": dynamic,
             "options": dict(options),
         }
+        for handle in _handles.pop(model, ()):
+            handle.remove()
         if regional:
-            model.register_forward_pre_hook(_StepHook(model, announcement), with_kwargs=True)
-            if options.get("grid") is None:
-                model.register_forward_pre_hook(_GridHook(model), with_kwargs=True)
-                model.register_forward_hook(_GridEndHook(), always_call=True)
+            reader = ModelReader(model)
+            hooks: list[_Hook] = [_StepHook(reader, announcement, parsed.effective_refresh_every)]
+            if parsed.grid is None:
+                hooks.append(_GridHook(reader))
                 settings["dynamic"] = bool(dynamic)
                 allow_recompiles(REGIONAL_SHAPES)
+            _handles[model] = [
+                *(model.register_forward_pre_hook(hook, with_kwargs=True) for hook in hooks),
+                model.register_forward_hook(_EndHook(), always_call=True),
+            ]
             model.compile_repeated_blocks(**settings)
         else:
             model.compile(**settings)
@@ -127,64 +141,78 @@ class _Hook:
 
 
 class _StepHook(_Hook):
-    """Tells the blocks where the run stands, from the model's own `timestep` argument.
+    """Tells the blocks where the run stands, from the arguments of the model.
 
-    One clock for each thread and each shape of the first tensor argument, as in a whole graph.
+    The step is the argument called `timestep`, or else what the graph of the model embeds as one.
+    One stream for each thread and each shape of the first tensor argument, as in a whole graph.
     """
 
-    def __init__(self, model: torch.nn.Module, announcement: Announcement) -> None:
-        self._signature = inspect.signature(model.forward)
+    def __init__(self, reader: ModelReader, announcement: Announcement, refresh_every: int) -> None:
+        self._reader = reader
         self._announcement = announcement
+        self._refresh_every = refresh_every
+        self._warned = False
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
         announcement = self._announcement
-        timestep = bound.get("timestep")
-        if timestep is None:
+        set_running_announcement(announcement)
+        arguments = self._reader.bind(args, kwargs)
+        given = self._find_timesteps(module, args, kwargs, arguments)
+        if not given:
             announcement.position = None
+            self._warn_without_step(module)
             return
-        first = next((a for a in bound.values() if isinstance(a, torch.Tensor)), None)
+        tensors = (x for _, x in walk_arguments(arguments) if isinstance(x, torch.Tensor))
+        first = next(tensors, None)
         shape = tuple(first.shape) if first is not None else ()
-        stream = (threading.get_ident(), shape)
-        clock = announcement.clocks.get(stream) or Clock()
-        remember(announcement.clocks, stream, clock)
-        value, rounding = read_timesteps({0: timestep})[0]
-        announcement.position = clock.tick(value, announcement.timesteps(), rounding)
+        key = (threading.get_ident(), shape, tuple(given))
+        stream = announcement.streams.get(key) or Stream(tuple(range(len(given))))
+        remember(announcement.streams, key, stream)
+        announcement.position = stream.locate(tuple(given.values()), announcement.timesteps())
+
+    def _find_timesteps(
+        self,
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        arguments: dict[str, Any],
+    ) -> dict[Path, Any]:
+        """The values of a call that may be the timestep."""
+        named = arguments.get("timestep")
+        if named is not None:
+            return {("timestep",): named}
+        paths = self._reader.read(module, args, kwargs).timesteps
+        return {path: x for path, x in walk_arguments(arguments) if path in paths}
+
+    def _warn_without_step(self, module: torch.nn.Module) -> None:
+        if self._refresh_every > 1 and not self._warned:
+            log.warning(
+                "No argument of %s is known to tell the denoising step, so its blocks search in "
+                "every call and refresh_every=%d has no effect. Give forward the step in an "
+                "argument called `timestep`, or compile the whole model (regional=False).",
+                type(module).__name__,
+                self._refresh_every,
+            )
+        self._warned = True
 
 
 class _GridHook(_Hook):
     """Has the whole model tell its blocks (T, H, W) in each call."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._signature = inspect.signature(model.forward)
-        self._grids: dict[Any, tuple[int, int, int] | None] = {}
+    def __init__(self, reader: ModelReader) -> None:
+        self._reader = reader
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        inputs = self._signature.bind_partial(*args, **kwargs).arguments
-        sizes = _describe_sizes({k: x for k, x in inputs.items() if k != "timestep"})
-        if sizes not in self._grids:
-            self._grids[sizes] = read_grid(module, args, kwargs)
-            log.info("the whole model tells the grid %s to its blocks", self._grids[sizes])
-        set_running_grid(self._grids[sizes])
+        set_running_grid(self._reader.read(module, args, kwargs).grid)
 
 
-class _GridEndHook(_Hook):
-    """Ends what `_GridHook` began."""
+class _EndHook(_Hook):
+    """Ends what the hooks before a call began."""
 
     def __call__(self, *args: Any) -> None:
         set_running_grid(None)
-
-
-def _describe_sizes(value: Any) -> Any:
-    """What of the arguments of a call may tell a grid: shapes and whole numbers, hashable."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape)
-    if isinstance(value, dict):
-        return tuple((name, _describe_sizes(x)) for name, x in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_describe_sizes, value))
-    return value if isinstance(value, int) else None
+        set_running_announcement(None)

@@ -7,7 +7,13 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from dit_opt import model_grid
-from dit_opt.model_grid import keep_one_of_each_block, read_grid
+from dit_opt.model_grid import (
+    ATTEMPTS,
+    ModelReader,
+    Telling,
+    keep_one_of_each_block,
+    read_model,
+)
 from tests import tiny_models
 from tests.tiny_models import hunyuan_video, sd3, wan
 
@@ -33,7 +39,7 @@ def traced(monkeypatch):
 
 def read(tiny, model=None):
     with torch.no_grad():
-        return read_grid(tiny.model if model is None else model, (), tiny.inputs)
+        return read_model(tiny.model if model is None else model, (), tiny.inputs).grid
 
 
 @pytest.mark.parametrize("make", WITH_GRID, ids=lambda make: make.__name__)
@@ -118,3 +124,40 @@ def test_no_grid_is_none(traced):
     assert read(tiny_models.flux(layers=2)) is None
     # once with one block of each kind, once with all
     assert traced == [2, 4]
+
+
+def test_where_dynamo_makes_no_graph_attempts_end(monkeypatch, caplog):
+    tiny, attempts = wan(layers=1), []
+    monkeypatch.setattr(model_grid, "read_model", lambda *call: attempts.append(call))
+    reader = ModelReader(tiny.model)
+    for _ in range(ATTEMPTS + 2):
+        assert reader.read(tiny.model, (), tiny.inputs) == Telling()
+    assert len(attempts) == ATTEMPTS
+    (record,) = caplog.records
+    assert "TORCHDYNAMO_DISABLE" in record.getMessage()
+
+
+def test_numbers_that_change_the_grid_are_sizes(monkeypatch):
+    asked = []
+
+    def read_model(model, args, kwargs):
+        asked.append(kwargs)
+        return Telling(grid=(1, kwargs["height"], kwargs["width"]))
+
+    monkeypatch.setattr(model_grid, "read_model", read_model)
+    model = torch.nn.Linear(1, 1)
+    model.forward = lambda x, **sizes: x
+    reader = ModelReader(model)
+    for step, (height, width) in enumerate([(2, 3), (3, 2), (2, 3), (2, 3), (3, 2), (6, 1)]):
+        kwargs = {"height": height, "width": width, "step": step}
+        telling = reader.read(model, (torch.zeros(1),), kwargs)
+        assert telling.grid == (1, height, width)
+    # the third call told that the step is no size
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("make", [wan, sd3], ids=lambda make: make.__name__)
+def test_the_step_is_the_tensor_that_is_embedded(make):
+    tiny = make()
+    with torch.no_grad():
+        assert read_model(tiny.model, (), tiny.inputs).timesteps == (("timestep",),)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import io
+import logging
 import pickle
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +14,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dit_opt
+from dit_opt import model_grid
 from dit_opt.backend import live_bounds
 from dit_opt.options import OptionError
-from dit_opt.pipeline import _StepHook
+from dit_opt.pipeline import _Hook, _StepHook
 from dit_opt.runtime.state import announcement_for, running_grid, set_running_grid
 from tests.tiny_models import ltx_video, wan
 
@@ -41,6 +45,16 @@ def run(pipe, inputs, steps, boundary=0.0):
 
 def calls(model):
     return dit_opt.report(model).graphs[0].calls
+
+
+def grids_of(model):
+    """The grids of the layers that have plans."""
+    return {
+        state.layout[:3]
+        for bound in live_bounds()
+        for owner, _, state in bound.states
+        if any(owner is p for p in model.parameters())
+    }
 
 
 @pytest.mark.parametrize("regional", [False, True])
@@ -101,13 +115,7 @@ def test_regional_blocks_follow_the_grid_of_each_call(router, make):
         with torch.no_grad():
             found, expected = (model(**inputs)[0] for model in (regional, whole))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    layouts = {
-        state.layout[:3]
-        for bound in live_bounds()
-        for owner, _, state in bound.states
-        if any(owner is p for p in regional.parameters())
-    }
-    assert layouts == set(grids)
+    assert grids_of(regional) == set(grids)
 
 
 def test_threads_of_a_regional_model_keep_their_own_steps():
@@ -195,3 +203,123 @@ def test_regional_blocks_are_compiled_for_more_shapes_than_dynamo_allows():
             tiny.model(**{**wan(grid=(2, 8, 8 + i)).inputs, "timestep": torch.tensor([900.0 - i])})
     searched = [bound for bound in live_bounds() if len(list(bound.states))]
     assert len(searched) == 10
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The calls in which a whole model is traced."""
+    calls = []
+
+    def read_model(model, args, kwargs):
+        calls.append(kwargs)
+        return original(model, args, kwargs)
+
+    original = model_grid.read_model
+    monkeypatch.setattr(model_grid, "read_model", read_model)
+    return calls
+
+
+def rename_arguments(model, forward):
+    """Give a model another `forward`, which is called with the plain one before its own."""
+    plain = model.forward
+
+    def renamed(*args, **kwargs):
+        return forward(plain, *args, **kwargs)
+
+    renamed.__signature__ = inspect.signature(functools.partial(forward, plain))
+    model.forward = renamed
+
+
+REUSING = {**OPTIONS, "dense_steps": 1, "refresh_every": 10}
+
+
+def run_steps(model, inputs, name="timestep", **others):
+    inputs = {key: x for key, x in inputs.items() if key != "timestep"}
+    with torch.no_grad():
+        for t in (999.0, 750.0, 500.0, 250.0):
+            model(**inputs, **{name: torch.tensor([t])}, **others)
+
+
+@pytest.mark.parametrize("grid", [None, (4, 12, 16)])
+def test_the_step_is_found_wherever_it_is(grid):
+    tiny = wan(grid=(4, 12, 16))
+    rename_arguments(tiny.model, lambda plain, x, texts, **others: plain(x, others["t"], texts[0]))
+    dit_opt.optimize(tiny.model, regional=True, grid=grid, **REUSING)
+    inputs = {"x": tiny.inputs["hidden_states"], "texts": [tiny.inputs["encoder_hidden_states"]]}
+    run_steps(tiny.model, inputs, "t", scale=torch.tensor([5.0]))
+    assert calls(tiny.model) == {"observe": 2, "search": 2, "reuse": 4}
+
+
+def test_a_model_that_embeds_no_step_is_told_of_once(caplog):
+    tiny = wan(grid=(4, 12, 16))
+    rename_arguments(
+        tiny.model,
+        lambda plain, step, **others: plain(timestep=torch.tensor([float(step)]), **others),
+    )
+    dit_opt.optimize(tiny.model, regional=True, **{**REUSING, "dense_steps": 0})
+    inputs = {key: x for key, x in tiny.inputs.items() if key != "timestep"}
+    with caplog.at_level(logging.WARNING, "dit_opt"), torch.no_grad():
+        for step in (999, 500):
+            tiny.model(step=step, **inputs)
+    told = [r.getMessage() for r in caplog.records if "refresh_every=10" in r.getMessage()]
+    assert len(told) == 1 and "WanTransformer3DModel" in told[0]
+    assert calls(tiny.model) == {"search": 4}
+
+
+def count_runs(model):
+    runs = []
+    model.patch_embedding.register_forward_hook(lambda *_: runs.append(None))
+    return runs
+
+
+def test_a_call_that_is_to_run_eagerly_runs_once_and_the_grid_is_known_after_it():
+    tiny = wan(grid=(4, 12, 16))
+    runs = count_runs(tiny.model)
+    dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
+    with torch.compiler.set_stance("force_eager"):
+        tiny()
+    assert len(runs) == 1
+    tiny()
+    assert grids_of(tiny.model) == {(4, 12, 16)}
+
+
+def test_errors_that_are_suppressed_run_no_model_twice():
+    tiny = wan(grid=(4, 12, 16))
+    runs = count_runs(tiny.model)
+    dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
+    with torch._dynamo.config.patch(suppress_errors=True):
+        tiny()
+    assert len(runs) == 1 and grids_of(tiny.model) == {(4, 12, 16)}
+
+
+def test_a_number_that_counts_steps_is_no_size(traces):
+    tiny = wan(grid=(4, 12, 16))
+    rename_arguments(tiny.model, lambda plain, step_index, **others: plain(**others))
+    dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
+    for i in range(4):
+        with torch.no_grad():
+            tiny.model(step_index=i, **tiny.inputs)
+    assert len(traces) == 2
+
+
+def test_a_model_may_be_optimized_again(traces):
+    tiny = wan(grid=(4, 12, 16))
+    for density in (0.6, 0.3):
+        dit_opt.optimize(tiny.model, regional=True, **{**OPTIONS, "density": density})
+    tiny()
+    assert len(traces) == 1
+    dit_opt.optimize(tiny.model, **OPTIONS)
+    hooks = [*tiny.model._forward_pre_hooks.values(), *tiny.model._forward_hooks.values()]
+    assert not [hook for hook in hooks if isinstance(hook, _Hook)]
+
+
+def test_parameters_may_be_replaced():
+    tiny = wan(grid=(4, 12, 16))
+    dit_opt.optimize(tiny.model, regional=True, **REUSING)
+    run_steps(tiny.model, tiny.inputs)
+    weights = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
+    tiny.model.load_state_dict(weights, assign=True)
+    tiny.model.requires_grad_(False)
+    dit_opt.reset()
+    run_steps(tiny.model, tiny.inputs)
+    assert calls(tiny.model) == {"observe": 2, "search": 2, "reuse": 4}

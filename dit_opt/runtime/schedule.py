@@ -71,7 +71,9 @@ def new_run() -> int:
 class Clock:
     """Turns the timesteps of successive calls into positions.
 
-    One clock follows one stream of calls: one model, thread and shape.
+    One clock follows one stream of calls: one model, thread and shape. Requests that take turns on
+    one thread, at one shape, are one stream: their timesteps do not tell them apart, so they may
+    use each other's plans. Each needs a thread of its own.
 
     A call at the timestep of the last one is the next guidance branch. At the first timestep it may
     as well be a new run after a warm-up or an interrupted one. A scheduler tells them apart, since

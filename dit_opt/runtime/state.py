@@ -8,6 +8,7 @@ survives offloading, which swaps `.data`.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit_opt.runtime.schedule import Clock, Position
+from dit_opt.runtime.schedule import Position
 
 # A head that was caught so often in a trajectory stays dense to its end.
 CATCHES_TO_DENSE = 3
@@ -186,14 +187,14 @@ class Announcement:
     """What `optimize` knows of a model that its graphs cannot know.
 
     `timesteps` reads the scheduler's list. `position` is set, per thread, by a hook around the
-    model where its blocks are compiled one by one and see no timestep themselves; `clocks` are
-    those of the hook, by stream of calls.
+    model where its blocks are compiled one by one and see no timestep themselves; `streams` are
+    the calls that the hook follows, each with its clocks.
     """
 
     def __init__(self, timesteps: Callable[[], torch.Tensor | Sequence[float] | None]) -> None:
         self._read = timesteps
         self._local = threading.local()
-        self.clocks: dict[Hashable, Clock] = {}
+        self.streams: dict[Hashable, Any] = {}
 
     @property
     def position(self) -> Position | None:
@@ -228,20 +229,34 @@ def running_grid() -> tuple[int, int, int] | None:
     return getattr(_running, "grid", None)
 
 
+def set_running_announcement(announcement: Announcement | None) -> None:
+    """Tell the graphs that this thread runs next which model they belong to."""
+    _running.announcement = announcement
+
+
 _announcements: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Parameters may all be replaced, as by `load_state_dict(assign=True)`.
+_known: weakref.WeakSet[Announcement] = weakref.WeakSet()
 
 
 def announce(model: torch.nn.Module, announcement: Announcement) -> None:
     """Make an announcement known to every graph that holds a parameter of the model."""
+    _known.add(announcement)
     for parameter in model.parameters():
         _announcements[parameter] = announcement
 
 
 def forget_clocks() -> None:
     """Have every announced model begin a new trajectory."""
-    for announcement in list(_announcements.values()):
-        announcement.clocks.clear()
+    for announcement in list(_known):
+        announcement.streams.clear()
 
 
 def announcement_for(parameter: torch.Tensor | None) -> Announcement | None:
-    return None if parameter is None else _announcements.get(parameter)
+    """What was announced of the model with a parameter.
+
+    A parameter that was put in place of another is not known; it belongs to the model that runs.
+    """
+    if parameter is None:
+        return None
+    return _announcements.get(parameter) or getattr(_running, "announcement", None)
