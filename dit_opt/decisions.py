@@ -46,19 +46,31 @@ class Reason(Enum):
         "The graph does not tell which of its tokens are latents.",
         'Pass options={"grid": (T, H, W)}, in tokens.',
     )
+    TEXT_ONLY = (
+        "Its tokens stem from another input than the latents (text), and such tokens stay dense.",
+        "",
+    )
     UNSUPPORTED_DTYPE = (
         "The sparse kernel takes float32, float16 and bfloat16 only.",
         "Convert the model with model.to(dtype).",
     )
     UNSUPPORTED_HEAD_DIM = (
-        "The sparse kernel does not take this head dimension, or not one for keys and another for "
-        "values.",
+        "The sparse kernel does not take this head dimension, or none that changes from call to "
+        "call, or not one for keys and another for values.",
         "",
     )
     UNSUPPORTED_SHAPE = (
-        "Its query, key and value are not [B, H, N, D] with one B, or their number of heads "
-        "differs without enable_gqa.",
+        "Its query, key and value are not all [B, H, N, D] or [B, N, D] with one B, or their "
+        "number of heads differs without enable_gqa or by no whole factor.",
         "",
+    )
+    UNSUPPORTED_SCALE = (
+        "The sparse kernel takes positive scales only.",
+        "Move the sign of the scale into the query.",
+    )
+    UNSUPPORTED_SIZE = (
+        "One of its sizes is known only once the graph runs: no input has it.",
+        "Pass tensors that have this size, instead of cutting them by .item() or a boolean mask.",
     )
     DYNAMIC_SCALE = ("Its scale is computed in the graph.", "Pass the scale as a number.")
     PINNED_BACKEND = (
@@ -81,6 +93,11 @@ class Reason(Enum):
         "flex_attention brings a block mask and score function of its own.",
         "Call torch.nn.functional.scaled_dot_product_attention instead.",
     )
+    INSIDE_REGION = (
+        "It stands in a region that is compiled by itself: torch.cond, torch.utils.checkpoint or "
+        "torch.compiler.nested_compile_region.",
+        "Call the module without the region.",
+    )
     FOREIGN_OP = (
         "A custom attention op computes it.",
         'With diffusers, call model.set_attention_backend("native").',
@@ -102,7 +119,8 @@ class LayoutSummary:
         kind: "self", "joint", "cross" or "unknown".
         segments: of the keys, as "latents[0:60]".
         grid: (T, H, W) in tokens, or None.
-        grid_source: "latents", "tables" or "option"; "" without a grid.
+        grid_source: "latents", "tables", "tables, one frame assumed", "option" or "model"; ""
+            without a grid.
         reason: why there is no grid; "" where there is one.
     """
 

@@ -1,7 +1,8 @@
 """Grids: (T, H, W) of a token axis, from the dimensions of the latents or from the position tables.
 
 A wrong grid makes a wrong sparse pattern, so each way out of here is a proof or a reason why there
-is none.
+is none. The one exception says so: tables of two factors prove these two, and that they are the
+rows and columns of one frame, and not frames and places in them, is assumed.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ __all__ = ["Grid", "find_grid", "origin_of_axes"]
 class Grid:
     """Sizes (T, H, W) of the video tokens, row-major; an image has T = 1.
 
-    `source` is "latents" (patch embedding), "tables" (position tables) or "option" (the user said
-    so).
+    `source` is "latents" (patch embedding), "tables" (position tables), "option" (the user said so)
+    or "model" (the whole model did). `assumed`: only H * W and where it is cut are proved.
     """
 
     sizes: tuple[sympy.Expr, sympy.Expr, sympy.Expr]
     source: str
+    assumed: bool = False
 
 
 def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
@@ -39,9 +41,9 @@ def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
     if len(users) == len(axes) and len({o.source for o in users}) == 1:
         if len({o.dim for o in users}) > 1:
             return _from_latents(axes, users)
-    sizes = _from_tables(labels, axes)
-    if sizes is not None:
-        return Grid(sizes, "tables")
+    grid = _from_tables(labels, axes)
+    if grid is not None:
+        return grid
     return _explain(labels, axes, origins)
 
 
@@ -80,7 +82,7 @@ def _dim_of(pair: tuple[Axis, Origin]) -> int:
     return pair[1].dim
 
 
-def _from_tables(labels: Labels, axes: Dim) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:
+def _from_tables(labels: Labels, axes: Dim) -> Grid | None:
     """The dimensions that a table had before they were joined to the token axis."""
     if any(leaf in labels.disputed for leaf in leaves(axes)):
         return None
@@ -101,7 +103,7 @@ def _from_tables(labels: Labels, axes: Dim) -> tuple[sympy.Expr, sympy.Expr, sym
     marks = sorted(borders)
     runs = [size(axes[a:b]) for a, b in itertools.pairwise(marks)]
     if len(runs) == 3:
-        return runs[0], runs[1], runs[2]
+        return Grid((runs[0], runs[1], runs[2]), "tables")
     # A trailing size 1 may be W = 1 or no part of the grid.
     if any(s[-1] == 1 for s in full):
         return None
@@ -109,9 +111,9 @@ def _from_tables(labels: Labels, axes: Dim) -> tuple[sympy.Expr, sympy.Expr, sym
     named = [s for s in full if len(s) == 3]
     if named and all(_same(s, named[0]) for s in named) and len(runs) <= 2:
         if [s for s in named[0] if s != 1] == [r for r in runs if r != 1]:
-            return named[0][0], named[0][1], named[0][2]
+            return Grid((named[0][0], named[0][1], named[0][2]), "tables")
     if len(runs) == 2 and not named and any(len(s) == 2 for s in full):
-        return sympy.S.One, runs[0], runs[1]
+        return Grid((sympy.S.One, runs[0], runs[1]), "tables", assumed=True)
     return None
 
 

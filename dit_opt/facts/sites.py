@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from dit_opt._compat import kernel_selections, operator_name
 from dit_opt.decisions import Reason
@@ -36,7 +36,7 @@ class Site:
 
     Attributes:
         index: number of the site in its graph, in graph order.
-        node: the node whose value is attention's output.
+        node: the node whose value is attention's output; of another graph under INSIDE_REGION.
         query, key, value: `[..., N, D]` as the call takes them; None where the form hides them.
             Those of MULTIHEAD are not projected yet.
         mask: the attention mask, boolean or additive, or None.
@@ -72,7 +72,8 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
     Found are `F.scaled_dot_product_attention` and its aten operator with positional or keyword
     arguments, `softmax(q k^T * scale + mask) v` written with matmul, bmm, baddbmm or `@`,
     `F.multi_head_attention_forward`, `flex_attention`, and operators of other libraries with
-    attention in their name.
+    attention in their name. Those of a region's own graph (`torch.cond`, checkpointing) stand where
+    the region is called, each with INSIDE_REGION.
     """
     found = sorted(_scan(graph), key=lambda pair: pair[0])
     return tuple(
@@ -128,6 +129,10 @@ def _scan(graph: Graph) -> Iterator[tuple[int, dict[str, Any]]]:
             yield position, _read_opaque(node, Form.MULTIHEAD, Reason.OPAQUE_MHA)
         elif operator in _FLEX_OPERATORS:
             yield position, _read_opaque(node, Form.FLEX, Reason.FLEX)
+        elif regions := _find_regions(node):
+            for _, fields in (pair for region in regions for pair in _scan(region)):
+                name = (operator or str(node.target)).removeprefix("higher_order.")
+                yield position, {**fields, "refusal": Reason.INSIDE_REGION, "detail": name}
         elif operator is not None:
             if not operator.startswith("ditopt.") and _ATTENTION_NAME.search(operator):
                 yield position, _read_opaque(node, Form.FOREIGN, Reason.FOREIGN_OP, operator)
@@ -135,6 +140,20 @@ def _scan(graph: Graph) -> Iterator[tuple[int, dict[str, Any]]]:
             match = match_decomposed(node)
             if match is not None:
                 yield position, _read_decomposed(match)
+
+
+def _find_regions(node: Node) -> list[Graph]:
+    """The graphs that a higher-order operator runs: modules that it takes as arguments."""
+    owner = node.graph.owning_module
+    graphs = []
+    for argument in node.all_input_nodes if owner is not None else ():
+        if argument.op == "get_attr":
+            value: Any = owner
+            for name in str(argument.target).split("."):
+                value = getattr(value, name, None)
+            if isinstance(value, GraphModule):
+                graphs.append(value.graph)
+    return graphs
 
 
 def _read_sdpa(node: Node, pinned: str | None) -> dict[str, Any]:

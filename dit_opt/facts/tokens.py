@@ -79,6 +79,11 @@ class Layout:
     grid: Grid | None
     reason: str
 
+    @property
+    def latents(self) -> Segment | None:
+        """The segment of the queries that holds the latents; None where nothing proves one."""
+        return next((s for s in self.query if s.kind is SegmentKind.LATENTS), None)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -109,20 +114,26 @@ def find_tokens(graph: Graph, sites: Sequence[Site]) -> Tokens:
     return Tokens(layouts, labels)
 
 
-def declare_grid(layout: Layout, sizes: tuple[int, int, int], source: str = "option") -> Layout:
+def declare_grid(
+    layout: Layout,
+    sizes: tuple[int, int, int],
+    source: str = "option",
+    among_text: bool = False,
+) -> Layout:
     """The layout with a grid that the user gives, or the whole model, where the graph proves none.
 
     The one segment of T * H * W tokens becomes the latents. A layout with a grid of its own, or in
     which no segment or more than one has that many tokens, comes back as it is but for the reason.
+
+    Segments of TEXT are left out unless `among_text`: in a graph that does not show which tokens
+    reach its output, the latents are one more user input.
     """
     if layout.grid is not None:
         return layout
     total = sympy.Integer(sizes[0] * sizes[1] * sizes[2])
-    fitting = [
-        s
-        for s in layout.query
-        if s.kind is not SegmentKind.TEXT and are_equal(sympy.expand(s.stop - s.start), total)
-    ]
+    fitting = [s for s in layout.query if are_equal(sympy.expand(s.stop - s.start), total)]
+    others = [s for s in fitting if s.kind is not SegmentKind.TEXT]
+    fitting = others or (fitting if among_text else [])
     fitting = [s for s in fitting if s.kind is SegmentKind.LATENTS] or fitting
     if len(fitting) != 1:
         lengths = ", ".join(str(sympy.expand(s.stop - s.start)) for s in layout.query)

@@ -6,7 +6,7 @@ One table of questions, asked in order; the first "no" is the reason. Nothing is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -26,13 +26,13 @@ from dit_opt.facts.tokens import (
     declare_grid,
 )
 from dit_opt.options import OptionError, Options
+from dit_opt.passes.given_grid import apply_grid
+from dit_opt.passes.kernel_limits import find_limit
 from dit_opt.passes.site_cost import predict_site
 from dit_opt.passes.sparse_site import BLOCK_K, SparseSite
 
 # Routers whose patterns are made of frames, rows and columns.
 GRID_ROUTERS = ("rainfusion", "frame_tile")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD_DIMS = range(16, 257)
 # Rows that pick from fewer key blocks have little to choose from, however fast that is.
 LEAST_BLOCKS = 16
 
@@ -63,13 +63,15 @@ def choose_sites(
     Raises OptionError where a grid was given that fits no site, or where a router was asked for
     by name and can serve none of the sites.
     """
-    found = [tokens.layouts.get(site.node) for site in sites]
-    layouts = [_apply_grid(layout, options) for layout in found]
+    layouts = [tokens.layouts.get(site.node) for site in sites]
+    if options.grid is not None:
+        layouts = apply_grid(options.grid, sites, layouts)
     if model_grid is not None:
         layouts = [layout and declare_grid(layout, model_grid, "model") for layout in layouts]
-    choices = [_judge(site, layout, options) for site, layout in zip(sites, layouts, strict=True)]
-    if options.grid and sites and not any(layout and layout.grid for layout in layouts):
-        raise _refuse_grid(options.grid, sites, found)
+    told = any(layout and layout.latents for layout in layouts)
+    choices = [
+        _judge(site, layout, told, options) for site, layout in zip(sites, layouts, strict=True)
+    ]
     asked = options.router not in ("auto", "dense")
     if asked and sites and not any(c.sparse for c in choices):
         reasons = "; ".join(
@@ -85,8 +87,9 @@ def choose_sites(
     return choices
 
 
-def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
-    reason, detail = _find_obstacle(site, layout, options)
+def _judge(site: Site, layout: Layout | None, told: bool, options: Options) -> Choice:
+    """`told`: some site of the graph tells which of its tokens are latents."""
+    reason, detail = _find_obstacle(site, layout, told, options)
     kind, keys = classify_mask(site)
     grid = layout.grid if layout else None
     dense = cost.dense_flops(*_shape(site)) if site.query is not None else None
@@ -101,7 +104,7 @@ def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
     sparse = None
     if reason is Reason.REPLACED:
         assert layout is not None
-        latents = next((s for s in layout.query if s.kind is SegmentKind.LATENTS), None)
+        latents = layout.latents
         head_dim = int(site.query.meta["example_value"].shape[-1])
         sparse = SparseSite(
             site=site,
@@ -139,18 +142,17 @@ def _judge(site: Site, layout: Layout | None, options: Options) -> Choice:
     )
 
 
-def _find_obstacle(site: Site, layout: Layout | None, options: Options) -> tuple[Reason, str]:
+def _find_obstacle(
+    site: Site, layout: Layout | None, told: bool, options: Options
+) -> tuple[Reason, str]:
     """The first reason against a site, or REPLACED."""
     if options.router == "dense":
         return Reason.ROUTER_DENSE, ""
     if site.refusal is not None:
         return site.refusal, site.detail
-    example = site.query.meta["example_value"]
-    if example.dtype not in DTYPES:
-        return Reason.UNSUPPORTED_DTYPE, str(example.dtype)
-    head_dims = {str(n.meta["example_value"].shape[-1]) for n in (site.query, site.value)}
-    if len(head_dims) > 1 or int(head_dims.pop()) not in HEAD_DIMS:
-        return Reason.UNSUPPORTED_HEAD_DIM, f"D={example.shape[-1]}"
+    limit = find_limit(site, layout)
+    if limit is not None:
+        return limit
     if layout is None or layout.kind is SiteKind.UNKNOWN:
         return Reason.UNKNOWN_TOKENS, layout.reason if layout else ""
     if layout.kind is SiteKind.CROSS or _length(site) != _length(site, key=True):
@@ -159,6 +161,10 @@ def _find_obstacle(site: Site, layout: Layout | None, options: Options) -> tuple
         return Reason.MASK_NOT_KEY_PADDING, ""
     if options.density == 1:
         return Reason.REPLACED, ""
+    # Text among the tokens would lose keys, and nothing would show it.
+    if layout.latents is None:
+        text = told and all(s.kind is SegmentKind.TEXT for s in layout.query)
+        return (Reason.TEXT_ONLY, "") if text else (Reason.UNKNOWN_TOKENS, layout.reason)
     if layout.grid is None and options.effective_router in GRID_ROUTERS:
         return Reason.NO_GRID, layout.reason
     # Served in the model's own order; why there is no grid may still matter to the user.
@@ -206,63 +212,6 @@ def _fewer(length: sympy.Expr, least: int) -> bool:
     return bool(length.is_Integer and length < least)
 
 
-def _product(grid: Sequence) -> sympy.Expr:
-    out = sympy.Integer(1)
-    for size in grid:
-        out *= size
-    return out
-
-
-def _apply_grid(layout: Layout | None, options: Options) -> Layout | None:
-    """The layout with the grid of the options, where the graph proves none.
-
-    Raises OptionError where the graph proves another one for as many tokens.
-    """
-    if layout is None or options.grid is None:
-        return layout
-    if layout.grid is None:
-        return declare_grid(layout, options.grid)
-    proved = tuple(layout.grid.sizes)
-    if not all(size.is_Integer for size in proved):
-        # what is proved for every call says more than the grid of one
-        fits = all(not p.is_Integer or p == g for p, g in zip(proved, options.grid, strict=True))
-    elif proved != options.grid and _product(proved) == _product(options.grid):
-        raise _contradict(options.grid, layout.grid)
-    else:
-        fits = proved == options.grid
-    if not fits:
-        return replace(layout, grid=None, reason=f"It does not fit grid={options.grid}.")
-    return layout
-
-
-def _contradict(given: tuple[int, int, int], proved: Grid) -> OptionError:
-    return OptionError(
-        f"grid={given} contradicts the graph, which proves ({', '.join(map(str, proved.sizes))}) "
-        f"(from its {proved.source}); leave `grid` out."
-    )
-
-
-def _refuse_grid(
-    given: tuple[int, int, int], sites: Sequence[Site], layouts: Sequence[Layout | None]
-) -> OptionError:
-    """Why a grid fits no site; `layouts` are as they were without it."""
-    symbolic = [x.grid for x in layouts if x and x.grid and not _product(x.grid.sizes).is_Integer]
-    if symbolic:
-        return _contradict(given, symbolic[0])
-    counts = sorted({_length(s) for s in sites if s.query is not None}, key=str)
-    held = f"the attention sites of this graph hold {', '.join(map(str, counts))}"
-    if not all(count.is_Integer for count in counts):
-        return OptionError(
-            f"grid={given} is {_product(given)} tokens in each call, but {held}, which differ from "
-            "call to call, and nothing proves their grid; compile with dynamic=False, or leave "
-            "`grid` out."
-        )
-    return OptionError(
-        f"grid={given} is {_product(given)} tokens, but {held}; give the (T, H, W) of the latent "
-        "tokens after patch embedding, or leave `grid` out."
-    )
-
-
 def _describe_shapes(site: Site) -> tuple[str, ...]:
     nodes = (site.query, site.key, site.value)
     return tuple(
@@ -279,6 +228,12 @@ def _summarise_layout(layout: Layout | None, grid: Grid | None) -> LayoutSummary
         kind=layout.kind.value,
         segments=tuple(f"{s.kind.value}[{s.start}:{s.stop}]" for s in layout.key),
         grid=None if grid is None else tuple(grid.sizes),
-        grid_source="" if grid is None else grid.source,
+        grid_source=_name_source(grid),
         reason="" if grid is not None else layout.reason,
     )
+
+
+def _name_source(grid: Grid | None) -> str:
+    if grid is None:
+        return ""
+    return f"{grid.source}, one frame assumed" if grid.assumed else grid.source

@@ -108,7 +108,7 @@ def _replace(
     """Write the ops of one site before it and drop it; returns the nodes to hand out as state."""
     graph, ops, site = gm.graph, torch.ops.ditopt, sparse.site
     call = graph.call_function
-    qkv = [site.query, site.key, site.value]
+    qkv = [_cast(graph, x, site.node) for x in (site.query, site.key, site.value)]
     flat = site.query.meta["example_value"].dim() == 3
     if flat:
         qkv = [graph.call_method("unsqueeze", (x, 1)) for x in qkv]
@@ -148,6 +148,14 @@ def _replace(
     else:
         graph.erase_node(site.node)
     return state
+
+
+def _cast(graph: Graph, tensor: Node, call: Node) -> Node:
+    """The tensor in the dtype of the call that takes it: autocast converts what it is given."""
+    dtype = call.meta["example_value"].dtype
+    if tensor.meta["example_value"].dtype == dtype:
+        return tensor
+    return graph.call_method("to", (tensor, dtype))
 
 
 def _write_key_bias(graph: Graph, mask: Node | None) -> Node | None:

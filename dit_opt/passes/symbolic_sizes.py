@@ -6,7 +6,7 @@ Facts are expressions over a graph's symbols; ops want arguments.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -14,6 +14,18 @@ import torch
 from torch.fx import Graph, Node
 
 from dit_opt._compat import FloorDiv, Mod, PythonMod, size_expression
+
+
+def find_unknown_symbols(graph: Graph, expressions: Iterable[sympy.Expr | int]) -> list[Any]:
+    """The symbols, by name, that no input of a graph tells: sizes made by `.item()` or a mask."""
+    free: set[Any] = set().union(*(sympy.sympify(e).free_symbols for e in expressions))
+    if not free:
+        return []
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        free.difference_update(size_expression(s) for s in sizes if isinstance(s, torch.SymInt))
+    return sorted(free, key=str)
 
 
 class SizeWriter:

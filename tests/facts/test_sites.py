@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_opt.decisions import Reason
@@ -299,3 +300,67 @@ def test_names_in_a_lone_block():
     sites = find_sites(capture_one(block, x, text, torch.randn(1, 6, 48), rotary).graph)
     assert [s.module for s in sites] == ["attn1", "attn2"]
     assert sites[0].source.startswith("transformer_wan.py:")
+
+
+class Attend(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, q):
+        q = self.linear(q)
+        return F.scaled_dot_product_attention(q, q, q)
+
+
+class Inside(torch.nn.Module):
+    """Attention in a region of its own, and then attention outside of any."""
+
+    def __init__(self, region):
+        super().__init__()
+        self.inner = Attend()
+        self.region = region
+
+    def forward(self, q):
+        inner = self.region(self.inner, q)
+        return F.scaled_dot_product_attention(inner, q, q)
+
+
+def choose(function, q):
+    return torch.cond(q.sum() > 0, function, lambda q: q.clone(), (q,))
+
+
+def call_again(function, q):
+    return torch.utils.checkpoint.checkpoint(function, q, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "region, name",
+    [
+        (choose, "cond"),
+        (call_again, "tag_activation_checkpoint"),
+        (lambda function, q: choose(lambda q: choose(function, q), q), "cond"),
+    ],
+    ids=["cond", "checkpoint", "cond in cond"],
+)
+def test_attention_inside_a_region_has_a_reason(region, name):
+    inner, outer = find_sites(capture_one(Inside(region), Q).graph)
+    assert inner.refusal is Reason.INSIDE_REGION and inner.detail == name
+    assert inner.node.graph is not outer.node.graph and inner.query is not None
+    assert outer.refusal is None and (inner.index, outer.index) == (0, 1)
+
+
+def test_each_call_of_a_region_counts():
+    # one that is called once is inlined
+    def model(q):
+        region = torch.compiler.nested_compile_region(
+            lambda q: F.scaled_dot_product_attention(q, q, q)
+        )
+        return region(region(q))
+
+    found = find_sites(capture_one(model, Q).graph)
+    assert [site.refusal for site in found] == [Reason.INSIDE_REGION] * 2
+    assert {site.detail for site in found} == {"invoke_subgraph"}
+
+
+def test_a_region_without_attention_has_no_site():
+    assert not find_sites(capture_one(lambda q: choose(torch.sin, q), Q).graph)

@@ -212,6 +212,21 @@ def test_a_declared_grid_that_fits_no_segment_is_refused():
     assert "(3, 4, 6) of 72 tokens" in refused.reason and "60 tokens" in refused.reason
 
 
+def test_text_takes_a_grid_only_where_nothing_else_has_its_length():
+    def model(x, text):
+        return attend(x, torch.cat([text, x], 1)) + attend(text).mean(1, keepdim=True)
+
+    _, words = layouts(model, torch.randn(2, 72, 8), torch.randn(2, 60, 8))
+    assert words.latents is None and [s.kind for s in words.query] == [TEXT]
+    refused = declare_grid(words, (3, 4, 5))
+    assert refused.grid is None and refused.latents is None and "60 tokens" in refused.reason
+    declared = declare_grid(words, (3, 4, 5), among_text=True)
+    assert declared.latents.source == "text" and declared.grid.sizes == (3, 4, 5)
+    # a lone block: its segments are no text of which anything is known
+    (joint,) = capture_block(tiny_models.cogvideox(), "transformer_blocks.0")
+    assert declare_grid(joint, (3, 4, 5), among_text=True) == declare_grid(joint, (3, 4, 5))
+
+
 def test_a_proved_grid_is_not_overruled():
     tiny = tiny_models.wan(layers=1)
     layout = layouts(tiny.model, **tiny.inputs)[0]
@@ -228,6 +243,16 @@ def test_position_tables_of_packed_tokens_prove_the_grid():
 
     (layout,) = layouts(model, torch.randn(2, 60, 8))
     assert layout.grid == Grid((3, 4, 5), "tables")
+
+
+def test_tables_of_two_factors_prove_the_cut_and_no_frames():
+    def model(x):
+        frames, places = grid_table(3, 20)
+        return attend(x + (frames + places).flatten()[None, :, None])
+
+    (layout,) = layouts(model, torch.randn(2, 60, 8))
+    assert layout.grid == Grid((1, 3, 20), "tables", assumed=True)
+    assert layout.grid != Grid((1, 3, 20), "tables")
 
 
 def test_tables_that_contradict_each_other_prove_nothing():

@@ -124,6 +124,84 @@ def test_a_key_padding_mask_is_handed_on():
     assert sparse and all(s.key_mask is not None and not s.mask_queries for s in sparse)
 
 
+def attend(x):
+    """[B, N, 16] -> [B, N, 16] by one head."""
+    return torch.nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[
+        :, 0
+    ]
+
+
+def reasons_of(function, *args, **options):
+    gm = capture_one(function, *args)
+    sites = find_sites(gm.graph)
+    options = Options(**{"min_tokens": 0, **options})
+    choices = choose_sites(gm, sites, find_tokens(gm.graph, sites), options)
+    return [c.decision.reason for c in choices], choices
+
+
+def block(x, text):
+    """Both streams are returned, as by a lone block."""
+    y = attend(torch.cat([x, text], 1))
+    return y[:, : x.shape[1]], y[:, x.shape[1] :]
+
+
+@pytest.mark.parametrize("router", ["auto", "headwise", "rainfusion"])
+@pytest.mark.parametrize("target", [{"density": 0.25}, {"quality": 0.9}])
+def test_streams_of_which_none_is_known_to_be_latents_stay_dense(router, target):
+    inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
+    if router != "auto":
+        with pytest.raises(OptionError, match=r"UNKNOWN_TOKENS.*Several segments"):
+            reasons_of(block, *inputs, router=router, **target)
+        return
+    found, (choice,) = reasons_of(block, *inputs, **target)
+    assert found == [Reason.UNKNOWN_TOKENS]
+    assert "Several segments reach the output" in choice.decision.detail
+    assert "grid" in choice.decision.detail
+
+
+def test_a_given_grid_or_keeping_everything_serves_a_lone_block():
+    inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
+    assert reasons_of(block, *inputs, density=1)[0] == [Reason.REPLACED]
+    found, (choice,) = reasons_of(block, *inputs, density=0.25, grid=(3, 4, 5))
+    assert found == [Reason.REPLACED]
+    assert (choice.sparse.start, choice.sparse.video) == (0, 60)
+
+
+def test_tokens_whose_way_to_the_output_is_lost_stay_dense():
+    """As those of Z-Image: the latents are one more input, beside the text."""
+
+    def model(x, text):
+        image, words = attend(x), attend(text)
+        return attend(torch.cat([image, words], 1).roll(1, 1)).roll(-1, 1)
+
+    inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
+    assert reasons_of(model, *inputs, density=0.25)[0] == [Reason.UNKNOWN_TOKENS] * 3
+    found, choices = reasons_of(model, *inputs, density=0.25, grid=(3, 4, 5))
+    assert found == [Reason.REPLACED, Reason.TEXT_ONLY, Reason.UNKNOWN_TOKENS]
+    assert "68 tokens" in choices[2].decision.detail
+
+
+def test_text_by_itself_stays_dense():
+    def model(x, text):
+        text = attend(text)
+        return attend(torch.cat([text, x], 1))[:, 8:]
+
+    inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
+    found, _ = reasons_of(model, *inputs, density=0.25)
+    assert found == [Reason.TEXT_ONLY, Reason.REPLACED]
+
+
+def test_an_assumed_grid_says_so():
+    def model(x):
+        return attend(x + (torch.arange(3.0)[:, None] * torch.arange(20.0)).flatten()[:, None])
+
+    found, (choice,) = reasons_of(model, torch.randn(2, 60, 16), density=0.25)
+    assert found == [Reason.REPLACED]
+    assert choice.decision.layout.grid_source == "tables, one frame assumed"
+    _, (given,) = reasons_of(model, torch.randn(2, 60, 16), density=0.25, grid=(3, 4, 5))
+    assert given.sparse.grid == (3, 4, 5)
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [

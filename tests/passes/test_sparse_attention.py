@@ -191,3 +191,36 @@ def test_heads_have_names():
     plan = [torch.empty(0), torch.tensor([[2, 0]])]
     assert name_heads("headwise", layout, plan) == ["cubes", "raster"]
     assert name_heads("subblock", layout, plan[:2]) is None
+
+
+class Cast(torch.nn.Module):
+    """Attention under autocast over queries and keys, and values, of given dtypes."""
+
+    def __init__(self, qk, v, flat=False):
+        super().__init__()
+        self.qk, self.v, self.flat = qk, v, flat
+
+    def forward(self, x):
+        x = x.flatten(0, 1) if self.flat else x
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            q, v = x.to(self.qk), x.to(self.v)
+            return torch.nn.functional.scaled_dot_product_attention(q, q, v)
+
+
+@pytest.mark.parametrize("qk", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("v", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flat", [False, True])
+def test_under_autocast_tensors_get_the_dtype_that_the_call_has(qk, v, flat):
+    model, x = Cast(qk, v, flat), torch.randn(2, 2, 192, 16)
+    new, changed = rewrite(capture_one(model, x), density=1)
+    assert changed == 1
+    (out,), wanted = new(x), model(x)
+    assert out.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(out, wanted, rtol=0.02, atol=0.02)
+
+
+def test_without_autocast_nothing_is_converted():
+    _, gm = capture_tiny(wan)
+    before = len(gm.graph.find_nodes(op="call_method", target="to"))
+    new, _ = rewrite(gm, density=1)
+    assert len(new.graph.find_nodes(op="call_method", target="to")) == before
