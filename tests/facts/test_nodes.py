@@ -73,7 +73,6 @@ scan = torch.library.custom_op(
         torch.masked.softmax,
         torch.sparse.sum,
     ],
-    ids=str,
 )
 def test_what_only_shares_its_name_with_torch_has_another_one(target):
     name = op_name(node_of(target))
