@@ -220,8 +220,10 @@ def list_builds(target: str) -> Iterator[Build]:
         for dim in (32, 64, 128, 256):
             yield make_sample_build(target, kernel, dim, bf16)
             yield make_sample_build(target, kernel, dim, fp32)
+            yield make_sample_build(target, kernel, dim, bf16, bias=True)
         yield make_sample_build(target, kernel, 128, bf16, block_k=128, bias=True)
         yield make_sample_build(target, kernel, 128, bf16, ragged=False)
+        yield make_sample_build(target, kernel, 128, bf16, ragged=False, bias=True)
         yield make_sample_build(target, kernel, 80, torch.float16)
     yield make_average_build(target, 1)
     yield make_average_build(target, 2)

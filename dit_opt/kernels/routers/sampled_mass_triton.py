@@ -178,10 +178,18 @@ def choose_sample_tiling(
     architecture: str, padded_dim: int, itemsize: int, block_k: int, bias: bool
 ) -> Tiling:
     """Attention's tiling with more rows where they fit, or with a bias the smaller one of unaligned
-    loads: keys that are gathered are loaded through pointers, and so is their bias."""
+    loads: keys that are gathered are loaded through pointers, and so is their bias.
+
+    Warps are as many as leave ptxas no reason to spill with either Triton: it holds the wide heads
+    of four warps, and the bias of eight, to a step of registers that is a few too small.
+    """
     tiling = choose_tiling(architecture, padded_dim, itemsize, _ROWS, block_k, aligned=not bias)
-    if bias or is_amd(architecture) or itemsize != 2 or padded_dim > 128:
+    if is_amd(architecture) or itemsize != 2:
         return tiling
+    if padded_dim > 128:
+        return dataclasses.replace(tiling, num_warps=8)
+    if bias:
+        return dataclasses.replace(tiling, num_warps=4)
     return dataclasses.replace(tiling, tile_q=_ROWS)
 
 
