@@ -60,9 +60,15 @@ def wan(batch: int = 1, grid: tuple[int, int, int] = (3, 4, 5), layers: int = 2)
 
 
 def hunyuan_video(
-    batch: int = 1, grid: tuple[int, int, int] = (3, 4, 5), layers: int = 1
+    batch: int = 1,
+    grid: tuple[int, int, int] = (3, 4, 5),
+    layers: int = 1,
+    image_condition: str | None = None,
 ) -> TinyModel:
-    """Joint attention with a key-padding mask, double- and single-stream blocks, a text refiner."""
+    """Joint attention with a key-padding mask, double- and single-stream blocks, a text refiner.
+
+    `image_condition="token_replace"` modulates the first frame apart from the others.
+    """
     from diffusers import HunyuanVideoTransformer3DModel
 
     model = HunyuanVideoTransformer3DModel(
@@ -79,6 +85,7 @@ def hunyuan_video(
         text_embed_dim=16,
         pooled_projection_dim=8,
         rope_axes_dim=(4, 6, 6),
+        image_condition_type=image_condition,
     )
     t, h, w = grid
     text = 7
@@ -209,6 +216,36 @@ def sd3(batch: int = 1, grid: tuple[int, int] = (4, 5), layers: int = 2) -> Tiny
         "timestep": torch.full((batch,), 500),
     }
     return _tiny("sd3", model, inputs, (1, h, w), 7, layers + 1)
+
+
+def qwen_image(
+    batch: int = 1,
+    pictures: tuple[tuple[int, int, int], ...] = ((1, 4, 5), (1, 4, 5)),
+    layers: int = 1,
+) -> TinyModel:
+    """Packed latents, then the pictures of an edit, behind text; rotary tables by picture."""
+    from diffusers import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=8,
+        out_channels=2,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    inputs = {
+        "hidden_states": _randn(batch, sum(t * h * w for t, h, w in pictures), 8),
+        "encoder_hidden_states": _randn(batch, 7, 16),
+        "encoder_hidden_states_mask": torch.ones(batch, 7, dtype=torch.long),
+        "timestep": torch.full((batch,), 0.5),
+        "img_shapes": [list(pictures)] * batch,
+    }
+    frames = sum(t for t, _, _ in pictures)
+    grid = (frames, *pictures[0][1:]) if len({p[1:] for p in pictures}) == 1 else None
+    return _tiny("qwen_image", model, inputs, grid, 7, layers)
 
 
 def dit(batch: int = 1, size: int = 6, layers: int = 2) -> TinyModel:

@@ -17,7 +17,7 @@ from dit_opt.facts.axes import Axis, Dim, Origin, leaves, resolve, size
 from dit_opt.facts.labels import Labels
 from dit_opt.facts.sizes import are_equal
 
-__all__ = ["Grid", "find_grid", "origin_of_axes"]
+__all__ = ["Grid", "find_grid", "origin_of_axes", "stack_grids"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,21 @@ def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
     if grid is not None:
         return grid
     return _explain(labels, axes, origins)
+
+
+def stack_grids(grids: Sequence[Grid]) -> Grid | str:
+    """The grid of clips or pictures one behind the other; the reason (a sentence) why they have
+    none.
+
+    Those of one height and width are frames of one grid: the last of a clip and the first of the
+    next are no neighbours in time, which costs a pattern a little there and is wrong nowhere.
+    """
+    first = grids[0]
+    if not all(_same(grid.sizes[1:], first.sizes[1:]) for grid in grids):
+        sizes = ", ".join(f"({', '.join(map(str, grid.sizes))})" for grid in grids)
+        return f"The latents are of several grids, {sizes}."
+    frames = sum((grid.sizes[0] for grid in grids), sympy.S.Zero)
+    return Grid((frames, *first.sizes[1:]), first.source, any(grid.assumed for grid in grids))
 
 
 def origin_of_axes(dim: Dim) -> Origin | None:

@@ -16,12 +16,12 @@ from torch.fx import Graph, Node
 
 from dit_opt.facts.axes import resolve, segments, size
 from dit_opt.facts.labels import Labels, NoRule
+from dit_opt.facts.layouts import Layout, SegmentKind
 from dit_opt.facts.nodes import op_name, origin_of
 from dit_opt.facts.order_aliases import find_stale_write
 from dit_opt.facts.order_modes import Modes, OrderReason
 from dit_opt.facts.runs import TokenRun
 from dit_opt.facts.sites import Site, module_of, source_of
-from dit_opt.facts.tokens import Layout, SegmentKind
 
 __all__ = ["OrderReason", "OrderRefusal", "OrderRegion", "TokenEdge", "find_order_region"]
 
@@ -165,6 +165,8 @@ def _choose_tokens(
             parts = segments(labels[site.query][-2])
         except NoRule as error:
             return _refuse(OrderReason.NO_TOKENS, site.node, f"In detail: {error}.")
+        if len(parts) != len(layout.query):
+            return _refuse(OrderReason.STACKED, site.node)
         run = TokenRun(parts[places[0]])
         if found and run != found[0][0]:
             names = f"{found[0][1].node.name} and {site.node.name}"

@@ -30,6 +30,7 @@ class OrderReason(Enum):
     NO_TOKENS = "No attention site has queries that are proved to be latent tokens."
     NO_GRID = "The graph does not tell the grid of the latent tokens."
     SEVERAL_TOKENS = "Attention sites range over different latent tokens."
+    STACKED = "The latents come in several tensors, joined for the attention."
     UNKNOWN_OP = "No rule tells what it does to tokens."
     CAUSAL = "It is causal: which keys a query sees depends on their order."
     CONVOLUTION = "It convolves over tokens, so neighbours matter."

@@ -9,80 +9,23 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import dataclass, field
 
 import sympy
 from torch.fx import Graph, Node
 
 from dit_opt.facts.axes import Axis, Dim, leaves, segments, size
-from dit_opt.facts.grids import Grid, find_grid, origin_of_axes
+from dit_opt.facts.grids import Grid, find_grid, origin_of_axes, stack_grids
 from dit_opt.facts.labels import Labels, NoRule
+from dit_opt.facts.layouts import Layout, Segment, SegmentKind, SiteKind
 from dit_opt.facts.rules import label_axes
 from dit_opt.facts.sites import Form, Site
-from dit_opt.facts.sizes import are_equal
 
-__all__ = [
-    "Grid",
-    "Layout",
-    "Segment",
-    "SegmentKind",
-    "SiteKind",
-    "Tokens",
-    "declare_grid",
-    "find_tokens",
-]
+__all__ = ["Tokens", "find_tokens"]
 
 OPTION_HINT = 'pass options={"grid": (T, H, W)}.'
 
 log = logging.getLogger(__name__)
-
-
-class SiteKind(Enum):
-    """How queries and keys are related.
-
-    SELF: the same tokens. JOINT: the same in several segments, or latents and more among the keys.
-    CROSS: keys hold none of the queries' tokens. UNKNOWN: not proved.
-    """
-
-    SELF = "self"
-    JOINT = "joint"
-    CROSS = "cross"
-    UNKNOWN = "unknown"
-
-
-class SegmentKind(Enum):
-    """LATENTS become the graph's output, TEXT stems from another user input, OTHER is the rest."""
-
-    LATENTS = "latents"
-    TEXT = "text"
-    OTHER = "other"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens `start` to before `stop` of one site; `source` names the input they stem from."""
-
-    kind: SegmentKind
-    start: sympy.Expr
-    stop: sympy.Expr
-    source: str | None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The tokens of one site. `reason` says why there is no grid; "" where there is one."""
-
-    kind: SiteKind
-    query: tuple[Segment, ...]
-    key: tuple[Segment, ...]
-    grid: Grid | None
-    reason: str
-
-    @property
-    def latents(self) -> Segment | None:
-        """The segment of the queries that holds the latents; None where nothing proves one."""
-        return next((s for s in self.query if s.kind is SegmentKind.LATENTS), None)
 
 
 @dataclass(frozen=True)
@@ -112,42 +55,6 @@ def find_tokens(graph: Graph, sites: Sequence[Site]) -> Tokens:
     for node, layout in layouts.items():
         log.debug("%s: %s", node.name, layout)
     return Tokens(layouts, labels)
-
-
-def declare_grid(
-    layout: Layout,
-    sizes: tuple[int, int, int],
-    source: str = "option",
-    among_text: bool = False,
-) -> Layout:
-    """The layout with a grid that the user gives, or the whole model, where the graph proves none.
-
-    The one segment of T * H * W tokens becomes the latents. A layout with a grid of its own, or in
-    which no segment or more than one has that many tokens, comes back as it is but for the reason.
-
-    Segments of TEXT are left out unless `among_text`: in a graph that does not show which tokens
-    reach its output, the latents are one more user input.
-    """
-    if layout.grid is not None:
-        return layout
-    total = sympy.Integer(sizes[0] * sizes[1] * sizes[2])
-    fitting = [s for s in layout.query if are_equal(sympy.expand(s.stop - s.start), total)]
-    others = [s for s in fitting if s.kind is not SegmentKind.TEXT]
-    fitting = others or (fitting if among_text else [])
-    fitting = [s for s in fitting if s.kind is SegmentKind.LATENTS] or fitting
-    if len(fitting) != 1:
-        lengths = ", ".join(str(sympy.expand(s.stop - s.start)) for s in layout.query)
-        found = "No segment" if not fitting else f"{len(fitting)} segments"
-        return replace(
-            layout,
-            reason=f"{found} of this site's queries (of {lengths} tokens) fit the grid {sizes} "
-            f"of {total} tokens. {layout.reason}",
-        )
-    latents = fitting[0]
-    named = tuple(replace(s, kind=SegmentKind.LATENTS) if s is latents else s for s in layout.query)
-    key = named if layout.key == layout.query else layout.key
-    t, h, w = map(sympy.Integer, sizes)
-    return replace(layout, query=named, key=key, grid=Grid((t, h, w), source), reason="")
 
 
 def _token_dims(labels: Labels, site: Site) -> tuple[Dim, Dim] | str:
@@ -205,30 +112,41 @@ class _Reader:
             reason,
         )
 
-    def _find_latents(self, parts: Sequence[Dim]) -> tuple[Dim | None, Grid | None, str]:
-        """(the latents' segment, its grid, why it has none)."""
+    def _find_latents(self, parts: Sequence[Dim]) -> tuple[Sequence[Dim], Grid | None, str]:
+        """(the segments that are latents, side by side; their grid; why there is none)."""
         alive = [p for p in parts if self._reaches_output(p)]
         if not alive:
             notes = [leaf.note for part in parts for leaf in leaves(part) if leaf.note]
             made = f" They range over an axis {notes[0]}." if notes else ""
-            return None, None, f"No token of the queries is proved to reach the output.{made}"
+            return (), None, f"No token of the queries is proved to reach the output.{made}"
         if len(alive) > 1:
-            names = ", ".join(str(self._source(p)) for p in alive)
-            return (
-                None,
-                None,
-                (
-                    f"Several segments reach the output ({names}), and nothing in this graph tells "
-                    f"which holds the latents; {OPTION_HINT}"
-                ),
-            )
+            return self._choose_gridded(parts)
         found = find_grid(self._labels, alive[0])
         if isinstance(found, Grid):
-            return alive[0], found, ""
+            return alive, found, ""
         if len(parts) == 1 and not self._has_text:
             doubt = "and nothing tells whether text is among them"
-            return None, None, f"{found}, {doubt}; {OPTION_HINT}"
-        return alive[0], None, f"{found}; {OPTION_HINT}"
+            return (), None, f"{found}, {doubt}; {OPTION_HINT}"
+        return alive, None, f"{found}; {OPTION_HINT}"
+
+    def _choose_gridded(self, parts: Sequence[Dim]) -> tuple[Sequence[Dim], Grid | None, str]:
+        """Of several segments that reach the output, those with a grid, for text has none.
+
+        They may be the pictures of an edit, or a clip and the frames before it.
+        """
+        alive = [p for p in parts if self._reaches_output(p)]
+        grids = {p: g for p in alive if isinstance(g := find_grid(self._labels, p), Grid)}
+        places = [i for i, part in enumerate(parts) if part in grids]
+        if places and places == list(range(places[0], places[-1] + 1)):
+            stacked = stack_grids([grids[parts[i]] for i in places])
+            latents = parts[places[0] : places[-1] + 1]
+            return (latents, stacked, "") if isinstance(stacked, Grid) else (latents, None, stacked)
+        names = ", ".join(str(self._source([p])) for p in alive)
+        reason = (
+            f"Several segments reach the output ({names}), and nothing in this graph tells which "
+            f"holds the latents; {OPTION_HINT}"
+        )
+        return (), None, reason
 
     def _kind(self, query: Sequence[Dim], key: Sequence[Dim]) -> SiteKind:
         mine = [leaf for part in query for leaf in leaves(part)]
@@ -245,16 +163,21 @@ class _Reader:
         known = all(leaf.origins for leaf in theirs) and all(leaf.origins for leaf in mine)
         return SiteKind.CROSS if known else SiteKind.UNKNOWN
 
-    def _segments(self, parts: Sequence[Dim], latents: Dim | None) -> tuple[Segment, ...]:
+    def _segments(self, parts: Sequence[Dim], latents: Sequence[Dim]) -> tuple[Segment, ...]:
+        """What a dimension holds, from its parts; latents that stand side by side are one."""
         stops = list(itertools.accumulate(map(size, parts), initial=sympy.S.Zero))
-        return tuple(
-            Segment(self._segment_kind(part, latents), start, stop, self._source(part))
-            for part, (start, stop) in zip(parts, itertools.pairwise(stops), strict=True)
-        )
+        place = _find_parts(parts, latents)
+        out = []
+        for i, part in enumerate(parts):
+            if i not in place:
+                kind = self._segment_kind(part)
+                out.append(Segment(kind, stops[i], stops[i + 1], self._source([part])))
+            elif i == place[0]:
+                ends = stops[i], stops[place[-1] + 1]
+                out.append(Segment(SegmentKind.LATENTS, *ends, self._source(latents)))
+        return tuple(out)
 
-    def _segment_kind(self, part: Dim, latents: Dim | None) -> SegmentKind:
-        if latents is not None and leaves(part) == leaves(latents):
-            return SegmentKind.LATENTS
+    def _segment_kind(self, part: Dim) -> SegmentKind:
         origin = origin_of_axes(part)
         text = origin is not None and origin.user and origin.source not in self._latent_sources
         return SegmentKind.TEXT if text else SegmentKind.OTHER
@@ -263,9 +186,19 @@ class _Reader:
         own: tuple[Axis, ...] = leaves(part)
         return bool(own) and all(leaf in self._alive for leaf in own)
 
-    def _source(self, part: Dim) -> str | None:
-        names = {leaf.origin.source for leaf in leaves(part) if leaf.origin and leaf.origin.user}
+    def _source(self, parts: Sequence[Dim]) -> str | None:
+        axes = [leaf for part in parts for leaf in leaves(part)]
+        names = {leaf.origin.source for leaf in axes if leaf.origin and leaf.origin.user}
         return names.pop() if len(names) == 1 else None
+
+
+def _find_parts(parts: Sequence[Dim], wanted: Sequence[Dim]) -> range:
+    """Where `wanted` stand side by side among `parts`; empty where they do not."""
+    here, there = [list(map(leaves, dims)) for dims in (parts, wanted)]
+    for start in range(len(here) - len(there) + 1) if there else ():
+        if here[start : start + len(there)] == there:
+            return range(start, start + len(there))
+    return range(0)
 
 
 def _gridded_leaves(parts: Sequence[Dim]) -> set[Axis]:

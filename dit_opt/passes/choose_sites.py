@@ -15,16 +15,10 @@ from torch.fx import GraphModule
 from dit_opt import cost
 from dit_opt._compat import size_expression, size_hint
 from dit_opt.decisions import Decision, LayoutSummary, Reason
+from dit_opt.facts.layouts import Grid, Layout, SegmentKind, SiteKind, declare_grid
 from dit_opt.facts.masks import MaskKind, classify_mask
 from dit_opt.facts.sites import Site
-from dit_opt.facts.tokens import (
-    Grid,
-    Layout,
-    SegmentKind,
-    SiteKind,
-    Tokens,
-    declare_grid,
-)
+from dit_opt.facts.tokens import Tokens
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.given_grid import apply_grid
 from dit_opt.passes.kernel_limits import find_limit

@@ -13,8 +13,8 @@ from dataclasses import replace
 import sympy
 
 from dit_opt._compat import size_expression
+from dit_opt.facts.layouts import Grid, Layout, declare_grid
 from dit_opt.facts.sites import Site
-from dit_opt.facts.tokens import Grid, Layout, declare_grid
 from dit_opt.options import OptionError
 
 Sizes = tuple[int, int, int]

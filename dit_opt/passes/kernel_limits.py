@@ -13,9 +13,9 @@ from torch.fx import Node
 
 from dit_opt._compat import size_expression
 from dit_opt.decisions import Reason
+from dit_opt.facts.layouts import Layout
 from dit_opt.facts.sites import Site
 from dit_opt.facts.sizes import are_equal, divide
-from dit_opt.facts.tokens import Layout
 from dit_opt.passes.symbolic_sizes import find_unknown_symbols
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -184,6 +184,11 @@ def two_videos(x, y):
     return unpatchify(attend(patchify(x))), unpatchify(attend(patchify(y)))
 
 
+def joined(x, y):
+    tokens = attend(torch.cat([patchify(x), patchify(y)], 1))
+    return unpatchify(tokens[:, :N]), unpatchify(tokens[:, N:])
+
+
 def no_attention(x):
     return x * 2
 
@@ -206,6 +211,7 @@ REFUSED = {
     "written outside": (written_outside, (X,), OrderReason.IN_PLACE, "add"),
     "folded": (folded, (randn(2, 4, *GRID),), OrderReason.FOLDED, "reshape"),
     "two videos": (two_videos, (X, X + 1), OrderReason.SEVERAL_TOKENS, ""),
+    "joined": (joined, (X, X + 1), OrderReason.STACKED, "scaled_dot_product_attention"),
     "no attention": (no_attention, (X,), OrderReason.NO_TOKENS, ""),
     "causal": (causal, (X,), OrderReason.CAUSAL, "scaled_dot_product_attention"),
     "other layout": (

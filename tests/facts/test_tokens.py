@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 
+from dit_opt.facts.layouts import Grid, SegmentKind, SiteKind, declare_grid
 from dit_opt.facts.nodes import origin_of
 from dit_opt.facts.sites import Form, find_sites
-from dit_opt.facts.tokens import Grid, SegmentKind, SiteKind, declare_grid, find_tokens
+from dit_opt.facts.tokens import find_tokens
 from tests import tiny_models
 from tests.graphs import capture
 
@@ -197,6 +198,63 @@ def test_a_joint_block_alone_does_not_tell_text_from_latents():
     declared = declare_grid(layout, (3, 4, 5))
     assert [s.kind for s in declared.query] == [OTHER, LATENTS]
     assert declared.key == declared.query and declared.grid.sizes == (3, 4, 5)
+
+
+def test_pictures_of_one_size_are_frames_of_one_grid():
+    tiny = tiny_models.qwen_image(batch=2)
+    (layout,) = layouts(tiny.model, **tiny.inputs)
+    assert layout.kind is SiteKind.JOINT and layout.key == layout.query
+    assert describe(layout.query) == [PROMPT, (LATENTS, 7, 47, "hidden_states")]
+    assert layout.grid == Grid((2, 4, 5), "tables")
+
+
+def test_pictures_of_several_sizes_are_latents_without_a_grid():
+    tiny = tiny_models.qwen_image(pictures=((1, 4, 5), (1, 3, 7)))
+    (layout,) = layouts(tiny.model, **tiny.inputs)
+    assert describe(layout.query) == [PROMPT, (LATENTS, 7, 48, "hidden_states")]
+    assert layout.grid is None and "(1, 4, 5), (1, 3, 7)" in layout.reason
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_first_frame_apart_is_a_frame_of_the_clip(frames):
+    tiny = tiny_models.hunyuan_video(grid=(frames, 4, 5), image_condition="token_replace")
+    found = [x for x in layouts(tiny.model, **tiny.inputs) if x.kind is SiteKind.JOINT]
+    assert len(found) == 2
+    for layout in found:
+        assert [s.kind for s in layout.query] == [LATENTS, TEXT]
+        assert layout.grid == Grid((frames, 4, 5), "latents")
+
+
+def test_only_segments_with_a_grid_are_latents_where_text_reaches_the_output_too():
+    def block(video, text):
+        tokens = video.flatten(2).transpose(1, 2)
+        joint = attend(torch.cat([tokens, text], 1))
+        return joint[:, :60], joint[:, 60:]
+
+    (layout,) = layouts(block, torch.randn(2, 8, 3, 4, 5), torch.randn(2, 7, 8))
+    assert describe(layout.query) == [(LATENTS, 0, 60, "video"), (OTHER, 60, 67, "text")]
+    assert layout.grid == Grid((3, 4, 5), "latents")
+
+
+def test_text_between_two_pictures_is_not_counted_among_them():
+    def model(x, text, y):
+        x, y = (picture.flatten(2).transpose(1, 2) for picture in (x, y))
+        return attend(torch.cat([x, text, y], 1))
+
+    args = torch.randn(2, 8, 4, 5), torch.randn(2, 7, 8), torch.randn(2, 8, 4, 5)
+    (layout,) = layouts(model, *args)
+    assert layout.latents is None and "Several segments" in layout.reason
+
+
+def test_keys_without_the_pictures_of_the_queries_hold_no_latents():
+    def model(x, y):
+        x, y = (picture.flatten(2).transpose(1, 2) for picture in (x, y))
+        both = torch.cat([x, y], 1)
+        return attend(both) + attend(both, x)
+
+    joint, half = layouts(model, torch.randn(2, 8, 4, 5), torch.randn(2, 8, 4, 5))
+    assert describe(joint.key) == [(LATENTS, 0, 40, None)]
+    assert half.kind is SiteKind.UNKNOWN and half.key[0].kind is OTHER
 
 
 def test_a_block_alone_without_text_may_hold_text_among_its_tokens():

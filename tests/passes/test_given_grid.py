@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dit_opt.facts.layouts import Grid, SegmentKind
 from dit_opt.facts.sites import find_sites
-from dit_opt.facts.tokens import Grid, SegmentKind, find_tokens
+from dit_opt.facts.tokens import find_tokens
 from dit_opt.options import OptionError
 from dit_opt.passes.given_grid import apply_grid
 from tests.graphs import capture_one
