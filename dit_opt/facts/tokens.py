@@ -132,12 +132,13 @@ class _Reader:
     def _choose_gridded(self, parts: Sequence[Dim]) -> tuple[Sequence[Dim], Grid | None, str]:
         """Of several segments that reach the output, those with a grid, for text has none.
 
-        They may be the pictures of an edit, or a clip and the frames before it.
+        They may be the pictures of an edit, or a clip and the frames before it; the same tokens
+        twice are neither.
         """
         alive = [p for p in parts if self._reaches_output(p)]
         grids = {p: g for p in alive if isinstance(g := find_grid(self._labels, p), Grid)}
         places = [i for i, part in enumerate(parts) if part in grids]
-        if places and places == list(range(places[0], places[-1] + 1)):
+        if places and len(grids) == len(places) == places[-1] - places[0] + 1:
             stacked = stack_grids([grids[parts[i]] for i in places])
             latents = parts[places[0] : places[-1] + 1]
             return (latents, stacked, "") if isinstance(stacked, Grid) else (latents, None, stacked)

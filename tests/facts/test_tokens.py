@@ -236,6 +236,15 @@ def test_only_segments_with_a_grid_are_latents_where_text_reaches_the_output_too
     assert layout.grid == Grid((3, 4, 5), "latents")
 
 
+def test_the_same_tokens_twice_are_not_two_clips():
+    def model(video):
+        tokens = video.flatten(2).transpose(1, 2)
+        return attend(torch.cat([tokens, tokens], 1))
+
+    (layout,) = layouts(model, torch.randn(2, 8, 3, 4, 5))
+    assert layout.latents is None and layout.grid is None
+
+
 def test_text_between_two_pictures_is_not_counted_among_them():
     def model(x, text, y):
         x, y = (picture.flatten(2).transpose(1, 2) for picture in (x, y))
