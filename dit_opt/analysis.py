@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import GraphModule
 
 from dit_opt.decisions import GraphRecord, PassRecord
+from dit_opt.facts.grids import find_spans
 from dit_opt.facts.order import OrderRefusal, OrderRegion, find_order_region
 from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import Site, find_sites
+from dit_opt.facts.spans import Spans
 from dit_opt.facts.tokens import Tokens, find_tokens
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.choose_sites import Choice, choose_sites
@@ -29,6 +31,7 @@ class Analysis:
     Attributes:
         sites, tokens: the facts. choices: one for each site.
         timesteps: placeholder positions that may be the timestep.
+        spans: how the tokens lie in the outputs, by their position, for the graph after this one.
         order: where all tokens can be kept in one order, or why they cannot; None where no router
             asks for it.
         prologue: which queries and keys one kernel makes, in words.
@@ -41,6 +44,7 @@ class Analysis:
     timestep_name: str | None
     order: OrderRegion | OrderRefusal | None
     prologue: str = ""
+    spans: Mapping[int, Spans] = field(default_factory=dict)
 
     @property
     def sparse(self) -> tuple[SparseSite, ...]:
@@ -64,11 +68,15 @@ class Analysis:
 
 
 def analyse(
-    gm: GraphModule, options: Options, model_grid: tuple[int, int, int] | None = None
+    gm: GraphModule,
+    options: Options,
+    model_grid: tuple[int, int, int] | None = None,
+    told: Mapping[int, Spans] | None = None,
 ) -> tuple[Analysis, list[PassRecord]]:
     """Facts and decisions of a graph; nothing is rewritten or compiled.
 
-    `model_grid` is that of the whole model, where the graph is one of its blocks.
+    `model_grid` is that of the whole model, where the graph is one of its blocks; `told`, by the
+    position of inputs, how their tokens lie, where an earlier graph returned them.
     """
     passes: list[PassRecord] = []
 
@@ -79,11 +87,12 @@ def analyse(
         return out
 
     sites = timed("find_sites", find_sites, gm.graph)
-    tokens = timed("find_tokens", find_tokens, gm.graph, sites)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    given = {placeholders[i]: spans for i, spans in (told or {}).items()}
+    tokens = timed("find_tokens", find_tokens, gm.graph, sites, given)
     timestep = timed("find_timestep", find_timestep, gm.graph)
     choices = timed("choose_sites", choose_sites, gm, sites, tokens, options, model_grid)
     order = timed("find_order", _find_order, gm, tokens, choices)
-    placeholders = gm.graph.find_nodes(op="placeholder")
     candidates = () if timestep is None else timestep.candidates
     return (
         Analysis(
@@ -94,6 +103,7 @@ def analyse(
             timestep_name=None if timestep is None else timestep.candidates[0].name,
             order=order,
             prologue=timed("find_prologues", _find_prologues, choices) if options.fuse else "",
+            spans=find_spans(gm.graph, tokens.labels),
         ),
         passes,
     )

@@ -23,7 +23,8 @@ import dit_opt.kernels.token_order  # noqa: F401
 from dit_opt._compat import cache_counts, compile_with_inductor
 from dit_opt.analysis import Analysis, analyse
 from dit_opt.call_sizes import count_heads, count_outputs, count_tokens, read_sizes
-from dit_opt.decisions import GraphRecord
+from dit_opt.decisions import GraphRecord, Reason
+from dit_opt.facts.nodes import origin_of
 from dit_opt.facts.order import OrderRegion
 from dit_opt.facts.provenance import layer_anchor, model_anchor
 from dit_opt.facts.sites import Form, Site, find_sites
@@ -40,9 +41,10 @@ from dit_opt.passes.sparse_attention import sparse_attention
 from dit_opt.passes.sparse_site import SparseForm, SparseSite
 from dit_opt.passes.token_order import order_by_cubes
 from dit_opt.runtime.bound import Bound, Wiring, refuse_gradients
-from dit_opt.runtime.by_grid import ByGrid
+from dit_opt.runtime.by_layout import ByLayout, Told, read_told
+from dit_opt.runtime.handover import told_moment
 from dit_opt.runtime.schedule import Phase, Schedule
-from dit_opt.runtime.state import forget_clocks, running_grid
+from dit_opt.runtime.state import forget_clocks
 
 log = logging.getLogger(__name__)
 
@@ -76,20 +78,23 @@ def ditopt(
     parsed = Options.parse(options, mode=mode)
     inputs = list(example_inputs)
     refuse_gradients(tuple(inputs))
-    grid = running_grid() if parsed.grid is None else None
-    if grid is None or _has_symbols(gm, inputs):
-        return _compile(gm, inputs, parsed, grid)
+    told = read_told(inputs) if parsed.grid is None else Told()
+    if _has_symbols(gm, inputs):
+        # spans hold of one call only; whether the sizes still fit a grid can be told
+        bound = _compile(gm, inputs, parsed, Told(told.grid))
+        _warn_of_sizes(bound.record, inputs)
+        return bound
+    if not told:
+        return _compile(gm, inputs, parsed, told)
     source = copy_graph(gm)
     fakes = _fake_inputs(source, inputs)
-    first = _compile(gm, inputs, parsed, grid)
-    return ByGrid(lambda other: _compile(copy_graph(source), fakes, parsed, other), grid, first)
+    first = _compile(gm, inputs, parsed, told)
+    return ByLayout(lambda other: _compile(copy_graph(source), fakes, parsed, other), told, first)
 
 
-def _compile(
-    gm: GraphModule, inputs: list[Any], options: Options, grid: tuple[int, int, int] | None
-) -> Bound:
-    """Facts, decisions and the bound graph; `grid` is what a whole model tells its blocks."""
-    analysis, passes = analyse(gm, options, grid)
+def _compile(gm: GraphModule, inputs: list[Any], options: Options, told: Told) -> Bound:
+    """Facts, decisions and the bound graph."""
+    analysis, passes = analyse(gm, options, told.grid, dict(told.spans))
     dumper = Dumper(options.dump)
     dumper.graph("capture", gm)
     record = analysis.describe(passes)
@@ -114,6 +119,17 @@ def _announce(record: GraphRecord, options: Options) -> None:
         raise NothingReplaced(message % render_decisions(record.decisions))
     if options.on_no_match == "warn":
         log.warning(message, render_decisions(record.decisions))
+
+
+def _warn_of_sizes(record: GraphRecord, inputs: Sequence[Any]) -> None:
+    """Say why a graph of changing sizes does not know the tokens that an earlier one returned."""
+    unknown = any(d.reason is Reason.UNKNOWN_TOKENS for d in record.decisions)
+    if unknown and told_moment(inputs) is not None:
+        log.warning(
+            "Dynamo broke this model apart, and a graph of it takes sizes that differ from call to "
+            "call, so it cannot be told the grid of its tokens and stays dense. Compile with "
+            "dynamic=False to have one graph for each size."
+        )
 
 
 def _bind(
@@ -171,7 +187,7 @@ def _bind(
 
     wiring = Wiring(
         outputs=count_outputs(gm),
-        timesteps=analysis.timesteps if sparse else (),
+        timesteps=analysis.timesteps,
         model=position[model] if model is not None else None,
         layers=layers,
         state={phase: form.name_outputs(plan_tensors) for phase, form in forms.items()},
@@ -181,6 +197,8 @@ def _bind(
         lengths=read_sizes(lengths, placeholders),
         min_tokens=tuple(site.min_tokens for site in sparse),
         blank_plan=make_blank_plan if asks else None,
+        given=tuple(i for n, i in position.items() if origin_of(n)[1]),
+        spans=analysis.spans,
     )
 
     # Dynamo changes and clears its graph once the backend has returned

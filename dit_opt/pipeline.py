@@ -15,7 +15,6 @@ import torch
 from dit_opt._compat import allow_recompiles
 from dit_opt.model_grid import ModelReader, Path, walk_arguments
 from dit_opt.options import Options
-from dit_opt.runtime.bound import Stream
 from dit_opt.runtime.state import (
     Announcement,
     announce,
@@ -23,6 +22,7 @@ from dit_opt.runtime.state import (
     set_running_announcement,
     set_running_grid,
 )
+from dit_opt.runtime.streams import Stream
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,9 @@ class _StepHook(_Hook):
         key = (threading.get_ident(), shape, tuple(given))
         stream = announcement.streams.get(key) or Stream(tuple(range(len(given))))
         remember(announcement.streams, key, stream)
-        announcement.position = stream.locate(tuple(given.values()), announcement.timesteps())
+        announcement.position = stream.locate(
+            dict(enumerate(given.values())), announcement.timesteps()
+        )
 
     def _find_timesteps(
         self,

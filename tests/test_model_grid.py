@@ -15,7 +15,7 @@ from dit_opt.model_grid import (
     read_model,
 )
 from tests import tiny_models
-from tests.tiny_models import hunyuan_video, sd3, wan
+from tests.tiny_models import break_apart, hunyuan_video, sd3, wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -46,6 +46,11 @@ def read(tiny, model=None):
 def test_the_grid_is_that_of_the_whole_model(make):
     tiny = make()
     assert read(tiny) == tiny.grid
+
+
+def test_a_broken_model_tells_the_grid_of_what_its_first_graph_hands_on():
+    tiny = wan()
+    assert read(tiny, break_apart(tiny.model)) == tiny.grid
 
 
 def test_one_block_of_a_kind_is_traced(traced):

@@ -59,6 +59,19 @@ def wan(batch: int = 1, grid: tuple[int, int, int] = (3, 4, 5), layers: int = 2)
     return _tiny("wan", model, inputs, grid, 0, 2 * layers)
 
 
+def break_apart(model: torch.nn.Module) -> torch.nn.Module:
+    """Have Dynamo break a Wan where the timestep has been embedded and the tokens are made."""
+    inner = model.condition_embedder.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        torch._dynamo.graph_break()
+        return out
+
+    model.condition_embedder.forward = forward
+    return model
+
+
 def hunyuan_video(
     batch: int = 1,
     grid: tuple[int, int, int] = (3, 4, 5),

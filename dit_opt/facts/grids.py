@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
+from torch.fx import Graph
 
-from dit_opt.facts.axes import Axis, Dim, Origin, leaves, resolve, size
+from dit_opt.facts.axes import Axis, Dim, Origin, leaves, resolve, segments, size
 from dit_opt.facts.labels import Labels
 from dit_opt.facts.sizes import are_equal
+from dit_opt.facts.spans import Span, Spans
 
-__all__ = ["Grid", "find_grid", "origin_of_axes", "stack_grids"]
+__all__ = ["Grid", "find_grid", "find_spans", "origin_of_axes", "stack_grids"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,34 @@ def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
     if grid is not None:
         return grid
     return _explain(labels, axes, origins)
+
+
+def find_spans(graph: Graph, labels: Labels) -> dict[int, Spans]:
+    """By position, how the tokens lie in the outputs of a graph that hold any on a proved grid.
+
+    In numbers, so that the graph that reads them next may have them; sizes that differ from call to
+    call are left out.
+    """
+    (output,) = graph.find_nodes(op="output")
+    found = {}
+    for i, node in enumerate(output.args[0]):
+        dims = labels[node] if labels.is_tensor(node) else []
+        spans = {d: [_find_span(labels, part) for part in segments(x)] for d, x in enumerate(dims)}
+        told = {d: x for d, x in spans.items() if None not in x and any(grid for _, grid in x)}
+        if told:
+            found[i] = tuple((d, tuple(x)) for d, x in told.items())
+    return found
+
+
+def _find_span(labels: Labels, part: Dim) -> Span | None:
+    length = size(part)
+    if not length.is_Integer:
+        return None
+    grid = find_grid(labels, part)
+    if not isinstance(grid, Grid) or grid.assumed:
+        return int(length), None
+    t, h, w = map(int, grid.sizes)
+    return int(length), (t, h, w)
 
 
 def stack_grids(grids: Sequence[Grid]) -> Grid | str:

@@ -7,7 +7,7 @@ rule ends the axes of its inputs, and new ones begin: nothing is guessed from si
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -34,6 +34,7 @@ from dit_opt.facts.nodes import (
     sizes_of,
 )
 from dit_opt.facts.sizes import are_equal
+from dit_opt.facts.spans import Spans, lay_out
 
 __all__ = [
     "Label",
@@ -65,6 +66,7 @@ class Labels:
     Args:
         graph: pre-grad graph; nodes hold fake tensors in `meta["example_value"]`. It is read only.
         rules: one function per op name, called with the labels and the node's arguments.
+        told: how the tokens of inputs lie, as far as an earlier graph proved it.
 
     Attributes:
         joins: (dims, dim): a reshape of a constant table made one dimension of several, row-major.
@@ -75,7 +77,9 @@ class Labels:
         unknown: why a node was not labelled by a rule.
     """
 
-    def __init__(self, graph: Graph, rules: dict[str, Rule]) -> None:
+    def __init__(
+        self, graph: Graph, rules: dict[str, Rule], told: Mapping[Node, Spans] | None = None
+    ) -> None:
         self.node: Node
         self.joins: list[tuple[tuple[Dim, ...], Dim]] = []
         self.ended: dict[Axis, Node] = {}
@@ -86,6 +90,7 @@ class Labels:
         self._labels: dict[Node, Label] = {}
         self._memo: dict[tuple[Any, ...], Axis] = {}
         self._rules = rules
+        self._told = told or {}
         self._nodes = tuple(n for n in graph.nodes if n.op != "output")
         self._data = find_data(self._nodes)
         self._sizes: dict[int, tuple[sympy.Expr, ...]] = {}
@@ -121,7 +126,10 @@ class Labels:
         self.node, name = node, op_name(node)
         value = node.meta.get("example_value")
         if node.op in INPUTS:
-            return self._begin(value, origin_of(node), "")
+            label = self._begin(value, origin_of(node), "")
+            for d, spans in self._told.get(node, ()):
+                lay_out(_dims(label)[d], spans)
+            return label
         if not holds_tensor(value) and name != "setitem":
             return None
         rule = self._rules.get(name)

@@ -8,6 +8,7 @@ together and returns the label of the value. The tables of the other families ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -19,13 +20,14 @@ from dit_opt.facts.rules_contract import CONTRACT_RULES
 from dit_opt.facts.rules_parts import PART_RULES
 from dit_opt.facts.rules_shape import SHAPE_RULES
 from dit_opt.facts.sizes import are_equal
+from dit_opt.facts.spans import Spans
 
 __all__ = ["RULES", "label_axes"]
 
 
-def label_axes(graph: Graph) -> Labels:
-    """The axes of all values of a graph, by all rules."""
-    return Labels(graph, RULES)
+def label_axes(graph: Graph, told: Mapping[Node, Spans] | None = None) -> Labels:
+    """The axes of all values of a graph, by all rules; `told` as for `Labels`."""
+    return Labels(graph, RULES, told)
 
 
 def carry(labels: Labels, x: Any, *_: Any, **__: Any) -> list[Dim]:

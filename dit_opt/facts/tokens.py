@@ -20,6 +20,7 @@ from dit_opt.facts.labels import Labels, NoRule
 from dit_opt.facts.layouts import Layout, Segment, SegmentKind, SiteKind
 from dit_opt.facts.rules import label_axes
 from dit_opt.facts.sites import Form, Site
+from dit_opt.facts.spans import Spans
 
 __all__ = ["Tokens", "find_tokens"]
 
@@ -36,7 +37,9 @@ class Tokens:
     labels: Labels = field(repr=False, compare=False)
 
 
-def find_tokens(graph: Graph, sites: Sequence[Site]) -> Tokens:
+def find_tokens(
+    graph: Graph, sites: Sequence[Site], told: Mapping[Node, Spans] | None = None
+) -> Tokens:
     """The token layout of every site.
 
     Args:
@@ -44,8 +47,9 @@ def find_tokens(graph: Graph, sites: Sequence[Site]) -> Tokens:
         is read only, and
             no guard is added under dynamic shapes.
         sites: from `find_sites` of the same graph.
+        told: how the tokens of inputs lie, as far as an earlier graph proved it.
     """
-    labels = label_axes(graph)
+    labels = label_axes(graph, told)
     tokens = {site.node: _token_dims(labels, site) for site in sites}
     reader = _Reader(labels, graph, [d for d in tokens.values() if not isinstance(d, str)])
     layouts = {

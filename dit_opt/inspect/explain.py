@@ -12,6 +12,7 @@ from dit_opt._compat import forget_compiled, fresh_code
 from dit_opt.decisions import Decision, GraphRecord
 from dit_opt.inspect.render import render_records
 from dit_opt.options import Options
+from dit_opt.runtime.handover import tell, told_spans
 
 
 class NothingTraced(RuntimeError):
@@ -59,13 +60,21 @@ def explain(
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         try:
-            analysis, passes = analyse(gm, parsed)
+            told = told_spans(inputs) if parsed.grid is None else {}
+            analysis, passes = analyse(gm, parsed, told=told)
         except ValueError as error:
             # raised below: out of a backend, Dynamo would wrap it
             errors.append(error)
             return gm.forward
         records.append(analysis.describe(passes))
-        return gm.forward
+        forward = gm.forward
+
+        def run(*args: Any) -> Any:
+            outputs = forward(*args)
+            tell(outputs, analysis.spans, None)
+            return outputs
+
+        return run
 
     # an OptimizedModule has the model inside
     model = getattr(model, "_orig_mod", model)

@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit_opt.runtime.schedule import Clock, Phase, Position, Schedule, choose_phase, new_run
+from dit_opt.runtime.handover import Moment, Spans, tell, told_moment
+from dit_opt.runtime.schedule import Phase, Position, Schedule, choose_phase
 from dit_opt.runtime.state import (
     Announcement,
     LayerState,
@@ -20,6 +21,7 @@ from dit_opt.runtime.state import (
     announcement_for,
     remember,
 )
+from dit_opt.runtime.streams import Stream
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,8 @@ class Wiring:
         blank_plan: makes, from batch, heads and tokens, what stands for the plan of a site in a
             call that searches, where one variant searches and reuses, as an input tells it; None
             where each phase has its own.
+        given: positions of the arguments that are not the model's own.
+        spans: how the tokens lie in the graph's outputs, by their position.
     """
 
     outputs: int
@@ -79,55 +83,8 @@ class Wiring:
     lengths: Callable[[tuple[Any, ...]], list[int]]
     min_tokens: tuple[int, ...]
     blank_plan: Callable[[int, int, int], tuple[torch.Tensor, ...]] | None = None
-
-
-class Stream:
-    """One sequence of calls (one model, thread and shape): a clock for each timestep candidate."""
-
-    def __init__(self, candidates: tuple[int, ...]) -> None:
-        run = new_run()
-        self._clocks = {i: Clock(run) for i in candidates}
-        self._chosen = candidates[0]
-        self._values: dict[int, float] = {}
-
-    def locate(self, args: tuple[Any, ...], timesteps: list[float] | None) -> Position:
-        """Read the candidates, and tell the timestep from a guidance scale: it is in the
-        scheduler's list, or else what changed last, the other one being constant."""
-        read = read_timesteps({i: args[i] for i in self._clocks})
-        positions = {i: self._clocks[i].tick(t, timesteps, off) for i, (t, off) in read.items()}
-        if len(read) > 1:
-            self._choose({i: value for i, (value, _) in read.items()}, positions)
-        return positions[self._chosen]
-
-    def _choose(self, values: dict[int, float], positions: dict[int, Position]) -> None:
-        listed = [i for i, position in positions.items() if position.total is not None]
-        likely = listed or list(values)
-        changed = [i for i in likely if i in self._values and self._values[i] != values[i]]
-        for group in (likely, changed):
-            if group and self._chosen not in group:
-                self._chosen = group[0]
-        self._values = values
-
-
-def read_timesteps(given: Mapping[int, Any]) -> dict[int, tuple[float, float]]:
-    """Of each timestep its value, and how much its dtype may have moved it, relatively.
-
-    Per-token timesteps mark conditioning tokens as clean; the largest tells the step. One host
-    read for each device.
-    """
-    values = {i: float(t) for i, t in given.items() if not isinstance(t, torch.Tensor)}
-    tensors = {i: t for i, t in given.items() if isinstance(t, torch.Tensor)}
-    for device in {t.device for t in tensors.values()}:
-        here = [i for i, t in tensors.items() if t.device == device]
-        largest = torch.stack([tensors[i].max().float() for i in here]).tolist()
-        values.update(zip(here, largest, strict=True))
-    return {i: (values[i], _rounding(t)) for i, t in given.items()}
-
-
-def _rounding(timestep: Any) -> float:
-    # Divided by 1000 or not, it may have been rounded twice.
-    is_float = isinstance(timestep, torch.Tensor) and timestep.is_floating_point()
-    return torch.finfo(timestep.dtype).eps if is_float else 0.0
+    given: tuple[int, ...] = ()
+    spans: Mapping[int, Spans] = field(default_factory=dict)
 
 
 class Bound:
@@ -195,15 +152,28 @@ class Bound:
         owner = self._nobody if self._wiring.model is None else args[self._wiring.model]
         if owner not in self.calls:
             self.calls[owner] = dict.fromkeys(Phase, 0)
-        calls = self.calls[owner]
-        if self.phases == {Phase.OBSERVE}:
-            calls[Phase.OBSERVE] += 1
-            return self.variant(Phase.OBSERVE)(*args)
         # a thread, and the sizes of a dynamic graph, have trajectories of their own
         steps = self._wiring.timesteps
         sizes = (a for i, a in enumerate(args) if isinstance(a, int) and i not in steps)
         stream = (threading.get_ident(), tuple(sizes))
-        position = self._locate(owner, stream, args)
+        moment = self._find_moment(owner, stream, args)
+        outputs = self._run(owner, stream, args, moment)
+        tell(outputs, self._wiring.spans, moment)
+        return outputs
+
+    def _run(
+        self,
+        owner: torch.Tensor,
+        stream: tuple[int, tuple[int, ...]],
+        args: tuple[Any, ...],
+        moment: Moment | None,
+    ) -> Any:
+        """The graph's own outputs, by the variant of this moment."""
+        calls = self.calls[owner]
+        if self.phases == {Phase.OBSERVE}:
+            calls[Phase.OBSERVE] += 1
+            return self.variant(Phase.OBSERVE)(*args)
+        position = moment and moment.position
         key = (*stream, position.branch if position else 0)
         states = [
             self.states.get(self._nobody if i is None else args[i], site, key)
@@ -221,16 +191,26 @@ class Bound:
         self._keep(owner, phase, args, key, position, states, out[self._wiring.outputs :])
         return out[: self._wiring.outputs]
 
-    def _locate(
+    def _find_moment(
         self, owner: torch.Tensor, stream: Hashable, args: tuple[Any, ...]
-    ) -> Position | None:
+    ) -> Moment | None:
+        """When this call is: by its own timestep, by what was announced, or by an argument that an
+        earlier graph of the same call returned."""
         announcement: Announcement | None = announcement_for(owner)
         if not self._wiring.timesteps:
-            return announcement.position if announcement else None
-        streams = self._streams.setdefault(owner, {})
-        current = streams.get(stream) or Stream(self._wiring.timesteps)
-        remember(streams, stream, current)
-        return current.locate(args, announcement.timesteps() if announcement else None)
+            position = announcement.position if announcement else None
+            if position is not None:
+                return Moment(lambda: position)
+            return told_moment(args[i] for i in self._wiring.given)
+        steps = {i: args[i] for i in self._wiring.timesteps}
+
+        def locate() -> Position:
+            streams = self._streams.setdefault(owner, {})
+            current = streams.get(stream) or Stream(self._wiring.timesteps)
+            remember(streams, stream, current)
+            return current.locate(steps, announcement.timesteps() if announcement else None)
+
+        return Moment(locate)
 
     def _phase(
         self,

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from dit_opt.runtime.bound import Bound, GradientError, Wiring, read_timesteps
+from dit_opt.runtime.bound import Bound, GradientError, Wiring
 from dit_opt.runtime.schedule import Clock, Phase, Schedule
 from dit_opt.runtime.state import KEPT_STREAMS, Announcement, LayerState, announce
 
@@ -481,19 +481,3 @@ def test_a_guidance_that_is_in_the_schedulers_list_is_told_by_its_constancy():
         # 1 is the first timestep, divided by 1000
         bound(model[0], torch.tensor(1.0), torch.tensor(t))
     assert graph.phases == ["observe", "observe", "search"]
-
-
-def test_timesteps_are_read_as_they_are_given():
-    given = {
-        1: torch.tensor([0.0, 750.0]),
-        4: 600,
-        7: torch.tensor(999),
-        9: torch.tensor(3.5, dtype=torch.bfloat16),
-    }
-    eps = [torch.finfo(dtype).eps for dtype in (torch.float32, torch.bfloat16)]
-    assert read_timesteps(given) == {
-        1: (750.0, eps[0]),
-        4: (600.0, 0.0),
-        7: (999.0, 0.0),
-        9: (3.5, eps[1]),
-    }

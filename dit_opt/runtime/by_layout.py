@@ -1,0 +1,61 @@
+"""One graph of several that make a model, bound anew for each layout that its tokens have.
+
+A block sees the number of its tokens, not how they lie: landscape and portrait are one graph to
+Dynamo, but their plans differ.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dit_opt.runtime.bound import Bound
+from dit_opt.runtime.handover import Spans, told_spans
+from dit_opt.runtime.state import running_grid
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a graph is told of the tokens of a call.
+
+    Attributes:
+        grid: (T, H, W) of the whole model, under regional compilation.
+        spans: by position of the argument, how the tokens lie in what an earlier graph returned.
+    """
+
+    grid: Grid | None = None
+    spans: tuple[tuple[int, Spans], ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.grid is not None or bool(self.spans)
+
+
+def read_told(args: Sequence[Any]) -> Told:
+    """What the arguments of a call, and the model that runs, tell of the tokens."""
+    return Told(running_grid(), tuple(sorted(told_spans(args).items())))
+
+
+class ByLayout:
+    """The callable that Dynamo runs for such a graph.
+
+    Args:
+        bind: compiles the graph for what it is told; called once for each, on first use.
+        told: in the first call. first: the bound graph of that call.
+    """
+
+    def __init__(self, bind: Callable[[Told], Bound], told: Told, first: Bound):
+        self._bind = bind
+        self._bounds: dict[Told, Bound] = {told: first}
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        told = read_told(args)
+        if told not in self._bounds:
+            with self._lock:
+                if told not in self._bounds:
+                    self._bounds[told] = self._bind(told)
+        return self._bounds[told](*args)

@@ -1,0 +1,66 @@
+"""What one graph tells the next, where Dynamo breaks a model apart.
+
+The tensors that a graph returns are what the next one is given, and what is known of them goes with
+them: at which step they were made, and how their tokens lie. What Python makes of them in between
+is another tensor, of which nothing is known.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dit_opt.runtime.schedule import Position
+
+# (dimension, ((tokens, their (T, H, W) or None), ...)) of a tensor; made by the facts, only handed
+# on here.
+Spans: TypeAlias = "tuple[tuple[int, tuple[tuple[int, tuple[int, int, int] | None], ...]], ...]"
+
+
+class Moment:
+    """When a graph ran; its timestep is read from the device only if a later graph asks."""
+
+    def __init__(self, locate: Callable[[], Position | None]) -> None:
+        self._locate = locate
+
+    @functools.cached_property
+    def position(self) -> Position | None:
+        return self._locate()
+
+
+_spans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def tell(outputs: Sequence[Any], spans: Mapping[int, Spans], moment: Moment | None) -> None:
+    """Note what is known of the tensors that a graph returned; `spans` by their position."""
+    for i, output in enumerate(outputs):
+        if not isinstance(output, torch.Tensor):
+            continue
+        if i in spans:
+            _spans[output] = spans[i]
+        if moment is not None:
+            _moments[output] = moment
+
+
+def told_spans(args: Iterable[Any]) -> dict[int, Spans]:
+    """How the tokens of arguments lie, by position, of those that an earlier graph returned."""
+    if not _spans:
+        return {}
+    return {
+        i: _spans[arg]
+        for i, arg in enumerate(args)
+        if isinstance(arg, torch.Tensor) and arg in _spans
+    }
+
+
+def told_moment(args: Iterable[Any]) -> Moment | None:
+    """When the first of the arguments that an earlier graph returned was made."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg in _moments:
+            return _moments[arg]
+    return None

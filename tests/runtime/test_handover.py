@@ -1,0 +1,124 @@
+"""Models that Dynamo breaks into several graphs, and what one of these tells the next."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import dit_opt
+from dit_opt.backend import live_bounds
+from dit_opt.runtime.handover import Moment, tell, told_moment, told_spans
+from dit_opt.runtime.schedule import Position
+from tests.tiny_models import break_apart, wan
+from tests.trajectories import big_wan, compiled, run_trajectory
+
+SPANS = ((1, ((60, (3, 4, 5)), (7, None))),)
+OPTIONS = {
+    # It needs a grid.
+    "router": "rainfusion",
+    "density": 0.6,
+    "min_tokens": 0,
+    "dense_steps": 1,
+    "refresh_every": 2,
+}
+
+
+def layouts_of(model):
+    return {
+        state.layout[:3]
+        for bound in live_bounds()
+        for owner, _, state in bound.states
+        if any(owner is p for p in model.parameters())
+    }
+
+
+def calls_of(model):
+    """How often each phase ran, of the graphs that are ever sparse."""
+    return [g.calls for g in dit_opt.report(model).graphs if "search" in g.calls]
+
+
+def test_a_tensor_keeps_what_was_told_of_it_while_it_lives():
+    told, other, moment = torch.zeros(2), torch.zeros(2), Moment(lambda: None)
+    tell((other, told, 3), {1: SPANS}, moment)
+    assert told_spans([3, told, None, other]) == {1: SPANS}
+    assert told_moment([None, torch.zeros(2), told]) is moment
+    assert told_spans([told.clone()]) == {} and told_moment([told.view(2)]) is None
+    del told, other
+    gc.collect()
+    assert told_spans([torch.zeros(2) for _ in range(9)]) == {}
+
+
+def test_a_timestep_is_read_once_and_only_if_a_later_graph_asks():
+    reads = []
+
+    def locate():
+        reads.append(1)
+        return Position(1, (1, 0), 0, 0, 1.0, True)
+
+    moment = Moment(locate)
+    assert not reads
+    assert moment.position is moment.position is not None and len(reads) == 1
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_broken_model_runs_as_the_whole_one():
+    tiny = big_wan()
+    whole, broken = big_wan().model, break_apart(tiny.model)
+    expected = run_trajectory(compiled(whole, **OPTIONS), tiny.inputs)
+    found = run_trajectory(compiled(broken, **OPTIONS), tiny.inputs)
+    for out, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
+    assert len(dit_opt.report(broken).graphs) > 1
+    assert calls_of(broken) == calls_of(whole) == [{"observe": 1, "search": 2, "reuse": 1}]
+    assert layouts_of(broken) == layouts_of(whole) == {(4, 12, 16)}
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_broken_model_keeps_the_plans_of_branches_apart():
+    tiny = big_wan()
+    model = compiled(break_apart(tiny.model), **OPTIONS)
+    with torch.no_grad():
+        for t in (999.0, 750.0):
+            for _ in range(2):
+                model(**{**tiny.inputs, "timestep": torch.tensor([t])})
+    keys = {key[-1] for b in live_bounds() for _, (_, key), _ in b.states}
+    assert keys == {0, 1}
+
+
+@pytest.mark.usefixtures("eager")
+def test_each_layout_of_as_many_tokens_has_a_graph_of_its_own():
+    tiny = {grid: wan(grid=grid) for grid in [(4, 12, 16), (4, 16, 12)]}
+    broken = break_apart(tiny[4, 12, 16].model)
+    model = compiled(broken, dynamic=False, **OPTIONS)
+    whole = compiled(big_wan().model, dynamic=False, **OPTIONS)
+    for grid in (*tiny, *tiny):
+        found = run_trajectory(model, tiny[grid].inputs, (999.0, 750.0))
+        expected = run_trajectory(whole, tiny[grid].inputs, (999.0, 750.0))
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+    assert layouts_of(broken) == set(tiny)
+
+
+@pytest.mark.usefixtures("eager")
+def test_sizes_that_differ_from_call_to_call_are_said_to_be_in_the_way(caplog):
+    tiny = big_wan()
+    model = compiled(break_apart(tiny.model), dynamic=True, **OPTIONS | {"router": "auto"})
+    run_trajectory(model, tiny.inputs, (999.0, 750.0))
+    assert "dynamic=False" in caplog.text and layouts_of(tiny.model) == set()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_explain_knows_the_grid_behind_a_break():
+    tiny = big_wan()
+    found = dit_opt.explain(break_apart(tiny.model), **tiny.inputs, options=OPTIONS)
+    grids = {str(d.layout.grid) for d in found.decisions if d.replaced}
+    assert len(found.graphs) > 1 and grids == {"(4, 12, 16)"}
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_grid_of_the_options_needs_no_handing_over():
+    tiny = big_wan()
+    model = compiled(break_apart(tiny.model), **OPTIONS, grid=(4, 12, 16))
+    run_trajectory(model, tiny.inputs, (999.0, 750.0))
+    assert layouts_of(tiny.model) == {(4, 12, 16)}
