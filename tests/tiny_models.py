@@ -261,6 +261,32 @@ def qwen_image(
     return _tiny("qwen_image", model, inputs, grid, 7, layers)
 
 
+def z_image(
+    batch: int = 1, grid: tuple[int, int] = (4, 5), texts: tuple[int, ...] = (7,), layers: int = 1
+) -> TinyModel:
+    """Lists of samples, each padded to a multiple of 32 tokens, image before text."""
+    from diffusers import ZImageTransformer2DModel
+
+    model = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=layers,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 64, 64],
+    )
+    h, w = grid
+    inputs = {
+        "x": [_randn(4, 1, 2 * h, 2 * w) for _ in range(batch)],
+        "t": torch.full((batch,), 0.5),
+        "cap_feats": [_randn(texts[i % len(texts)], 16) for i in range(batch)],
+    }
+    return _tiny("z_image", model, inputs, (1, h, w), texts[0], layers + 2)
+
+
 def dit(batch: int = 1, size: int = 6, layers: int = 2) -> TinyModel:
     """Class-conditional, learned position table; the model fixes the image to size x size."""
     from diffusers import DiTTransformer2DModel

@@ -94,7 +94,7 @@ def _classify_outer(mask: Node, site: Site) -> Mask:
     while _is_identity(node):
         path.append(node)
         node = node.args[0]
-    if isinstance(node, Node) and node.target in _AND and len(node.args) == 2:
+    if isinstance(node, Node) and _is_conjunction(node):
         path.append(node)
         vectors = [_trace(a) for a in node.args if isinstance(a, Node)]
         if len(vectors) == 2 and vectors[0] is not None and vectors[1] is not None:
@@ -107,14 +107,22 @@ def _classify_outer(mask: Node, site: Site) -> Mask:
     return Mask(MaskKind.OTHER)
 
 
+def _is_conjunction(node: Node) -> bool:
+    if len(node.args) != 2:
+        return False
+    of_bools = _shape(node) is not None and _example(node).dtype == torch.bool
+    return node.target in _AND or (of_bools and node.target in _TIMES)
+
+
 def _is_written(path: Sequence[Node], root: Node, site: Site) -> bool:
     """Whether anything from the root to the mask is written before the site reads the root anew."""
     made = min((n for n in path if n is not root), default=site.node)
     return find_write(path, after=made, before=site.node) is not None
 
 
-# Boolean tensors only: & of integers is no conjunction.
+# Boolean tensors only: & of integers is no conjunction, a product of numbers is added to scores.
 _AND = (operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "__and__")
+_TIMES = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
 _VIEWS = ("view", "reshape", "unsqueeze", "squeeze")
 _CASTS = ("bool", "to", "float", "type", "contiguous", "clone")
 _VIEW_FUNCTIONS = {torch.reshape: "reshape", torch.unsqueeze: "unsqueeze"}

@@ -226,6 +226,35 @@ def stack(labels: Labels, tensors: Any, dim: int = 0) -> list[Dim]:
     return out
 
 
+def pad_sequence(
+    labels: Labels,
+    sequences: Any,
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: str = "right",
+) -> list[Dim]:
+    """Sequences as rows: what all of them begin with is one index space, the rest is of each."""
+    inputs = [labels[t] for t in sequences]
+    if padding_side != "right":
+        raise NoRule("the sequences are aligned at their ends")
+    length = labels.sizes()[int(batch_first)]
+    common: list[Dim] = []
+    for parts in zip(*(segments(label[0]) for label in inputs), strict=False):
+        if not all(are_equal(size(part), size(parts[0])) for part in parts):
+            break
+        common.append(labels.agree(*parts))
+    rest = length - sum(map(size, common), sympy.S.Zero)
+    if not are_equal(rest, sympy.S.Zero):
+        for label in inputs:
+            for part in segments(label[0])[len(common) :]:
+                labels.end(part)
+        common.append(labels.new("rest", rest))
+    batch = labels.new("batch", sympy.Integer(len(inputs)))
+    tokens = labels.join(common, "rows")
+    others = [labels.agree(*dims) for dims in zip(*(label[1:] for label in inputs), strict=True)]
+    return [batch, tokens, *others] if batch_first else [tokens, batch, *others]
+
+
 def pad(labels: Labels, x: Node, pad: Any, mode: str = "constant", value: Any = None) -> list[Dim]:
     """Constants beside a dimension make a concatenation."""
     label, want = list(labels[x]), labels.sizes()
@@ -255,4 +284,5 @@ PART_RULES: dict[str, Rule] = {
     **dict.fromkeys("cat concat concatenate".split(), concatenate),
     "stack": stack,
     "pad": pad,
+    "pad_sequence": pad_sequence,
 }

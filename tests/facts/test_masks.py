@@ -32,6 +32,11 @@ def index_outer(valid):
     return valid[:, None, None, :] & valid[:, None, :, None]
 
 
+def times_outer(valid):
+    valid = valid.bool()
+    return valid[:, None, None, :] * valid[:, None, :, None]
+
+
 def expand_outer(valid):
     valid = valid.bool()
     keys = valid.unsqueeze(1).unsqueeze(1).expand(-1, -1, 6, -1)
@@ -64,7 +69,7 @@ def test_key_padding_by_construction(make):
     assert keys.meta["example_value"].shape[-1] == 6 and keys.meta["example_value"].numel() <= 12
 
 
-@pytest.mark.parametrize("make", [repeat_outer, index_outer, expand_outer])
+@pytest.mark.parametrize("make", [repeat_outer, index_outer, times_outer, expand_outer])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_outer_product(make, dynamic):
     kind, keys = classify(make, VALID, dynamic=dynamic)
@@ -217,6 +222,14 @@ def test_others(make):
 
 def test_two_vectors_are_no_outer_product():
     assert classify(two_vectors, VALID, VALID.flip(0)).kind is MaskKind.OTHER
+
+
+def test_a_product_of_numbers_is_added_to_the_scores_and_no_outer_mask():
+    def numbers(valid):
+        valid = valid.float()
+        return valid[:, None, None, :] * valid[:, None, :, None]
+
+    assert classify(numbers, VALID).kind is MaskKind.OTHER
 
 
 def test_dense_mask_is_other():

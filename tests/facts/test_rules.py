@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from dit_opt.facts.axes import leaves, resolve, segments, size
 from dit_opt.facts.rules import RULES, label_axes
@@ -172,6 +173,16 @@ CASES = {
         "0.0 1.1 1.2",
     ),
     "stack": (lambda x, y: torch.stack([x, y], -1).flatten(2), (X, X + 1), "0.0 0.1 0.2"),
+    "rows": (
+        lambda x, y: pad_sequence([x, y], batch_first=True),
+        (randn(6, 4), randn(6, 4) + 1),
+        "0.0 0.1 1.0",
+    ),
+    "ragged rows": (
+        lambda x, y: pad_sequence([torch.cat([x, y]), x * 2], padding_value=1.0),
+        (randn(6, 4), randn(3, 4)),
+        "0.0 0.1 1.1",
+    ),
     "pad": (lambda x: F.pad(x, (0, 0, 1, 2)), (X,), "0.0 0.1 0.2"),
     "split": (lambda x: x.split([1, 3], -1), (X,), "0.0 0.1"),
     "chunk": (lambda x: x.chunk(2, dim=-1)[1], (X,), "0.0 0.1"),
@@ -285,6 +296,11 @@ ENDS = {
     "select": (lambda x: x[:, 2], {"0.1"}),
     "part": (lambda x: x[:, :3], {"0.1"}),
     "steps": (lambda x: x[:, ::2], {"0.1"}),
+    "ragged": (lambda x: pad_sequence([x[0], x[1, :3]]), {"0.1"}),
+    "rows from the right": (
+        lambda x: pad_sequence([x[0], x[1]], padding_side="left"),
+        {"0.1", "0.2"},
+    ),
     "gather": (lambda x: x[:, torch.tensor([0, 2, 1])], {"0.1"}),
     "repeat by data": (lambda x: x.repeat_interleave(torch.tensor([2, 1]), dim=0), {"0.0"}),
     "causal": (lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), {"0.1"}),

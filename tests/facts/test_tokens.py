@@ -225,6 +225,22 @@ def test_a_first_frame_apart_is_a_frame_of_the_clip(frames):
         assert layout.grid == Grid((frames, 4, 5), "latents")
 
 
+@pytest.mark.parametrize(("batch", "texts"), [(1, (7,)), (2, (7, 40))])
+def test_samples_in_lists_are_padded_behind_their_tokens(batch, texts):
+    tiny = tiny_models.z_image(batch=batch, texts=texts)
+    # makes its rotary tables, which Dynamo does not follow
+    tiny()
+    image, text, joint = layouts(tiny.model, **tiny.inputs)
+    for layout in (image, joint):
+        latents, padding, *_ = layout.query
+        assert (latents.kind, int(latents.start), int(latents.stop)) == (LATENTS, 0, 20)
+        assert (padding.kind, int(padding.stop)) == (OTHER, 32)
+        assert layout.grid == Grid((1, 4, 5), "latents") and layout.key == layout.query
+    assert text.latents is None
+    kept = [s.kind for s in joint.query[2:]]
+    assert LATENTS not in kept and (TEXT in kept) == (batch == 1)
+
+
 def test_only_segments_with_a_grid_are_latents_where_text_reaches_the_output_too():
     def block(video, text):
         tokens = video.flatten(2).transpose(1, 2)
