@@ -78,7 +78,8 @@ def ditopt(
     parsed = Options.parse(options, mode=mode)
     inputs = list(example_inputs)
     refuse_gradients(tuple(inputs))
-    told = read_told(inputs) if parsed.grid is None else Told()
+    given = _find_given(gm)
+    told = read_told(inputs, given) if parsed.grid is None else Told()
     if _has_symbols(gm, inputs):
         # spans hold of one call only; whether the sizes still fit a grid can be told
         bound = _compile(gm, inputs, parsed, Told(told.grid))
@@ -89,7 +90,11 @@ def ditopt(
     source = copy_graph(gm)
     fakes = _fake_inputs(source, inputs)
     first = _compile(gm, inputs, parsed, told)
-    return ByLayout(lambda other: _compile(copy_graph(source), fakes, parsed, other), told, first)
+
+    def bind(other: Told) -> Bound:
+        return _compile(copy_graph(source), fakes, parsed, other)
+
+    return ByLayout(bind, told, first, given)
 
 
 def _compile(gm: GraphModule, inputs: list[Any], options: Options, told: Told) -> Bound:
@@ -197,7 +202,7 @@ def _bind(
         lengths=read_sizes(lengths, placeholders),
         min_tokens=tuple(site.min_tokens for site in sparse),
         blank_plan=make_blank_plan if asks else None,
-        given=tuple(i for n, i in position.items() if origin_of(n)[1]),
+        given=_find_given(gm),
         spans=analysis.spans,
     )
 
@@ -232,6 +237,12 @@ def _bind(
     # shapes; and they would stay alive until then. Fake ones have the shapes that Dynamo proved.
     examples = _fake_inputs(source, inputs)
     return bound
+
+
+def _find_given(gm: GraphModule) -> tuple[int, ...]:
+    """Positions of the inputs that are not the model's own."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return tuple(i for i, node in enumerate(placeholders) if origin_of(node)[1])
 
 
 def _fake_inputs(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:

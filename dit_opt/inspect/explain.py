@@ -60,7 +60,7 @@ def explain(
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         try:
-            told = told_spans(inputs) if parsed.grid is None else {}
+            told = told_spans(enumerate(inputs)) if parsed.grid is None else {}
             analysis, passes = analyse(gm, parsed, told=told)
         except ValueError as error:
             # raised below: out of a backend, Dynamo would wrap it

@@ -34,9 +34,9 @@ class Told:
         return self.grid is not None or bool(self.spans)
 
 
-def read_told(args: Sequence[Any]) -> Told:
-    """What the arguments of a call, and the model that runs, tell of the tokens."""
-    return Told(running_grid(), tuple(sorted(told_spans(args).items())))
+def read_told(args: Sequence[Any], places: Sequence[int]) -> Told:
+    """What the model that runs, and the arguments of a call at these places, tell of the tokens."""
+    return Told(running_grid(), tuple(told_spans((i, args[i]) for i in places).items()))
 
 
 class ByLayout:
@@ -45,15 +45,19 @@ class ByLayout:
     Args:
         bind: compiles the graph for what it is told; called once for each, on first use.
         told: in the first call. first: the bound graph of that call.
+        places: positions of the arguments that are not the model's own.
     """
 
-    def __init__(self, bind: Callable[[Told], Bound], told: Told, first: Bound):
+    def __init__(
+        self, bind: Callable[[Told], Bound], told: Told, first: Bound, places: Sequence[int]
+    ):
         self._bind = bind
+        self._places = places
         self._bounds: dict[Told, Bound] = {told: first}
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
-        told = read_told(args)
+        told = read_told(args, self._places)
         if told not in self._bounds:
             with self._lock:
                 if told not in self._bounds:

@@ -47,15 +47,9 @@ def tell(outputs: Sequence[Any], spans: Mapping[int, Spans], moment: Moment | No
             _moments[output] = moment
 
 
-def told_spans(args: Iterable[Any]) -> dict[int, Spans]:
+def told_spans(args: Iterable[tuple[int, Any]]) -> dict[int, Spans]:
     """How the tokens of arguments lie, by position, of those that an earlier graph returned."""
-    if not _spans:
-        return {}
-    return {
-        i: _spans[arg]
-        for i, arg in enumerate(args)
-        if isinstance(arg, torch.Tensor) and arg in _spans
-    }
+    return {i: _spans[arg] for i, arg in args if isinstance(arg, torch.Tensor) and arg in _spans}
 
 
 def told_moment(args: Iterable[Any]) -> Moment | None:

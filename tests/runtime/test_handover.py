@@ -42,12 +42,12 @@ def calls_of(model):
 def test_a_tensor_keeps_what_was_told_of_it_while_it_lives():
     told, other, moment = torch.zeros(2), torch.zeros(2), Moment(lambda: None)
     tell((other, told, 3), {1: SPANS}, moment)
-    assert told_spans([3, told, None, other]) == {1: SPANS}
+    assert told_spans(enumerate([3, told, None, other])) == {1: SPANS}
     assert told_moment([None, torch.zeros(2), told]) is moment
-    assert told_spans([told.clone()]) == {} and told_moment([told.view(2)]) is None
+    assert told_spans([(0, told.clone())]) == {} and told_moment([told.view(2)]) is None
     del told, other
     gc.collect()
-    assert told_spans([torch.zeros(2) for _ in range(9)]) == {}
+    assert told_spans((i, torch.zeros(2)) for i in range(9)) == {}
 
 
 def test_a_timestep_is_read_once_and_only_if_a_later_graph_asks():
