@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule
 
 from dit_opt.decisions import GraphRecord, PassRecord
-from dit_opt.facts.grids import find_spans
 from dit_opt.facts.order import OrderRefusal, OrderRegion, find_order_region
 from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import Site, find_sites
@@ -31,7 +30,6 @@ class Analysis:
     Attributes:
         sites, tokens: the facts. choices: one for each site.
         timesteps: placeholder positions that may be the timestep.
-        spans: how the tokens lie in the outputs, by their position, for the graph after this one.
         order: where all tokens can be kept in one order, or why they cannot; None where no router
             asks for it.
         prologue: which queries and keys one kernel makes, in words.
@@ -44,7 +42,6 @@ class Analysis:
     timestep_name: str | None
     order: OrderRegion | OrderRefusal | None
     prologue: str = ""
-    spans: Mapping[int, Spans] = field(default_factory=dict)
 
     @property
     def sparse(self) -> tuple[SparseSite, ...]:
@@ -103,7 +100,6 @@ def analyse(
             timestep_name=None if timestep is None else timestep.candidates[0].name,
             order=order,
             prologue=timed("find_prologues", _find_prologues, choices) if options.fuse else "",
-            spans=find_spans(gm.graph, tokens.labels),
         ),
         passes,
     )

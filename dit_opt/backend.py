@@ -53,7 +53,8 @@ class NothingReplaced(RuntimeError):
     """`on_no_match="error"` and no attention site of a graph could be replaced."""
 
 
-_bounds: weakref.WeakSet[Bound] = weakref.WeakSet()
+# in the order in which they were compiled
+_bounds: weakref.WeakKeyDictionary[Bound, None] = weakref.WeakKeyDictionary()
 
 
 def ditopt(
@@ -103,19 +104,22 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, told: Told) -
     dumper = Dumper(options.dump)
     dumper.graph("capture", gm)
     record = analysis.describe(passes)
-    _announce(record, options)
+    _announce(record, options, analysis.tokens.hands_on)
     bound = _bind(gm, inputs, analysis, options, record, dumper)
-    _bounds.add(bound)
+    _bounds[bound] = None
     return bound
 
 
-def _announce(record: GraphRecord, options: Options) -> None:
-    """One line for each graph with attention, warm starts included; more where nothing matched."""
+def _announce(record: GraphRecord, options: Options, hands_on: bool) -> None:
+    """One line for each graph with attention, warm starts included; more where nothing matched.
+
+    `hands_on`: another graph of the model gets the latents, and answers for it.
+    """
     if not record.decisions:
         return
     log.info("%s", summarise(record))
     log.debug("%s", render_decisions(record.decisions))
-    if any(d.replaced for d in record.decisions) or options.router == "dense":
+    if hands_on or any(d.replaced for d in record.decisions) or options.router == "dense":
         return
     message = (
         "ditopt replaced no attention site of this graph, which runs as under plain Inductor:\n%s"
@@ -203,7 +207,7 @@ def _bind(
         min_tokens=tuple(site.min_tokens for site in sparse),
         blank_plan=make_blank_plan if asks else None,
         given=_find_given(gm),
-        spans=analysis.spans,
+        spans=analysis.tokens.spans,
     )
 
     # Dynamo changes and clears its graph once the backend has returned
@@ -352,7 +356,7 @@ def _replace_site(sparse: SparseSite, site: Site, at: dict[str, Any]) -> SparseS
 
 
 def live_bounds() -> list[Bound]:
-    """Every compiled graph that Dynamo still holds."""
+    """Every compiled graph that Dynamo still holds, the earliest first."""
     return list(_bounds)
 
 

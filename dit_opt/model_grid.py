@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import GraphModule
 
-from dit_opt.facts.grids import find_spans
 from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import find_tokens
@@ -172,8 +171,7 @@ def _trace(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         grids = {tuple(map(int, x.grid.sizes)) for x in layouts if x.grid is not None}
         if not grids:
             # attention comes in a later graph, which is given the tokens
-            spans = find_spans(gm.graph, tokens.labels).values()
-            rows = [row for dims in spans for _, row in dims]
+            rows = [row for dims in tokens.spans.values() for _, row in dims]
             grids = {grid for row in rows for _, grid in row if grid is not None}
         told.append(Telling(_only(grids), _find_timesteps(gm, inputs, arguments)))
         raise _Traced

@@ -15,7 +15,7 @@ import sympy
 from torch.fx import Graph, Node
 
 from dit_opt.facts.axes import Axis, Dim, leaves, segments, size
-from dit_opt.facts.grids import Grid, find_grid, origin_of_axes, stack_grids
+from dit_opt.facts.grids import Grid, find_grid, find_spans, origin_of_axes, stack_grids
 from dit_opt.facts.labels import Labels, NoRule
 from dit_opt.facts.layouts import Layout, Segment, SegmentKind, SiteKind
 from dit_opt.facts.rules import label_axes
@@ -31,10 +31,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tokens:
-    """The layouts of all sites of a graph, by `site.node`, and the labels they were read from."""
+    """What is known of the tokens of a graph.
+
+    Attributes:
+        layouts: those of all sites, by `site.node`. labels: what they were read from.
+        spans: how the tokens lie in the graph's outputs, by their position; for the graph that
+            comes after this one, where Dynamo breaks a model apart.
+    """
 
     layouts: Mapping[Node, Layout]
     labels: Labels = field(repr=False, compare=False)
+    spans: Mapping[int, Spans] = field(default_factory=dict)
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether another graph attends over the latents: this one only returns them."""
+        return bool(self.spans) and not any(layout.latents for layout in self.layouts.values())
 
 
 def find_tokens(
@@ -58,7 +70,7 @@ def find_tokens(
     }
     for node, layout in layouts.items():
         log.debug("%s: %s", node.name, layout)
-    return Tokens(layouts, labels)
+    return Tokens(layouts, labels, find_spans(graph, labels))
 
 
 def _token_dims(labels: Labels, site: Site) -> tuple[Dim, Dim] | str:

@@ -71,7 +71,7 @@ def explain(
 
         def run(*args: Any) -> Any:
             outputs = forward(*args)
-            tell(outputs, analysis.spans, None)
+            tell(outputs, analysis.tokens.spans, None)
             return outputs
 
         return run

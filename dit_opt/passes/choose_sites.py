@@ -55,10 +55,10 @@ def choose_sites(
     `model_grid` is what the whole model tells of a graph that is one of its blocks.
 
     Raises OptionError where a grid was given that fits no site, or where a router was asked for
-    by name and can serve none of the sites.
+    by name and can serve none of the sites, unless another graph gets the latents.
     """
     layouts = [tokens.layouts.get(site.node) for site in sites]
-    if options.grid is not None:
+    if options.grid is not None and not tokens.hands_on:
         layouts = apply_grid(options.grid, sites, layouts)
     if model_grid is not None:
         layouts = [layout and declare_grid(layout, model_grid, "model") for layout in layouts]
@@ -67,7 +67,7 @@ def choose_sites(
         _judge(site, layout, told, options) for site, layout in zip(sites, layouts, strict=True)
     ]
     asked = options.router not in ("auto", "dense")
-    if asked and sites and not any(c.sparse for c in choices):
+    if asked and sites and not tokens.hands_on and not any(c.sparse for c in choices):
         reasons = "; ".join(
             f"{c.decision.module or c.decision.site}: {c.decision.reason.name}"
             + (f" ({c.decision.detail})" if c.decision.detail else "")

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dit_opt
 from dit_opt.backend import live_bounds
@@ -106,6 +107,43 @@ def test_sizes_that_differ_from_call_to_call_are_said_to_be_in_the_way(caplog):
     model = compiled(break_apart(tiny.model), dynamic=True, **OPTIONS | {"router": "auto"})
     run_trajectory(model, tiny.inputs, (999.0, 750.0))
     assert "dynamic=False" in caplog.text and layouts_of(tiny.model) == set()
+
+
+class Refined(torch.nn.Module):
+    """Refines its text before Dynamo breaks it; its tokens are made before that, or after."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.early = early
+
+    def forward(self, video, text):
+        if self.early:
+            video = video.flatten(2).transpose(1, 2)
+        text = attend(text)
+        torch._dynamo.graph_break()
+        if not self.early:
+            video = video.flatten(2).transpose(1, 2)
+        return attend(torch.cat([text, video], 1))[:, text.shape[1] :].unflatten(1, (3, 4, 5))
+
+
+def attend(x):
+    return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_graph_that_hands_the_latents_on_is_not_blamed_for_its_text(caplog):
+    video, text = torch.randn(1, 16, 3, 4, 5), torch.randn(1, 7, 16)
+    options = {"density": 0.5, "min_tokens": 0, "on_no_match": "error"}
+    with torch.no_grad():
+        for more in ({}, {"router": "rainfusion"}, {"grid": (3, 4, 5)}):
+            compiled(Refined(early=True), **options, **more)(video, text)
+            found = {state.layout[:4] for b in live_bounds() for _, _, state in b.states}
+            assert found == {(3, 4, 5, 7)}
+            torch.compiler.reset()
+        assert "replaced no attention site" not in caplog.text
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="replaced no attention site"):
+            compiled(Refined(early=False), **options)(video, text)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
