@@ -23,6 +23,11 @@ class Reason(Enum):
         "Its keys hold none of the latent tokens (cross-attention): there is little to skip.",
         "",
     )
+    UNEQUAL_LENGTHS = (
+        "Its keys hold more tokens than its queries, as where only latents attend to themselves "
+        "and to text; plans are made for as many of both.",
+        "Let the text query, too, and drop its rows of the result.",
+    )
     TOO_SHORT = (
         "It has fewer keys than the sparse kernel needs to win.",
         "Set min_tokens lower to replace it nevertheless.",

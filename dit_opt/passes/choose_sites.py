@@ -149,20 +149,34 @@ def _find_obstacle(
         return limit
     if layout is None or layout.kind is SiteKind.UNKNOWN:
         return Reason.UNKNOWN_TOKENS, layout.reason if layout else ""
-    if layout.kind is SiteKind.CROSS or _length(site) != _length(site, key=True):
+    if layout.kind is SiteKind.CROSS:
         return Reason.CROSS_ATTENTION, ""
+    if _length(site) != _length(site, key=True):
+        return Reason.UNEQUAL_LENGTHS, f"{_length(site)} and {_length(site, key=True)}"
+    if told and options.density != 1 and _is_text(layout):
+        return Reason.TEXT_ONLY, ""
     if classify_mask(site).kind is MaskKind.OTHER:
         return Reason.MASK_NOT_KEY_PADDING, ""
     if options.density == 1:
         return Reason.REPLACED, ""
     # Text among the tokens would lose keys, and nothing would show it.
     if layout.latents is None:
-        text = told and all(s.kind is SegmentKind.TEXT for s in layout.query)
-        return (Reason.TEXT_ONLY, "") if text else (Reason.UNKNOWN_TOKENS, layout.reason)
+        return Reason.UNKNOWN_TOKENS, layout.reason
     if layout.grid is None and options.effective_router in GRID_ROUTERS:
         return Reason.NO_GRID, layout.reason
     # Served in the model's own order; why there is no grid may still matter to the user.
     return Reason.REPLACED, "" if layout.grid is not None else layout.reason
+
+
+def _is_text(layout: Layout) -> bool:
+    """Whether the tokens are text and what pads it, which no input gave."""
+    kinds = {segment.kind for segment in layout.query}
+    others = [s for s in layout.query if s.kind is SegmentKind.OTHER]
+    return (
+        SegmentKind.TEXT in kinds
+        and SegmentKind.LATENTS not in kinds
+        and all(segment.source is None for segment in others)
+    )
 
 
 def _choose_least(prediction: cost.Prediction) -> int | None:

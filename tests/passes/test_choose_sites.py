@@ -114,8 +114,29 @@ def test_unknown_tokens_stay_dense():
 
 
 def test_masks_that_are_more_than_key_padding_stay_dense():
-    found = reasons({"min_tokens": 0}, hunyuan_video)
-    assert Reason.MASK_NOT_KEY_PADDING in found and Reason.REPLACED in found
+    def model(x, mask):
+        q = x[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)[:, 0]
+
+    found, _ = reasons_of(model, torch.randn(2, 60, 16), torch.randn(60, 60))
+    assert found == [Reason.MASK_NOT_KEY_PADDING]
+
+
+def test_a_mask_over_text_matters_where_text_would_be_replaced():
+    replaced = [Reason.REPLACED] * 2
+    assert reasons({"min_tokens": 0}, hunyuan_video) == [Reason.TEXT_ONLY, *replaced]
+    every = reasons({"min_tokens": 0, "density": 1}, hunyuan_video)
+    assert every == [Reason.MASK_NOT_KEY_PADDING, *replaced]
+
+
+def test_latents_that_attend_to_text_which_does_not_query_stay_dense():
+    def model(x, text):
+        q, k = x[:, None], torch.cat([text, x], 1)[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k)[:, 0]
+
+    inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
+    found, (choice,) = reasons_of(model, *inputs, density=0.25)
+    assert found == [Reason.UNEQUAL_LENGTHS] and choice.decision.detail == "60 and 68"
 
 
 def test_a_key_padding_mask_is_handed_on():
@@ -185,6 +206,16 @@ def test_text_by_itself_stays_dense():
     def model(x, text):
         text = attend(text)
         return attend(torch.cat([text, x], 1))[:, 8:]
+
+    inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
+    found, _ = reasons_of(model, *inputs, density=0.25)
+    assert found == [Reason.TEXT_ONLY, Reason.REPLACED]
+
+
+def test_text_with_padding_of_its_own_is_text():
+    def model(x, text):
+        text = attend(torch.cat([text, text.new_zeros(2, 3, 16)], 1))
+        return attend(torch.cat([text, x], 1))[:, 11:]
 
     inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
     found, _ = reasons_of(model, *inputs, density=0.25)

@@ -1,0 +1,156 @@
+"""Which diffusers models does ditopt serve, and what does it say of the others?
+
+    python -m benchmarks.coverage [--only NAME ...] [--density 0.25] [--json F]
+
+Explains tiny models with random weights, one row for each: the graphs that Dynamo made, how many of
+its attention sites over latents were replaced, the grid, and why the others were left alone. Sites
+of cross-attention are not counted. Exits with 1 where a model cannot be built, run or explained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+import dit_opt
+from benchmarks.coverage_images import IMAGES
+from benchmarks.coverage_models import Builder, build
+from benchmarks.coverage_video import VIDEO
+from dit_opt.decisions import Reason
+from dit_opt.demo.machine import describe_run
+
+BUILDERS: tuple[Builder, ...] = (*VIDEO, *IMAGES)
+# Sites that are as they should be.
+RIGHTLY_LEFT = (Reason.TEXT_ONLY, Reason.TOO_SHORT)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What ditopt does with one model.
+
+    Attributes:
+        name: of its builder.
+        model: its class, "" where it could not be built.
+        graphs: how many Dynamo made.
+        replaced, sites: of self- and joint attention, those that were replaced and all of them.
+        grids: (T, H, W) of replaced sites, each once.
+        left: how many sites were left alone for which reason, cross-attention included.
+        error: type and first line of what went wrong, or "".
+    """
+
+    name: str
+    model: str = ""
+    graphs: int = 0
+    replaced: int = 0
+    sites: int = 0
+    grids: tuple[str, ...] = ()
+    left: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Which of the sites that may be replaced were: all, some or none; "no sites", "error"."""
+        if self.error:
+            return "error"
+        due = self.sites - sum(self.left.get(reason.name, 0) for reason in RIGHTLY_LEFT)
+        if due == 0:
+            return "no sites"
+        return "all" if self.replaced == due else "some" if self.replaced else "none"
+
+
+def explain_model(builder: Builder, density: float) -> Row:
+    """Build a model, run it and explain it; whatever fails makes a row, too."""
+    name, kind = builder.__name__, ""
+    torch.compiler.reset()
+    try:
+        model, inputs = build(builder)
+        kind = type(model).__name__
+        with torch.no_grad():
+            # tables that are made in the first call are there in all later ones
+            model(**inputs)
+        options = {"density": density, "min_tokens": 0}
+        explanation = dit_opt.explain(model, **inputs, options=options)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        return Row(name, kind, error=f"{type(error).__name__}: {first}")
+    decisions = explanation.decisions
+    left = Counter(d.reason.name for d in decisions if not d.replaced)
+    grids = [d.layout.grid for d in decisions if d.replaced and d.layout and d.layout.grid]
+    return Row(
+        name,
+        kind,
+        graphs=len(explanation.graphs),
+        replaced=len(decisions) - left.total(),
+        sites=len(decisions) - left[Reason.CROSS_ATTENTION.name],
+        grids=tuple(dict.fromkeys(f"({', '.join(map(str, grid))})" for grid in grids)),
+        left=dict(left),
+    )
+
+
+def render(rows: Sequence[Row]) -> str:
+    """A line for each model, and how many have how much of their sites replaced."""
+    table = [
+        [
+            row.name,
+            row.model,
+            *(
+                ["", "", "", row.error]
+                if row.error
+                else [
+                    row.graphs,
+                    f"{row.replaced} / {row.sites}",
+                    "; ".join(row.grids) or "none",
+                    ", ".join(f"{reason} {count}" for reason, count in row.left.items()),
+                ]
+            ),
+        ]
+        for row in rows
+    ]
+    headers = ["name", "class", "graphs", "replaced", "grid", "left alone"]
+    return f"{tabulate(table, headers, disable_numparse=True)}\n{summarise(rows)}"
+
+
+def summarise(rows: Sequence[Row]) -> str:
+    """How many models have all, some and none of their sites replaced."""
+    counts = Counter(row.verdict for row in rows)
+    parts = [f"{counts[name]} {name}" for name in ("all", "some", "none")]
+    line = f"self- and joint-attention sites replaced, of {len(rows)} models: {', '.join(parts)}"
+    if counts["no sites"]:
+        line += f"; {counts['no sites']} without such sites"
+    return line + (f"; {counts['error']} with errors" if counts["error"] else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    named = {builder.__name__: builder for builder in BUILDERS}
+    parser.add_argument("--only", nargs="+", choices=named, metavar="NAME", help=", ".join(named))
+    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    # diffusers announces what it deprecates, and ditopt where it replaced nothing: rows tell that
+    warnings.filterwarnings("ignore")
+    rows = [explain_model(named[name], args.density) for name in args.only or named]
+    print(render(rows))
+    if args.json:
+        result: dict[str, Any] = {
+            "density": args.density,
+            "models": [{**dataclasses.asdict(row), "verdict": row.verdict} for row in rows],
+            "summary": summarise(rows),
+            **describe_run(),
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(any(row.error for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
