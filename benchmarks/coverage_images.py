@@ -104,6 +104,12 @@ def flux3() -> Built:
 
 
 def chroma() -> Built:
+    """A Flux that adds the product of a mask of numbers with itself, as its pipeline gives it."""
+    model, inputs = chroma_boolean()
+    return model, {**inputs, "attention_mask": inputs["attention_mask"].float()}
+
+
+def chroma_boolean() -> Built:
     """A Flux whose padded text is masked for queries and keys by a product of masks."""
     model = diffusers.ChromaTransformer2DModel(
         **FLUX, approximator_num_channels=16, approximator_hidden_dim=32, approximator_layers=1
@@ -565,6 +571,7 @@ IMAGES: tuple[Builder, ...] = (
     flux2_edit,
     flux3,
     chroma,
+    chroma_boolean,
     bria,
     bria_fibo,
     bria_fibo2,

@@ -27,6 +27,9 @@ from torch._dynamo.source import (
 from torch._logging import trace_structured
 from torch._logging._internal import trace_log
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+# Nothing public tells that a tensor has no values.
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx import Graph, Node
 
 # Floor division and modulo of sizes: sympy has no exact integer forms of its own.
@@ -44,6 +47,7 @@ __all__ = [
     "forget_compiled",
     "fresh_code",
     "inductor_settings",
+    "is_fake",
     "is_tracing",
     "kernel_selections",
     "mark_static_input",

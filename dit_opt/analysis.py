@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from dit_opt.decisions import GraphRecord, PassRecord
 from dit_opt.facts.order import OrderRefusal, OrderRegion, find_order_region
+from dit_opt.facts.positions import Positions, find_positions
 from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import Site, find_sites
 from dit_opt.facts.spans import Spans
@@ -22,6 +23,8 @@ from dit_opt.passes.plan_nodes import takes_cube_order
 from dit_opt.passes.qk_prologue import describe_prologues
 from dit_opt.passes.sparse_site import SparseSite
 
+Grid = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -30,6 +33,7 @@ class Analysis:
     Attributes:
         sites, tokens: the facts. choices: one for each site.
         timesteps: placeholder positions that may be the timestep.
+        positions: the inputs whose values may tell the grid.
         order: where all tokens can be kept in one order, or why they cannot; None where no router
             asks for it.
         prologue: which queries and keys one kernel makes, in words.
@@ -42,6 +46,7 @@ class Analysis:
     timestep_name: str | None
     order: OrderRegion | OrderRefusal | None
     prologue: str = ""
+    positions: tuple[Positions, ...] = ()
 
     @property
     def sparse(self) -> tuple[SparseSite, ...]:
@@ -69,11 +74,13 @@ def analyse(
     options: Options,
     model_grid: tuple[int, int, int] | None = None,
     told: Mapping[int, Spans] | None = None,
+    read: Callable[[Positions], Grid | None] | None = None,
 ) -> tuple[Analysis, list[PassRecord]]:
     """Facts and decisions of a graph; nothing is rewritten or compiled.
 
     `model_grid` is that of the whole model, where the graph is one of its blocks; `told`, by the
-    position of inputs, how their tokens lie, where an earlier graph returned them.
+    position of inputs, how their tokens lie, where an earlier graph returned them; `read` gives the
+    (T, H, W) that the values of an input tell.
     """
     passes: list[PassRecord] = []
 
@@ -87,8 +94,14 @@ def analyse(
     placeholders = gm.graph.find_nodes(op="placeholder")
     given = {placeholders[i]: spans for i, spans in (told or {}).items()}
     tokens = timed("find_tokens", find_tokens, gm.graph, sites, given)
+    positions: tuple[Positions, ...] = ()
+    source = "model"
+    if read is not None and model_grid is None:
+        layouts = [(s, tokens.layouts[s.node]) for s in sites]
+        positions = timed("find_positions", find_positions, gm.graph, tokens.labels, layouts)
+        model_grid, source = _only(map(read, positions)), "positions"
     timestep = timed("find_timestep", find_timestep, gm.graph)
-    choices = timed("choose_sites", choose_sites, gm, sites, tokens, options, model_grid)
+    choices = timed("choose_sites", choose_sites, gm, sites, tokens, options, model_grid, source)
     order = timed("find_order", _find_order, gm, tokens, choices)
     candidates = () if timestep is None else timestep.candidates
     return (
@@ -100,9 +113,16 @@ def analyse(
             timestep_name=None if timestep is None else timestep.candidates[0].name,
             order=order,
             prologue=timed("find_prologues", _find_prologues, choices) if options.fuse else "",
+            positions=positions,
         ),
         passes,
     )
+
+
+def _only(grids: Iterable[Grid | None]) -> Grid | None:
+    """The one grid that is told, if all that tell any tell the same."""
+    found = {grid for grid in grids if grid is not None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _find_order(

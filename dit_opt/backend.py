@@ -26,6 +26,7 @@ from dit_opt.call_sizes import count_heads, count_outputs, count_tokens, read_si
 from dit_opt.decisions import GraphRecord, Reason
 from dit_opt.facts.nodes import origin_of
 from dit_opt.facts.order import OrderRegion
+from dit_opt.facts.positions import Positions
 from dit_opt.facts.provenance import layer_anchor, model_anchor
 from dit_opt.facts.sites import Form, Site, find_sites
 from dit_opt.inspect.dump import Dumper
@@ -43,6 +44,7 @@ from dit_opt.passes.token_order import order_by_cubes
 from dit_opt.runtime.bound import Bound, Wiring, refuse_gradients
 from dit_opt.runtime.by_layout import ByLayout, Told, read_told
 from dit_opt.runtime.handover import told_moment
+from dit_opt.runtime.positions import read_grid
 from dit_opt.runtime.schedule import Phase, Schedule
 from dit_opt.runtime.state import forget_clocks
 
@@ -80,34 +82,44 @@ def ditopt(
     inputs = list(example_inputs)
     refuse_gradients(tuple(inputs))
     given = _find_given(gm)
-    told = read_told(inputs, given) if parsed.grid is None else Told()
+    if parsed.grid is not None:
+        return _compile(gm, inputs, parsed, Told())[0]
+    told = read_told(inputs, given)
     if _has_symbols(gm, inputs):
         # spans hold of one call only; whether the sizes still fit a grid can be told
-        bound = _compile(gm, inputs, parsed, Told(told.grid))
+        bound, _ = _compile(gm, inputs, parsed, Told(told.grid))
         _warn_of_sizes(bound.record, inputs)
         return bound
+    first, positions = _compile(gm, inputs, parsed, told, lambda p: read_grid(inputs[p[0]], *p[1:]))
+    told = read_told(inputs, given, positions)
     if not told:
-        return _compile(gm, inputs, parsed, told)
+        return first
     source = copy_graph(gm)
     fakes = _fake_inputs(source, inputs)
-    first = _compile(gm, inputs, parsed, told)
 
     def bind(other: Told) -> Bound:
-        return _compile(copy_graph(source), fakes, parsed, other)
+        numbered = dict(zip(positions, other.numbered, strict=True))
+        return _compile(copy_graph(source), fakes, parsed, other, numbered.get)[0]
 
-    return ByLayout(bind, told, first, given)
+    return ByLayout(bind, told, first, given, positions)
 
 
-def _compile(gm: GraphModule, inputs: list[Any], options: Options, told: Told) -> Bound:
-    """Facts, decisions and the bound graph."""
-    analysis, passes = analyse(gm, options, told.grid, dict(told.spans))
+def _compile(
+    gm: GraphModule,
+    inputs: list[Any],
+    options: Options,
+    told: Told,
+    read: Callable[[Positions], tuple[int, int, int] | None] | None = None,
+) -> tuple[Bound, tuple[Positions, ...]]:
+    """Facts, decisions and the bound graph; where `read` may be asked for the grid."""
+    analysis, passes = analyse(gm, options, told.grid, dict(told.spans), read)
     dumper = Dumper(options.dump)
     dumper.graph("capture", gm)
     record = analysis.describe(passes)
     _announce(record, options, analysis.tokens.hands_on)
     bound = _bind(gm, inputs, analysis, options, record, dumper)
     _bounds[bound] = None
-    return bound
+    return bound, analysis.positions
 
 
 def _announce(record: GraphRecord, options: Options, hands_on: bool) -> None:

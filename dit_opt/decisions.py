@@ -124,8 +124,8 @@ class LayoutSummary:
         kind: "self", "joint", "cross" or "unknown".
         segments: of the keys, as "latents[0:60]".
         grid: (T, H, W) in tokens, or None.
-        grid_source: "latents", "tables", "tables, one frame assumed", "option" or "model"; ""
-            without a grid.
+        grid_source: "latents", "tables", "tables, one frame assumed", "option", "model" or
+            "positions"; "" without a grid.
         reason: why there is no grid; "" where there is one.
     """
 

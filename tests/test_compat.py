@@ -82,6 +82,14 @@ def test_operators_that_write_in_place():
     assert not _compat.writes_in_place(torch.ops.higher_order.flex_attention)
 
 
+def test_tensors_without_values_are_told():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = torch.ones(2)
+    fake = FakeTensorMode().from_tensor(real)
+    assert _compat.is_fake(fake) and not _compat.is_fake(real)
+
+
 def test_floor_division_and_modulo():
     size = sympy.Symbol("s0", integer=True, positive=True)
     assert _compat.FloorDiv(size + 31, 32).subs(size, 33) == 2

@@ -26,8 +26,9 @@ __all__ = ["Grid", "find_grid", "find_spans", "origin_of_axes", "stack_grids"]
 class Grid:
     """Sizes (T, H, W) of the video tokens, row-major; an image has T = 1.
 
-    `source` is "latents" (patch embedding), "tables" (position tables), "option" (the user said so)
-    or "model" (the whole model did). `assumed`: only H * W and where it is cut are proved.
+    `source` is "latents" (patch embedding), "tables" (position tables), "option" (the user said
+    so), "model" (the whole model did) or "positions" (the numbers that come with the tokens did).
+    `assumed`: only H * W and where it is cut are proved.
     """
 
     sizes: tuple[sympy.Expr, sympy.Expr, sympy.Expr]

@@ -56,7 +56,7 @@ def find_timestep(graph: Graph) -> Timestep | None:
         if not _is_function(node, "cos") or not node.args or node.args[0] not in sines:
             continue
         angle = node.args[0]
-        if isinstance(angle, Node) and _feeds_layer(node):
+        if isinstance(angle, Node) and feeds_layer(node):
             found.update(_scalar_inputs(angle))
     candidates = tuple(n for n in placeholders if n in found)
     if not candidates:
@@ -102,8 +102,8 @@ def _is_function(node: Node, name: str) -> bool:
     return node.op == "call_function" and node.target is getattr(torch, name)
 
 
-def _feeds_layer(node: Node) -> bool:
-    """Whether the value reaches a linear layer through nothing but moves and casts."""
+def feeds_layer(node: Node) -> bool:
+    """Whether a value reaches a linear layer through nothing but moves and casts."""
     stack, seen = [node], {node}
     while stack:
         for user in stack.pop().users:

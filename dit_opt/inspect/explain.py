@@ -13,6 +13,7 @@ from dit_opt.decisions import Decision, GraphRecord
 from dit_opt.inspect.render import render_records
 from dit_opt.options import Options
 from dit_opt.runtime.handover import tell, told_spans
+from dit_opt.runtime.positions import read_grid
 
 
 class NothingTraced(RuntimeError):
@@ -61,7 +62,9 @@ def explain(
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         try:
             told = told_spans(enumerate(inputs)) if parsed.grid is None else {}
-            analysis, passes = analyse(gm, parsed, told=told)
+            analysis, passes = analyse(
+                gm, parsed, told=told, read=lambda p: read_grid(inputs[p.index], *p[1:])
+            )
         except ValueError as error:
             # raised below: out of a backend, Dynamo would wrap it
             errors.append(error)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from dit_opt.facts.nodes import origin_of
+from dit_opt.facts.positions import Positions, find_positions
+from dit_opt.facts.sites import find_sites
+from dit_opt.facts.tokens import find_tokens
+from tests import tiny_models
+from tests.graphs import capture_one
+
+
+def positions_of(function, *args, **kwargs):
+    """The places by name of the input."""
+    gm = capture_one(function, *args, **kwargs)
+    sites = find_sites(gm.graph)
+    tokens = find_tokens(gm.graph, sites)
+    pairs = [(site, tokens.layouts[site.node]) for site in sites]
+    names = [origin_of(n)[0] for n in gm.graph.find_nodes(op="placeholder")]
+    found = find_positions(gm.graph, tokens.labels, pairs)
+    assert all(isinstance(p, Positions) for p in found)
+    return {names[p.index]: tuple(p[1:]) for p in found}
+
+
+def attend(x):
+    return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+
+def test_ids_of_packed_latents_are_found():
+    tiny = tiny_models.flux()
+    found = positions_of(tiny.model, **tiny.inputs)
+    assert found == {"img_ids": (0, 0, 20)}
+
+
+def test_numbers_of_the_whole_sequence_are_cut():
+    def model(x, text, ids):
+        table = (ids * torch.arange(1.0, 4.0)).sum(-1)[None, :, None]
+        return attend(torch.cat([text, x], 1) + table)[:, 7:]
+
+    found = positions_of(model, torch.randn(2, 60, 8), torch.randn(2, 7, 8), torch.randn(67, 3))
+    assert found["ids"] == (0, 7, 67)
+
+
+def test_coordinates_may_come_first():
+    def model(x, coords):
+        return attend(x + coords.cos().sum(1)[..., None]) + attend(x[:, :1]).mean()
+
+    def with_text(x, coords, text):
+        return model(x, coords) + attend(text).mean()
+
+    args = torch.randn(2, 60, 8), torch.randn(2, 3, 60), torch.randn(2, 7, 8)
+    assert positions_of(with_text, *args)["coords"] == (2, 0, 60)
+
+
+def test_a_proved_grid_and_changing_sizes_ask_for_no_numbers():
+    tiny = tiny_models.wan()
+    assert positions_of(tiny.model, **tiny.inputs) == {}
+    tiny = tiny_models.flux()
+    assert positions_of(tiny.model, dynamic=True, **tiny.inputs) == {}
