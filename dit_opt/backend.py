@@ -23,14 +23,14 @@ import dit_opt.kernels.token_order  # noqa: F401
 from dit_opt._compat import cache_counts, compile_with_inductor
 from dit_opt.analysis import Analysis, analyse
 from dit_opt.call_sizes import count_heads, count_outputs, count_tokens, read_sizes
-from dit_opt.decisions import GraphRecord, Reason
+from dit_opt.decisions import GraphRecord
 from dit_opt.facts.nodes import origin_of
 from dit_opt.facts.order import OrderRegion
 from dit_opt.facts.positions import Positions
 from dit_opt.facts.provenance import layer_anchor, model_anchor
 from dit_opt.facts.sites import Form, Site, find_sites
+from dit_opt.inspect.announce import announce, warn_of_sizes
 from dit_opt.inspect.dump import Dumper
-from dit_opt.inspect.render import render_decisions, summarise
 from dit_opt.kernels.native.build import build_ahead
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
@@ -43,16 +43,11 @@ from dit_opt.passes.sparse_site import SparseForm, SparseSite
 from dit_opt.passes.token_order import order_by_cubes
 from dit_opt.runtime.bound import Bound, Wiring, refuse_gradients
 from dit_opt.runtime.by_layout import ByLayout, Told, read_told
-from dit_opt.runtime.handover import told_moment
 from dit_opt.runtime.positions import read_grid
 from dit_opt.runtime.schedule import Phase, Schedule
 from dit_opt.runtime.state import forget_clocks
 
 log = logging.getLogger(__name__)
-
-
-class NothingReplaced(RuntimeError):
-    """`on_no_match="error"` and no attention site of a graph could be replaced."""
 
 
 # in the order in which they were compiled
@@ -76,7 +71,7 @@ def ditopt(
     Raises:
         OptionError: options that are wrong in themselves or for this graph.
         GradientError: an input or weight requires grad and gradients are on.
-        NothingReplaced: see there.
+        NothingReplaced: see `dit_opt.inspect.announce`.
     """
     parsed = Options.parse(options, mode=mode)
     inputs = list(example_inputs)
@@ -88,7 +83,7 @@ def ditopt(
     if _has_symbols(gm, inputs):
         # spans hold of one call only; whether the sizes still fit a grid can be told
         bound, _ = _compile(gm, inputs, parsed, Told(told.grid))
-        _warn_of_sizes(bound.record, inputs)
+        warn_of_sizes(bound.record, inputs)
         return bound
     first, positions = _compile(gm, inputs, parsed, told, lambda p: read_grid(inputs[p[0]], *p[1:]))
     told = read_told(inputs, given, positions)
@@ -116,41 +111,10 @@ def _compile(
     dumper = Dumper(options.dump)
     dumper.graph("capture", gm)
     record = analysis.describe(passes)
-    _announce(record, options, analysis.tokens.hands_on)
+    announce(record, options, analysis.tokens.hands_on)
     bound = _bind(gm, inputs, analysis, options, record, dumper)
     _bounds[bound] = None
     return bound, analysis.positions
-
-
-def _announce(record: GraphRecord, options: Options, hands_on: bool) -> None:
-    """One line for each graph with attention, warm starts included; more where nothing matched.
-
-    `hands_on`: another graph of the model gets the latents, and answers for it.
-    """
-    if not record.decisions:
-        return
-    log.info("%s", summarise(record))
-    log.debug("%s", render_decisions(record.decisions))
-    if hands_on or any(d.replaced for d in record.decisions) or options.router == "dense":
-        return
-    message = (
-        "ditopt replaced no attention site of this graph, which runs as under plain Inductor:\n%s"
-    )
-    if options.on_no_match == "error":
-        raise NothingReplaced(message % render_decisions(record.decisions))
-    if options.on_no_match == "warn":
-        log.warning(message, render_decisions(record.decisions))
-
-
-def _warn_of_sizes(record: GraphRecord, inputs: Sequence[Any]) -> None:
-    """Say why a graph of changing sizes does not know the tokens that an earlier one returned."""
-    unknown = any(d.reason is Reason.UNKNOWN_TOKENS for d in record.decisions)
-    if unknown and told_moment(inputs) is not None:
-        log.warning(
-            "Dynamo broke this model apart, and a graph of it takes sizes that differ from call to "
-            "call, so it cannot be told the grid of its tokens and stays dense. Compile with "
-            "dynamic=False to have one graph for each size."
-        )
 
 
 def _bind(

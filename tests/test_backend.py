@@ -12,7 +12,8 @@ import torch
 
 import dit_opt
 from dit_opt import backend as backend_module
-from dit_opt.backend import NothingReplaced, ditopt
+from dit_opt.backend import ditopt
+from dit_opt.inspect.announce import NothingReplaced
 from dit_opt.options import OptionError
 from dit_opt.runtime.bound import GradientError
 from tests import tiny_models

@@ -15,11 +15,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dit_opt
 from dit_opt import model_grid
-from dit_opt.backend import live_bounds
 from dit_opt.options import OptionError
 from dit_opt.pipeline import _Hook, _StepHook
 from dit_opt.runtime.state import announcement_for, running_grid, set_running_grid
 from tests.tiny_models import ltx_video, wan
+from tests.trajectories import grids_of
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -45,16 +45,6 @@ def run(pipe, inputs, steps, boundary=0.0):
 
 def calls(model):
     return dit_opt.report(model).graphs[0].calls
-
-
-def grids_of(model):
-    """The grids of the layers that have plans."""
-    return {
-        state.layout[:3]
-        for bound in live_bounds()
-        for owner, _, state in bound.states
-        if any(owner is p for p in model.parameters())
-    }
 
 
 @pytest.mark.parametrize("regional", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dit_opt.backend import ditopt
+from dit_opt.backend import ditopt, live_bounds
 from tests.tiny_models import wan
 
 TRAJECTORY = (999.0, 750.0, 500.0, 250.0)
@@ -27,6 +27,16 @@ def run_trajectory(model, inputs, timesteps=TRAJECTORY):
             model(**{**inputs, "timestep": torch.full_like(inputs["timestep"], t)})[0].clone()
             for t in timesteps
         ]
+
+
+def grids_of(model):
+    """The grids of the layers that have plans."""
+    return {
+        state.layout[:3]
+        for bound in live_bounds()
+        for owner, _, state in bound.states
+        if any(owner is p for p in model.parameters())
+    }
 
 
 def relative_error(out, reference):

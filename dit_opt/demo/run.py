@@ -18,7 +18,6 @@ import torch
 
 import dit_opt
 from dit_opt._compat import BackendCompilerFailed
-from dit_opt.backend import NothingReplaced
 from dit_opt.demo import clips, detector
 from dit_opt.demo.images import (
     AMPLIFY,
@@ -38,6 +37,7 @@ from dit_opt.demo.side_by_side import (
     run_interleaved,
     run_steps,
 )
+from dit_opt.inspect.announce import NothingReplaced
 from dit_opt.options import OptionError
 
 EAGER_STEPS = 3

@@ -28,11 +28,13 @@ def read_grid(tensor: Tensor, dim: int, start: int, stop: int) -> Grid | None:
     """
     if is_fake(tensor):
         return None
-    key = (dim, start, stop, None if tensor.is_inference() else tensor._version)
-    kept = _read.setdefault(tensor, {})
-    if key not in kept:
-        kept[key] = find_grid(tensor.detach().movedim(dim, 0)[start:stop])
-    return kept[key]
+    version = None if tensor.is_inference() else tensor._version
+    if tensor not in _read or _read[tensor][0] != version:
+        _read[tensor] = version, {}
+    kept, place = _read[tensor][1], (dim, start, stop)
+    if place not in kept:
+        kept[place] = find_grid(tensor.detach().movedim(dim, 0)[start:stop])
+    return kept[place]
 
 
 def find_grid(positions: Tensor) -> Grid | None:

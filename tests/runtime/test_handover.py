@@ -13,7 +13,7 @@ from dit_opt.backend import live_bounds
 from dit_opt.runtime.handover import Moment, tell, told_moment, told_spans
 from dit_opt.runtime.schedule import Position
 from tests.tiny_models import break_apart, wan
-from tests.trajectories import big_wan, compiled, run_trajectory
+from tests.trajectories import big_wan, compiled, grids_of, run_trajectory
 
 SPANS = ((1, ((60, (3, 4, 5)), (7, None))),)
 OPTIONS = {
@@ -24,15 +24,6 @@ OPTIONS = {
     "dense_steps": 1,
     "refresh_every": 2,
 }
-
-
-def layouts_of(model):
-    return {
-        state.layout[:3]
-        for bound in live_bounds()
-        for owner, _, state in bound.states
-        if any(owner is p for p in model.parameters())
-    }
 
 
 def calls_of(model):
@@ -73,7 +64,7 @@ def test_a_broken_model_runs_as_the_whole_one():
         torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
     assert len(dit_opt.report(broken).graphs) > 1
     assert calls_of(broken) == calls_of(whole) == [{"observe": 1, "search": 2, "reuse": 1}]
-    assert layouts_of(broken) == layouts_of(whole) == {(4, 12, 16)}
+    assert grids_of(broken) == grids_of(whole) == {(4, 12, 16)}
 
 
 @pytest.mark.usefixtures("eager")
@@ -98,7 +89,7 @@ def test_each_layout_of_as_many_tokens_has_a_graph_of_its_own():
         found = run_trajectory(model, tiny[grid].inputs, (999.0, 750.0))
         expected = run_trajectory(whole, tiny[grid].inputs, (999.0, 750.0))
         torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
-    assert layouts_of(broken) == set(tiny)
+    assert grids_of(broken) == set(tiny)
 
 
 @pytest.mark.usefixtures("eager")
@@ -106,7 +97,7 @@ def test_sizes_that_differ_from_call_to_call_are_said_to_be_in_the_way(caplog):
     tiny = big_wan()
     model = compiled(break_apart(tiny.model), dynamic=True, **OPTIONS | {"router": "auto"})
     run_trajectory(model, tiny.inputs, (999.0, 750.0))
-    assert "dynamic=False" in caplog.text and layouts_of(tiny.model) == set()
+    assert "dynamic=False" in caplog.text and grids_of(tiny.model) == set()
 
 
 class Refined(torch.nn.Module):
@@ -159,4 +150,4 @@ def test_a_grid_of_the_options_needs_no_handing_over():
     tiny = big_wan()
     model = compiled(break_apart(tiny.model), **OPTIONS, grid=(4, 12, 16))
     run_trajectory(model, tiny.inputs, (999.0, 750.0))
-    assert layouts_of(tiny.model) == {(4, 12, 16)}
+    assert grids_of(tiny.model) == {(4, 12, 16)}
