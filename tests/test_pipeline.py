@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dit_opt
 from dit_opt import model_grid
+from dit_opt.backend import live_bounds
 from dit_opt.options import OptionError
 from dit_opt.pipeline import _Hook, _StepHook
 from dit_opt.runtime.state import announcement_for, running_grid, set_running_grid
