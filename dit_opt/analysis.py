@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from dit_opt.decisions import GraphRecord, PassRecord
+from dit_opt.facts.layouts import declare_grid
 from dit_opt.facts.order import OrderRefusal, OrderRegion, find_order_region
 from dit_opt.facts.positions import Positions, find_positions
 from dit_opt.facts.provenance import find_timestep
@@ -94,14 +96,12 @@ def analyse(
     placeholders = gm.graph.find_nodes(op="placeholder")
     given = {placeholders[i]: spans for i, spans in (told or {}).items()}
     tokens = timed("find_tokens", find_tokens, gm.graph, sites, given)
-    positions: tuple[Positions, ...] = ()
-    source = "model"
+    places: Mapping[Node, tuple[Positions, ...]] = {}
     if read is not None and model_grid is None:
-        layouts = [(s, tokens.layouts[s.node]) for s in sites]
-        positions = timed("find_positions", find_positions, gm.graph, tokens.labels, layouts)
-        model_grid, source = _only(map(read, positions)), "positions"
+        places = timed("find_positions", find_positions, gm.graph, tokens, sites)
+        tokens = _read_grids(tokens, places, read)
     timestep = timed("find_timestep", find_timestep, gm.graph)
-    choices = timed("choose_sites", choose_sites, gm, sites, tokens, options, model_grid, source)
+    choices = timed("choose_sites", choose_sites, gm, sites, tokens, options, model_grid)
     order = timed("find_order", _find_order, gm, tokens, choices)
     candidates = () if timestep is None else timestep.candidates
     return (
@@ -113,16 +113,24 @@ def analyse(
             timestep_name=None if timestep is None else timestep.candidates[0].name,
             order=order,
             prologue=timed("find_prologues", _find_prologues, choices) if options.fuse else "",
-            positions=positions,
+            positions=tuple(dict.fromkeys(itertools.chain.from_iterable(places.values()))),
         ),
         passes,
     )
 
 
-def _only(grids: Iterable[Grid | None]) -> Grid | None:
-    """The one grid that is told, if all that tell any tell the same."""
-    found = {grid for grid in grids if grid is not None}
-    return found.pop() if len(found) == 1 else None
+def _read_grids(
+    tokens: Tokens,
+    places: Mapping[Node, tuple[Positions, ...]],
+    read: Callable[[Positions], Grid | None],
+) -> Tokens:
+    """The tokens with the grids that their numbers tell, where all that tell any tell the same."""
+    layouts = dict(tokens.layouts)
+    for site, positions in places.items():
+        found = {grid for grid in map(read, positions) if grid is not None}
+        if len(found) == 1:
+            layouts[site] = declare_grid(layouts[site], found.pop(), "positions")
+    return dataclasses.replace(tokens, layouts=layouts)
 
 
 def _find_order(

@@ -61,10 +61,13 @@ def explain(
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         try:
-            told = told_spans(enumerate(inputs)) if parsed.grid is None else {}
-            analysis, passes = analyse(
-                gm, parsed, told=told, read=lambda p: read_grid(inputs[p.index], *p[1:])
-            )
+            if parsed.grid is not None:
+                analysis, passes = analyse(gm, parsed)
+            else:
+                told = told_spans(enumerate(inputs))
+                analysis, passes = analyse(
+                    gm, parsed, told=told, read=lambda p: read_grid(inputs[p.index], *p[1:])
+                )
         except ValueError as error:
             # raised below: out of a backend, Dynamo would wrap it
             errors.append(error)

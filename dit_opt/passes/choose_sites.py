@@ -48,13 +48,11 @@ def choose_sites(
     sites: Sequence[Site],
     tokens: Tokens,
     options: Options,
-    told_grid: tuple[int, int, int] | None = None,
-    teller: str = "model",
+    model_grid: tuple[int, int, int] | None = None,
 ) -> list[Choice]:
     """One Choice per site.
 
-    `told_grid` is what the graph cannot tell: what the whole "model" says of one of its blocks, or
-    the "positions" that come with the tokens.
+    `model_grid` is what the whole model tells of a graph that is one of its blocks.
 
     Raises OptionError where a grid was given that fits no site, or where a router was asked for
     by name and can serve none of the sites, unless another graph gets the latents.
@@ -62,8 +60,8 @@ def choose_sites(
     layouts = [tokens.layouts.get(site.node) for site in sites]
     if options.grid is not None and not tokens.hands_on:
         layouts = apply_grid(options.grid, sites, layouts)
-    if told_grid is not None:
-        layouts = [layout and declare_grid(layout, told_grid, teller) for layout in layouts]
+    if model_grid is not None:
+        layouts = [layout and declare_grid(layout, model_grid, "model") for layout in layouts]
     told = any(layout and layout.latents for layout in layouts)
     choices = [
         _judge(site, layout, told, options) for site, layout in zip(sites, layouts, strict=True)

@@ -16,11 +16,11 @@ def positions_of(function, *args, **kwargs):
     gm = capture_one(function, *args, **kwargs)
     sites = find_sites(gm.graph)
     tokens = find_tokens(gm.graph, sites)
-    pairs = [(site, tokens.layouts[site.node]) for site in sites]
     names = [origin_of(n)[0] for n in gm.graph.find_nodes(op="placeholder")]
-    found = find_positions(gm.graph, tokens.labels, pairs)
-    assert all(isinstance(p, Positions) for p in found)
-    return {names[p.index]: tuple(p[1:]) for p in found}
+    found = find_positions(gm.graph, tokens, sites)
+    places = {place for places in found.values() for place in places}
+    assert all(isinstance(place, Positions) for place in places)
+    return {names[place.index]: tuple(place[1:]) for place in places}
 
 
 def attend(x):
@@ -58,3 +58,20 @@ def test_a_proved_grid_and_changing_sizes_ask_for_no_numbers():
     assert positions_of(tiny.model, **tiny.inputs) == {}
     tiny = tiny_models.flux()
     assert positions_of(tiny.model, dynamic=True, **tiny.inputs) == {}
+
+
+def test_each_site_has_the_numbers_of_its_own_tokens():
+    def model(video, sound, ids, times, text):
+        video = attend(video + ids.sum(-1)[None, :, None]) + attend(text).mean()
+        return video, attend(sound + times[None, :, None])
+
+    args = [torch.randn(2, 60, 8), torch.randn(2, 60, 8), torch.randn(60, 3), torch.randn(60)]
+    gm = capture_one(model, *args, torch.randn(2, 7, 8))
+    sites = find_sites(gm.graph)
+    names = [origin_of(n)[0] for n in gm.graph.find_nodes(op="placeholder")]
+    found = find_positions(gm.graph, find_tokens(gm.graph, sites), sites)
+    assert [{names[p.index] for p in found.get(s.node, ())} for s in sites] == [
+        {"video", "ids"},
+        set(),
+        {"sound", "times"},
+    ]

@@ -30,7 +30,8 @@ def test_every_site_is_listed_once_with_its_grid(name):
     assert len({(d.module, d.site) for d in decisions}) == tiny.n_sites
     assert all(d.module and d.source and d.shapes and d.flops_dense for d in decisions)
     grids = {tuple(map(int, d.layout.grid)) for d in decisions if d.layout and d.layout.grid}
-    assert grids == ({tiny.grid} if tiny.grid else set())
+    # what a graph cannot know, the numbers of its tokens say
+    assert grids == {tiny.grid or (1, 4, 5)}
     if tiny.grid:
         assert any(d.replaced and d.gain for d in decisions)
     else:
