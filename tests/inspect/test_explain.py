@@ -32,14 +32,18 @@ def test_every_site_is_listed_once_with_its_grid(name):
     grids = {tuple(map(int, d.layout.grid)) for d in decisions if d.layout and d.layout.grid}
     # what a graph cannot know, the numbers of its tokens say
     assert grids == {tiny.grid or (1, 4, 5)}
-    if tiny.grid:
-        assert any(d.replaced and d.gain for d in decisions)
-    else:
-        assert all(d.replaced and "img_ids" in d.detail for d in decisions)
-        assert "img_ids" in str(explanation)
-        with pytest.raises(OptionError, match="NO_GRID"):
-            asked = {"router": "rainfusion", "min_tokens": 0}
-            dit_opt.explain(tiny.model, options=asked, **tiny.inputs)
+    assert any(d.replaced and d.gain for d in decisions)
+
+
+def test_numbers_of_tokens_that_tell_no_grid_are_named():
+    tiny = tiny_models.flux()
+    tiny.inputs["img_ids"] = torch.rand(20, 3)
+    explanation = dit_opt.explain(tiny.model, options={"min_tokens": 0}, **tiny.inputs)
+    assert all(d.replaced and "img_ids" in d.detail for d in explanation.decisions)
+    assert "img_ids" in str(explanation)
+    with pytest.raises(OptionError, match="NO_GRID"):
+        asked = {"router": "rainfusion", "min_tokens": 0}
+        dit_opt.explain(tiny.model, options=asked, **tiny.inputs)
 
 
 def test_an_explanation_is_json_and_a_table():
