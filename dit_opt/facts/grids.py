@@ -57,8 +57,9 @@ def find_spans(graph: Graph, labels: Labels) -> dict[int, Spans]:
     call are left out.
     """
     (output,) = graph.find_nodes(op="output")
+    (outputs,) = output.args
     found = {}
-    for i, node in enumerate(output.args[0]):
+    for i, node in enumerate(outputs if isinstance(outputs, (tuple, list)) else [outputs]):
         dims = labels[node] if labels.is_tensor(node) else []
         spans = {d: [_find_span(labels, part) for part in segments(x)] for d, x in enumerate(dims)}
         told = {d: x for d, x in spans.items() if None not in x and any(grid for _, grid in x)}
