@@ -156,13 +156,18 @@ def find_order(tiny, **options):
     return found[0]
 
 
-def test_routers_that_weigh_blocks_need_no_grid():
+@pytest.mark.parametrize(
+    ("numbered", "order"), [(True, "ordered once for the whole graph"), (False, "the grid")]
+)
+def test_routers_that_weigh_blocks_need_no_grid(numbered, order):
     tiny = tiny_models.flux()
+    if not numbered:
+        tiny.inputs["img_ids"] = torch.rand(20, 3)
     out = tiny(compiled(tiny.model, router="subblock", **KEEP_ALL))
     torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
     (graph,) = dit_opt.report(tiny.model).graphs
     assert {d.router for d in graph.record.decisions} == {"subblock"}
-    assert "grid" in graph.record.order
+    assert order in graph.record.order
 
 
 @pytest.mark.parametrize(
