@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -29,10 +29,11 @@ from torch._logging._internal import trace_log
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 # Nothing public tells that a tensor has no values.
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.fx import Graph, Node
 
 # Floor division and modulo of sizes: sympy has no exact integer forms of its own.
+from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "proved_sizes",
     "size_expression",
     "size_hint",
+    "without_guards",
     "writes_in_place",
 ]
 
@@ -78,6 +80,25 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     if isinstance(size, torch.SymInt):
         return size.node.hint if size.node.has_hint() else None
     return int(size)
+
+
+@contextlib.contextmanager
+def without_guards(values: Iterable[Any]) -> Iterator[None]:
+    """The fake mode of the first fake tensor among values, in which no guard is recorded.
+
+    Meta kernels compare sizes, and a comparison of symbols would specialise the graph. Only the
+    mode's `shape_env` can be told not to.
+    """
+    modes = (value.fake_mode for value in tree_leaves(list(values)) if isinstance(value, FakeTensor))
+    mode = next(modes, None)
+    if mode is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mode)
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+        yield
 
 
 def proved_sizes(size: torch.SymInt) -> dict[sympy.Symbol, sympy.Expr]:

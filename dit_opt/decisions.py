@@ -1,11 +1,11 @@
-"""What was decided about every attention site and why, as data.
+"""What was decided about every place and why, as data.
 
 Reports, JSON and asserts are all made of these.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, unique
 from typing import Any
 
@@ -14,9 +14,27 @@ import sympy
 Size = int | sympy.Expr
 
 
-@unique
 class Reason(Enum):
-    """Why a site was replaced or left alone: a sentence and, where there is one, a way out."""
+    """Why a place was changed or left alone: a sentence and, where there is one, a way out.
+
+    The base of one family for each pass. The member of a family whose name is in `ACCEPTED` says
+    that the place was changed.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.message, self.remedy)))
+
+
+ACCEPTED = ("REPLACED", "REWRITTEN")
+
+
+@unique
+class AttentionReason(Reason):
+    """Why an attention site was replaced or left alone."""
 
     REPLACED = ("Replaced by block-sparse attention.", "")
     CROSS_ATTENTION = (
@@ -108,12 +126,13 @@ class Reason(Enum):
         'With diffusers, call model.set_attention_backend("native").',
     )
 
-    def __init__(self, message: str, remedy: str) -> None:
-        self.message = message
-        self.remedy = remedy
 
-    def __str__(self) -> str:
-        return " ".join(filter(None, (self.message, self.remedy)))
+@unique
+class RewriteReason(Reason):
+    """Why a place was rewritten or left alone, for passes whose reasons are told in words."""
+
+    REWRITTEN = ("Rewritten.",)
+    NOT_PROVED = ("The graph does not prove that it may be rewritten.",)
 
 
 @dataclass(frozen=True)
@@ -138,13 +157,42 @@ class LayoutSummary:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about one site.
+    """What was decided about one place of a graph.
+
+    Attributes:
+        module: name of the module that it is in, as "blocks.0.attn1".
+        source: file and line in the model, as "transformer_wan.py:214".
+        reason: why; `detail` adds what only this place can tell.
+    """
+
+    module: str
+    source: str
+    reason: Reason
+    detail: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the pass changes the place."""
+        return self.reason.name in ACCEPTED
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in types that `json.dumps` takes."""
+        return {
+            "module": self.module,
+            "source": self.source,
+            "accepted": self.accepted,
+            "reason": self.reason.name,
+            "message": str(self.reason),
+            "detail": self.detail,
+        }
+
+
+@dataclass(frozen=True)
+class SiteDecision(Decision):
+    """What was decided about one attention site.
 
     Attributes:
         site: number of the site in its graph.
-        module: name of the module that calls it, as "blocks.0.attn1".
-        source: file and line of the call in the model, as "transformer_wan.py:214".
-        reason: why; `detail` adds what only this site can tell.
         shapes: (query, key), each as "[1, 12, s0, 128]".
         layout: what is known about its tokens, or None.
         router: name of the router, "" where the site was left alone.
@@ -153,11 +201,7 @@ class Decision:
         pays_from: tokens from which on sparse attention is predicted to be faster, or None.
     """
 
-    site: int
-    module: str
-    source: str
-    reason: Reason
-    detail: str = ""
+    site: int = 0
     shapes: tuple[str, ...] = ()
     layout: LayoutSummary | None = None
     router: str = ""
@@ -169,19 +213,15 @@ class Decision:
     @property
     def replaced(self) -> bool:
         """Whether the site now runs block-sparse attention."""
-        return self.reason is Reason.REPLACED
+        return self.accepted
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in types that `json.dumps` takes; expressions as text."""
         layout = self.layout
         return {
-            "site": self.site,
-            "module": self.module,
-            "source": self.source,
+            **super().to_json(),
             "replaced": self.replaced,
-            "reason": self.reason.name,
-            "message": str(self.reason),
-            "detail": self.detail,
+            "site": self.site,
             "shapes": list(self.shapes),
             "layout": None
             if layout is None
@@ -202,11 +242,30 @@ class Decision:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One run of one pass: its name, how many places it changed, and how long it took."""
+    """One run of one pass.
+
+    Attributes:
+        name: of the pass. changed: how many places it changes. seconds: that it took, without the
+            variants that are made of the graph later.
+        decisions: one for every place that it looked at, in graph order.
+        summary: what reports say of it, in a sentence, or "".
+    """
 
     name: str
     changed: int
     seconds: float
+    decisions: tuple[Decision, ...] = ()
+    summary: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """In types that `json.dumps` takes; decisions about attention sites are the graph's."""
+        return {
+            "name": self.name,
+            "changed": self.changed,
+            "seconds": self.seconds,
+            "summary": self.summary,
+            "decisions": [d.to_json() for d in self.decisions if not isinstance(d, SiteDecision)],
+        }
 
 
 @dataclass(frozen=True)
@@ -214,23 +273,21 @@ class GraphRecord:
     """Everything that was decided about one graph.
 
     Attributes:
-        decisions: one for each site, in graph order.
+        passes: one record for each pass that ran, in their order.
         timestep: name of the input that tells the step, or None.
-        order: whether tokens are put into the routers' order once for the whole graph, or what
-            stopped the proof that they may; "" where no router asks for it.
-        passes: in the order in which they ran.
-        prologue: which queries and keys are made by one kernel, and what stops the others; "" where
-            `fuse` does not ask for it.
     """
 
-    decisions: tuple[Decision, ...]
+    passes: tuple[PassRecord, ...] = ()
     timestep: str | None = None
-    order: str = ""
-    passes: tuple[PassRecord, ...] = field(default=())
-    prologue: str = ""
 
     @property
-    def replaced(self) -> tuple[Decision, ...]:
+    def decisions(self) -> tuple[SiteDecision, ...]:
+        """What was decided about each attention site, in graph order."""
+        every = (d for record in self.passes for d in record.decisions)
+        return tuple(d for d in every if isinstance(d, SiteDecision))
+
+    @property
+    def replaced(self) -> tuple[SiteDecision, ...]:
         """The decisions of replaced sites."""
         return tuple(d for d in self.decisions if d.replaced)
 
@@ -238,12 +295,8 @@ class GraphRecord:
         """Everything, in types that `json.dumps` takes."""
         return {
             "timestep": self.timestep,
-            "order": self.order,
-            "prologue": self.prologue,
             "decisions": [d.to_json() for d in self.decisions],
-            "passes": [
-                {"name": p.name, "changed": p.changed, "seconds": p.seconds} for p in self.passes
-            ],
+            "passes": [record.to_json() for record in self.passes],
         }
 
 

@@ -12,7 +12,7 @@ from dit_opt.facts.decomposed import match_decomposed
 from dit_opt.facts.nodes import op_name
 from dit_opt.facts.sites import Form, Site
 from dit_opt.facts.writes import find_write
-from dit_opt.passes.graph_edit import erase_unused
+from dit_opt.program.edit import erase_unused
 
 # They keep the strides of a tensor without gaps.
 _KEEP_LAYOUT = ("to", "type_as", "float", "half", "bfloat16", "clone", "detach")

@@ -14,9 +14,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dit_opt.kernels.routers.packing import WORD
-from dit_opt.passes.graph_edit import append_placeholder
+from dit_opt.program.edit import append_placeholder
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SparseForm, SparseSite
-from dit_opt.passes.symbolic_sizes import SizeWriter
+from dit_opt.program.sizes import SizeWriter
 
 # `adaspa`: one row of so many stands for its neighbours. A search of all costs 0.7 of a dense call.
 ROW_STEP = 16

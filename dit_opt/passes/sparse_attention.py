@@ -13,10 +13,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from dit_opt.kernels.routers.head_orders import ORDER_NAMES
 from dit_opt.kernels.routers.rainfusion import candidate_names
-from dit_opt.passes.graph_edit import append_outputs
+from dit_opt.program.edit import append_outputs
 from dit_opt.passes.plan_nodes import Place, unpack, write_plan
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SLACK, SparseForm, SparseSite
-from dit_opt.passes.symbolic_sizes import SizeWriter
+from dit_opt.program.sizes import SizeWriter
 
 _SEARCH = SparseForm()
 

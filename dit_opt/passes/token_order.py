@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from dit_opt.facts.order import OrderRegion, TokenEdge
 from dit_opt.facts.sizes import are_equal
-from dit_opt.passes.symbolic_sizes import SizeWriter
+from dit_opt.program.sizes import SizeWriter
 
 __all__ = ["order_by_cubes", "order_tokens"]
 

@@ -12,39 +12,39 @@ import torch
 from torch.fx import Node
 
 from dit_opt._compat import size_expression
-from dit_opt.decisions import Reason
+from dit_opt.decisions import AttentionReason
 from dit_opt.facts.layouts import Layout
 from dit_opt.facts.sites import Site
 from dit_opt.facts.sizes import are_equal, divide
-from dit_opt.passes.symbolic_sizes import find_unknown_symbols
+from dit_opt.program.sizes import find_unknown_symbols
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257)
 
 
-def find_limit(site: Site, layout: Layout | None) -> tuple[Reason, str] | None:
+def find_limit(site: Site, layout: Layout | None) -> tuple[AttentionReason, str] | None:
     """Why the kernel does not take a call as it is written, or None."""
     tensors = (site.query, site.key, site.value)
     # Under autocast the call has another dtype than what it is given.
     dtypes = [_example(n).dtype for n in (site.node, *tensors)]
     others = [str(dtype) for dtype in dtypes if dtype not in DTYPES]
     if others:
-        return Reason.UNSUPPORTED_DTYPE, others[0]
+        return AttentionReason.UNSUPPORTED_DTYPE, others[0]
     shapes = [tuple(map(size_expression, _example(n).shape)) for n in tensors]
     if not _is_grouped(*shapes):
-        return Reason.UNSUPPORTED_SHAPE, ", ".join(str(list(shape)) for shape in shapes)
+        return AttentionReason.UNSUPPORTED_SHAPE, ", ".join(str(list(shape)) for shape in shapes)
     dims = list(dict.fromkeys(shape[-1] for shape in shapes))
     if len(dims) > 1 or not dims[0].is_Integer or int(dims[0]) not in HEAD_DIMS:
-        return Reason.UNSUPPORTED_HEAD_DIM, f"D={', '.join(map(str, dims))}"
+        return AttentionReason.UNSUPPORTED_HEAD_DIM, f"D={', '.join(map(str, dims))}"
     if site.scale is not None and not 0 < site.scale < math.inf:
-        return Reason.UNSUPPORTED_SCALE, f"scale={site.scale}"
+        return AttentionReason.UNSUPPORTED_SCALE, f"scale={site.scale}"
     sizes = [size for shape in shapes for size in shape]
     if layout is not None:
         sizes += layout.grid.sizes if layout.grid else ()
         sizes += (layout.latents.start, layout.latents.stop) if layout.latents else ()
     unknown = find_unknown_symbols(site.node.graph, sizes)
     if unknown:
-        return Reason.UNSUPPORTED_SIZE, ", ".join(map(str, unknown))
+        return AttentionReason.UNSUPPORTED_SIZE, ", ".join(map(str, unknown))
     return None
 
 

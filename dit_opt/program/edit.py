@@ -28,7 +28,12 @@ _NODE_ATTRIBUTES = ("_dynamo_source",)
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:
-    """A copy that passes may edit and Inductor may take over.
+    """A copy that passes may edit and Inductor may take over; see `copy_with_nodes`."""
+    return copy_with_nodes(gm)[0]
+
+
+def copy_with_nodes(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A copy, and the node of the copy for each node of the original.
 
     Nodes, their order, names and meta are copied; submodules and attributes are shared. Sources of
     placeholders and the module's meta come along.
@@ -37,13 +42,14 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     copies: dict[Node, Node] = {}
     result = graph.graph_copy(gm.graph, copies)
     (output,) = gm.graph.find_nodes(op="output")
-    graph.output(result).meta = copy.copy(output.meta)
+    copies[output] = graph.output(result)
+    copies[output].meta = copy.copy(output.meta)
     for original, node in copies.items():
         _copy_attributes(original, node, _NODE_ATTRIBUTES)
     copied = GraphModule(gm, graph, class_name=type(gm).__name__)
     copied.meta = copy.copy(gm.meta)
     _copy_attributes(gm, copied, _MODULE_ATTRIBUTES)
-    return copied
+    return copied, copies
 
 
 def append_placeholder(gm: GraphModule, name: str, example: Any) -> Node:

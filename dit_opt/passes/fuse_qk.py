@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from dit_opt.facts.nodes import sizes_of
 from dit_opt.facts.prologue import Part, Prologue, find_prologue
 from dit_opt.facts.sites import Site
-from dit_opt.passes.graph_edit import erase_unused
+from dit_opt.program.edit import erase_unused
 
 __all__ = ["describe_prologues", "find_prologues", "fold_orders", "fuse_prologues"]
 

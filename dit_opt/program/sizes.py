@@ -1,19 +1,28 @@
-"""Sizes known as sympy expressions, written into a graph as numbers or nodes.
+"""Sizes known as sympy expressions: written into a graph, and read from the arguments of a call.
 
-Facts are expressions over a graph's symbols; ops want arguments.
+Facts are expressions over the symbols of a graph; ops want arguments, and the runtime numbers.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from dit_opt._compat import FloorDiv, Mod, PythonMod, size_expression
+
+
+# What torch writes sizes with; sympy has no exact integer forms of its own.
+_SIZE_FUNCTIONS = {
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+}
 
 
 def find_unknown_symbols(graph: Graph, expressions: Iterable[sympy.Expr | int]) -> list[Any]:
@@ -94,11 +103,58 @@ class SizeWriter:
         assert isinstance(result, Node)
         return result
 
-    def _add(self, op: str, target, args) -> Node:
+    def _add(self, op: str, target: Any, args: tuple[Any, ...]) -> Node:
         if self._last is None:
-            with self._graph.inserting_before(next(iter(self._graph.nodes))):
-                self._last = self._graph.create_node(op, target, args)
+            place = self._graph.inserting_before(next(iter(self._graph.nodes)))
         else:
-            with self._graph.inserting_after(self._last):
-                self._last = self._graph.create_node(op, target, args)
+            place = self._graph.inserting_after(self._last)
+        with place:
+            self._last = self._graph.create_node(op, target, args)
+        values = [a.meta["example_value"] if isinstance(a, Node) else a for a in args]
+        # of SymInts: another expression, and no guard
+        value = getattr(values[0], target)(*values[1:]) if op == "call_method" else target(*values)
+        self._last.meta["example_value"] = value
         return self._last
+
+
+def count_outputs(gm: GraphModule) -> int:
+    """How many values a graph returns."""
+    (output,) = gm.graph.find_nodes(op="output")
+    return len(output.args[0])
+
+
+def read_sizes(
+    expressions: Sequence[sympy.Expr | int], graph: Graph
+) -> Callable[[tuple[Any, ...]], list[int]]:
+    """A function from the arguments of a call to the values of size expressions."""
+    placeholders = graph.find_nodes(op="placeholder")
+    symbols = {
+        size_expression(value): i
+        for i, n in enumerate(placeholders)
+        if isinstance(value := n.meta.get("example_value"), torch.SymInt)
+    }
+    shapes = {
+        size_expression(size): (i, dim)
+        for i, n in enumerate(placeholders)
+        if isinstance(value := n.meta.get("example_value"), torch.Tensor)
+        for dim, size in enumerate(value.shape)
+        if isinstance(size, torch.SymInt)
+    }
+    wanted = [sympy.sympify(e) for e in expressions]
+    free = sorted(set().union(*(e.free_symbols for e in wanted)), key=str)
+    if not free:
+        constants = [int(e) for e in wanted]
+        return lambda args: constants
+    compute = sympy.lambdify(free, wanted, modules=[_SIZE_FUNCTIONS, "math"])
+
+    def read(args: tuple[Any, ...]) -> list[int]:
+        values = []
+        for symbol in free:
+            if symbol in symbols:
+                values.append(int(args[symbols[symbol]]))
+            else:
+                i, dim = shapes[symbol]
+                values.append(args[i].shape[dim])
+        return [int(v) for v in compute(*values)]
+
+    return read

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
-import sympy
 import torch
 
-from dit_opt import cost
 from dit_opt._compat import size_expression
 from dit_opt.facts.sites import Site
 from dit_opt.options import Options
-from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP
-from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
+from dit_opt.policy import cost
+from dit_opt.routers import find_router
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q
 
-# Query-key pairs that one search scores, and what it launches on a GPU.
-_SEARCHES: dict[str, tuple[Callable[[sympy.Expr], sympy.Expr], int]] = {
-    "headwise": (lambda n: n**2 / HEADWISE_CELL, 140),
-    "adaspa": (lambda n: n**2 / ROW_STEP, 320),
-    "subblock": (lambda n: (n / CELL) ** 2, 270),
-    "sol": (lambda n: (n / CELL) ** 2, 270),
-    # as many rows as it ever looks at
-    "rainfusion": (lambda n: 64 * n, 50),
-    "frame_tile": (lambda n: sympy.Integer(0), 0),
-    "oracle": (lambda n: n**2, 140),
-}
 # Own tokens of a block of queries, and the heaviest blocks that `allot_blocks` leaves every row.
 _LEAST_KEYS = BLOCK_Q + 2 * BLOCK_K
 # Of a step that unpacks lists and moves queries, keys, values and the output.
@@ -53,12 +40,12 @@ def predict_attention(
 
     Moves are those of a call of its own; tokens that are ordered once for a model save them.
     """
-    pairs, operators = _SEARCHES[options.effective_router]
+    router = find_router(options.router)
     step = cost.Step(
         density=options.effective_density or cost.EXPECTED_DENSITY,
         least_keys=_LEAST_KEYS,
-        pairs=pairs(cost.TOKENS),
-        search_operators=operators,
+        pairs=router.count_pairs(cost.TOKENS),
+        search_operators=router.launches,
         operators=_STEP_OPERATORS,
         steps=options.effective_refresh_every,
         moved=_MOVED,

@@ -1,0 +1,106 @@
+"""`headwise`: an order of the tokens for each head, and a search for blocks in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import sympy
+import torch
+from torch.fx import Node
+
+from dit_opt.kernels.routers.head_orders import ORDER_NAMES, build_orders, list_orders
+from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.program.slots import Slot
+from dit_opt.routers.base import (
+    BLOCK_K,
+    BLOCK_Q,
+    SPREAD,
+    Goal,
+    Routed,
+    Router,
+    SiteWriter,
+    gather_heads,
+)
+from dit_opt.routers.word_lists import read_lists, read_words, write_words
+
+# A blank plan is read before there is one, by a variant that searches as it is told.
+WORDS = Slot("headwise.words", blank=0)
+ORDER = Slot("headwise.order", blank=0)
+
+
+class Headwise(Router):
+    """Searches by the exact softmax of one row out of every small box of the video.
+
+    The plan is the lists, and which of three candidate orders each head took.
+    """
+
+    name = "headwise"
+    density = 0.125
+    switchable = True
+    launches = 140
+    slots = (WORDS, ORDER)
+    # one row of so many, drawn out of small boxes of the video
+    cell: ClassVar[int] = 16
+
+    def count_pairs(self, tokens: sympy.Expr) -> sympy.Expr:
+        return tokens**2 / self.cell
+
+    def search(self, site: SiteWriter) -> Routed:
+        arguments = (*self._describe(site), site.read_boost())
+        found = site.emit.call(torch.ops.ditopt.headwise_plan_v1.default, *arguments)
+        counts, indices, order, recall, density = site.emit.unpack(found, 5)
+        words = write_words(site, counts, indices)
+        return self._route(site, counts, indices, words, order, recall, density)
+
+    def restore(self, site: SiteWriter) -> Routed:
+        words, counts, indices = read_lists(site, WORDS)
+        return self._route(site, counts, indices, words, site.read(ORDER))
+
+    def search_or_restore(self, site: SiteWriter, searches: Node) -> Routed:
+        kept = (read_words(site, WORDS), site.read(ORDER))
+        arguments = (searches, *kept, *self._describe(site))
+        found = site.emit.call(torch.ops.ditopt.headwise_refresh_v1.default, *arguments)
+        counts, indices, order, words, recall, density = site.emit.unpack(found, 6)
+        return self._route(site, counts, indices, words, order, recall, density)
+
+    def make_tables(self, layout: VideoLayout, goal: Goal, device: torch.device) -> list[Any]:
+        orders = build_orders(layout, BLOCK_Q, BLOCK_K, self.cell, device)
+        return [orders, list_orders(layout, BLOCK_Q, BLOCK_K, device)]
+
+    def name_heads(
+        self, layout: VideoLayout, state: Mapping[str, torch.Tensor]
+    ) -> list[str] | None:
+        return [ORDER_NAMES[i] for i in state[ORDER.name].flatten().tolist()]
+
+    def _describe(self, site: SiteWriter) -> tuple[Any, ...]:
+        """The arguments of a search."""
+        goal = (site.scale, site.goal.target, site.goal.by_density)
+        blocks = (BLOCK_Q, BLOCK_K, self.cell, SPREAD)
+        return (site.q, site.k, site.bias, *goal, *site.grid, *blocks)
+
+    def _route(
+        self,
+        site: SiteWriter,
+        counts: Node,
+        indices: Node,
+        words: Node,
+        order: Node,
+        recall: Node | None = None,
+        density: Node | None = None,
+    ) -> Routed:
+        moves = site.emit.call(
+            torch.ops.ditopt.headwise_rows_v1.default,
+            *(order, site.length, *site.grid, BLOCK_Q, BLOCK_K),
+        )
+        rows, inverse = site.emit.unpack(moves, 2)
+        return Routed(
+            *gather_heads(site, rows),
+            counts,
+            indices,
+            state={WORDS: words, ORDER: order},
+            recall=recall,
+            density=density,
+            inverse=inverse,
+            per_head=True,
+        )
