@@ -14,10 +14,10 @@ from torch.fx import GraphModule, Node
 from dit_opt.decisions import GraphRecord, PassRecord
 from dit_opt.facts.layouts import declare_grid
 from dit_opt.facts.order import OrderRefusal, OrderRegion, find_order_region
-from dit_opt.facts.positions import Positions, find_positions
 from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import Site, find_sites
 from dit_opt.facts.spans import Spans
+from dit_opt.facts.token_ids import TokenIds, find_token_ids
 from dit_opt.facts.tokens import Tokens, find_tokens
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.choose_sites import Choice, choose_sites
@@ -48,7 +48,7 @@ class Analysis:
     timestep_name: str | None
     order: OrderRegion | OrderRefusal | None
     prologue: str = ""
-    positions: tuple[Positions, ...] = ()
+    positions: tuple[TokenIds, ...] = ()
 
     @property
     def sparse(self) -> tuple[SparseSite, ...]:
@@ -76,7 +76,7 @@ def analyse(
     options: Options,
     model_grid: tuple[int, int, int] | None = None,
     told: Mapping[int, Spans] | None = None,
-    read: Callable[[Positions], Grid | None] | None = None,
+    read: Callable[[TokenIds], Grid | None] | None = None,
 ) -> tuple[Analysis, list[PassRecord]]:
     """Facts and decisions of a graph; nothing is rewritten or compiled.
 
@@ -96,9 +96,9 @@ def analyse(
     placeholders = gm.graph.find_nodes(op="placeholder")
     given = {placeholders[i]: spans for i, spans in (told or {}).items()}
     tokens = timed("find_tokens", find_tokens, gm.graph, sites, given)
-    places: Mapping[Node, tuple[Positions, ...]] = {}
+    places: Mapping[Node, tuple[TokenIds, ...]] = {}
     if read is not None and model_grid is None:
-        places = timed("find_positions", find_positions, gm.graph, tokens, sites)
+        places = timed("find_token_ids", find_token_ids, gm.graph, tokens, sites)
         tokens = _read_grids(tokens, places, read)
     timestep = timed("find_timestep", find_timestep, gm.graph)
     choices = timed("choose_sites", choose_sites, gm, sites, tokens, options, model_grid)
@@ -121,8 +121,8 @@ def analyse(
 
 def _read_grids(
     tokens: Tokens,
-    places: Mapping[Node, tuple[Positions, ...]],
-    read: Callable[[Positions], Grid | None],
+    places: Mapping[Node, tuple[TokenIds, ...]],
+    read: Callable[[TokenIds], Grid | None],
 ) -> Tokens:
     """The tokens with the grids that their numbers tell, where all that tell any tell the same."""
     layouts = dict(tokens.layouts)

@@ -26,9 +26,9 @@ from dit_opt.call_sizes import count_heads, count_outputs, count_tokens, read_si
 from dit_opt.decisions import GraphRecord
 from dit_opt.facts.nodes import origin_of
 from dit_opt.facts.order import OrderRegion
-from dit_opt.facts.positions import Positions
 from dit_opt.facts.provenance import layer_anchor, model_anchor
 from dit_opt.facts.sites import Form, Site, find_sites
+from dit_opt.facts.token_ids import TokenIds
 from dit_opt.inspect.announce import announce, warn_of_sizes
 from dit_opt.inspect.dump import Dumper
 from dit_opt.kernels.native.build import build_ahead
@@ -104,8 +104,8 @@ def _compile(
     inputs: list[Any],
     options: Options,
     told: Told,
-    read: Callable[[Positions], tuple[int, int, int] | None] | None = None,
-) -> tuple[Bound, tuple[Positions, ...]]:
+    read: Callable[[TokenIds], tuple[int, int, int] | None] | None = None,
+) -> tuple[Bound, tuple[TokenIds, ...]]:
     """Facts, decisions and the bound graph; where `read` may be asked for the grid."""
     analysis, passes = analyse(gm, options, told.grid, dict(told.spans), read)
     dumper = Dumper(options.dump)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from dit_opt.facts.nodes import origin_of
-from dit_opt.facts.positions import Positions, find_positions
 from dit_opt.facts.sites import find_sites
+from dit_opt.facts.token_ids import TokenIds, find_token_ids
 from dit_opt.facts.tokens import find_tokens
 from tests import tiny_models
 from tests.graphs import capture_one
@@ -17,9 +17,9 @@ def positions_of(function, *args, **kwargs):
     sites = find_sites(gm.graph)
     tokens = find_tokens(gm.graph, sites)
     names = [origin_of(n)[0] for n in gm.graph.find_nodes(op="placeholder")]
-    found = find_positions(gm.graph, tokens, sites)
+    found = find_token_ids(gm.graph, tokens, sites)
     places = {place for places in found.values() for place in places}
-    assert all(isinstance(place, Positions) for place in places)
+    assert all(isinstance(place, TokenIds) for place in places)
     return {names[place.index]: tuple(place[1:]) for place in places}
 
 
@@ -69,7 +69,7 @@ def test_each_site_has_the_numbers_of_its_own_tokens():
     gm = capture_one(model, *args, torch.randn(2, 7, 8))
     sites = find_sites(gm.graph)
     names = [origin_of(n)[0] for n in gm.graph.find_nodes(op="placeholder")]
-    found = find_positions(gm.graph, find_tokens(gm.graph, sites), sites)
+    found = find_token_ids(gm.graph, find_tokens(gm.graph, sites), sites)
     assert [{names[p.index] for p in found.get(s.node, ())} for s in sites] == [
         {"video", "ids"},
         set(),

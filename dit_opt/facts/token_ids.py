@@ -1,29 +1,31 @@
-"""Positions: the inputs whose values may tell the grid of packed latents.
+"""Token ids: the inputs whose values may give the grid of packed latents.
 
-Some pipelines number the tokens themselves (`img_ids`, `video_coords`). The graph proves which
-numbers belong to which tokens; what they say, only a call can tell.
+Some pipelines pass coordinates for each token (`img_ids`, `video_coords`). The graph proves which
+coordinates belong to which tokens; their values are known only when it is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import sympy
 from torch.fx import Graph, Node
 
 from dit_opt.facts.axes import segments, size
+from dit_opt.facts.layouts import declare_grid
 from dit_opt.facts.nodes import origin_of, sizes_of
 from dit_opt.facts.provenance import feeds_layer
 from dit_opt.facts.sites import Site
 from dit_opt.facts.sizes import are_equal
 from dit_opt.facts.tokens import Tokens
 
-__all__ = ["Positions", "find_positions"]
+__all__ = ["TokenIds", "find_token_ids", "read_grids"]
 
 
-class Positions(NamedTuple):
-    """Where the numbers of the latent tokens may stand: `input.movedim(dim, 0)[start:stop]`.
+class TokenIds(NamedTuple):
+    """Where the ids of the latent tokens may be: `input.movedim(dim, 0)[start:stop]`.
 
     `index` is that of the input among the graph's placeholders.
     """
@@ -34,13 +36,13 @@ class Positions(NamedTuple):
     stop: int
 
 
-def find_positions(
+def find_token_ids(
     graph: Graph, tokens: Tokens, sites: Sequence[Site]
-) -> dict[Node, tuple[Positions, ...]]:
-    """By `site.node`, the inputs that share the axis of its latents, or of its whole sequence.
+) -> dict[Node, tuple[TokenIds, ...]]:
+    """By `site.node`, the inputs that share the token axis of its latents or whole sequence.
 
-    Of sites without a grid, and of sizes that are the same in each call; under dynamic shapes there
-    are none. What a linear layer reads are features, as the latents themselves, and no numbers.
+    Only for sites without a grid and with static sizes. An input that feeds a linear layer holds
+    features, as the latents themselves, and no ids.
     """
     placeholders = graph.find_nodes(op="placeholder")
     given = {
@@ -48,7 +50,7 @@ def find_positions(
         for i, n in enumerate(placeholders)
         if origin_of(n)[1] and not feeds_layer(n)
     }
-    found: dict[Node, tuple[Positions, ...]] = {}
+    found: dict[Node, tuple[TokenIds, ...]] = {}
     for site in sites:
         layout = tokens.layouts[site.node]
         # latents imply that the queries have labels
@@ -72,11 +74,25 @@ def find_positions(
     return found
 
 
+def read_grids(
+    tokens: Tokens,
+    token_ids: Mapping[Node, Sequence[TokenIds]],
+    read: Callable[[TokenIds], tuple[int, int, int] | None],
+) -> Tokens:
+    """The tokens with the grids that their ids give; where ids of a site disagree, with none."""
+    layouts = dict(tokens.layouts)
+    for site, ids in token_ids.items():
+        grids = {grid for grid in map(read, ids) if grid is not None}
+        if len(grids) == 1:
+            layouts[site] = declare_grid(layouts[site], grids.pop(), "positions")
+    return replace(tokens, layouts=layouts)
+
+
 def _locate(
     index: int, node: Node, dim: int, start: sympy.Expr, stop: sympy.Expr, total: sympy.Expr
-) -> Positions | None:
-    """The place in an input that has a number for each latent token, or for each one of all."""
+) -> TokenIds | None:
+    """The ids in an input that has one for each latent token, or for each token of the site."""
     length = sizes_of(node.meta["example_value"])[dim]
     if are_equal(length, stop - start):
-        return Positions(index, dim, 0, int(length))
-    return Positions(index, dim, int(start), int(stop)) if are_equal(length, total) else None
+        return TokenIds(index, dim, 0, int(length))
+    return TokenIds(index, dim, int(start), int(stop)) if are_equal(length, total) else None
