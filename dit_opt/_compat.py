@@ -89,8 +89,8 @@ def without_guards(values: Iterable[Any]) -> Iterator[None]:
     Meta kernels compare sizes, and a comparison of symbols would specialise the graph. Only the
     mode's `shape_env` can be told not to.
     """
-    modes = (value.fake_mode for value in tree_leaves(list(values)) if isinstance(value, FakeTensor))
-    mode = next(modes, None)
+    fakes = (value for value in tree_leaves(list(values)) if isinstance(value, FakeTensor))
+    mode = next((fake.fake_mode for fake in fakes), None)
     if mode is None:
         yield
         return

@@ -132,6 +132,7 @@ class RewriteReason(Reason):
     """Why a place was rewritten or left alone, for passes whose reasons are told in words."""
 
     REWRITTEN = ("Rewritten.",)
+    STAYS_DENSE = ("Its attention stays dense.",)
     NOT_PROVED = ("The graph does not prove that it may be rewritten.",)
 
 

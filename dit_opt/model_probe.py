@@ -32,7 +32,7 @@ class _Traced(BaseException):
 
 
 @dataclass(frozen=True)
-class Telling:
+class ProbeResult:
     """What the first graph of a whole model tells of a call.
 
     Attributes:
@@ -44,7 +44,7 @@ class Telling:
     timesteps: tuple[Path, ...] = ()
 
 
-class ModelReader:
+class ModelProbe:
     """What a model tells in its calls; traced once for each set of sizes.
 
     Whole numbers may tell a grid, as shapes do, or only count steps: those that changed and left
@@ -54,7 +54,7 @@ class ModelReader:
     def __init__(self, model: torch.nn.Module) -> None:
         self._signature = inspect.signature(model.forward)
         # by shapes: the whole numbers of the calls that were traced, and what these told
-        self._seen: dict[Any, list[tuple[list[int], Telling]]] = {}
+        self._seen: dict[Any, list[tuple[list[int], ProbeResult]]] = {}
         # by shapes: which of the whole numbers tell nothing
         self._idle: dict[Any, set[int]] = {}
         self._failed = 0
@@ -65,7 +65,7 @@ class ModelReader:
 
     def read(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Telling:
+    ) -> ProbeResult:
         """What the model tells in a call, `model(*args, **kwargs)`."""
         arguments = self.bind(args, kwargs)
         numbers: list[int] = []
@@ -73,14 +73,14 @@ class ModelReader:
         shapes = _describe_sizes(sizes, numbers)
         seen = self._seen.setdefault(shapes, [])
         idle = self._idle.setdefault(shapes, set())
-        for others, telling in seen:
+        for others, earlier in seen:
             if _differing(numbers, others) <= idle:
-                return telling
+                return earlier
         found = read_model(model, args, kwargs)
         if found is None:
             self._failed += 1
             if self._failed < ATTEMPTS:
-                return Telling()
+                return ProbeResult()
             log.warning(
                 "Dynamo made no graph of %s in %d calls, so its blocks know neither the grid of "
                 "their tokens nor, unless an argument is called `timestep`, the step. Switch "
@@ -88,10 +88,10 @@ class ModelReader:
                 type(model).__name__,
                 self._failed,
             )
-            found = Telling()
+            found = ProbeResult()
         log.info("the whole model tells the grid %s to its blocks", found.grid)
-        for others, telling in seen:
-            if telling.grid == found.grid:
+        for others, earlier in seen:
+            if earlier.grid == found.grid:
                 idle |= _differing(numbers, others)
         seen.append((numbers, found))
         return found
@@ -99,7 +99,7 @@ class ModelReader:
 
 def read_model(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Telling | None:
+) -> ProbeResult | None:
     """What a whole model tells in a call, `model(*args, **kwargs)`; None where no graph was made.
 
     Traces the model, but runs and compiles nothing. Tracing takes time with every block, and blocks
@@ -109,13 +109,13 @@ def read_model(
     short = keep_one_of_each_block(model)
     if short is not None:
         try:
-            telling = _trace(short, args, kwargs)
+            found = _trace(short, args, kwargs)
         # A model that counts on the number of its blocks raises what it likes; the whole one tells.
         except Exception as error:
             log.debug("with one block of each kind %s raised %r", type(model).__name__, error)
         else:
-            if telling is not None and telling.grid is not None:
-                return telling
+            if found is not None and found.grid is not None:
+                return found
     return _trace(model, args, kwargs)
 
 
@@ -160,10 +160,12 @@ def _shorten(module: torch.nn.Module, kinds: frozenset[str]) -> torch.nn.Module:
     return short
 
 
-def _trace(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Telling | None:
+def _trace(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ProbeResult | None:
     """What the first graph of a model tells; None where Dynamo made none."""
     arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    told: list[Telling] = []
+    results: list[ProbeResult] = []
 
     def look(gm: GraphModule, inputs: list[Any]) -> Any:
         tokens = find_tokens(gm.graph, find_sites(gm.graph))
@@ -173,7 +175,7 @@ def _trace(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             # attention comes in a later graph, which is given the tokens
             rows = [row for dims in tokens.spans.values() for _, row in dims]
             grids = {grid for row in rows for _, grid in row if grid is not None}
-        told.append(Telling(_only(grids), _find_timesteps(gm, inputs, arguments)))
+        results.append(ProbeResult(_only(grids), _find_timesteps(gm, inputs, arguments)))
         raise _Traced
 
     # whatever stance the user has taken, nothing is to run here
@@ -181,7 +183,7 @@ def _trace(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         try:
             torch.compile(model.forward, backend=look, dynamic=False)(*args, **kwargs)
         except _Traced:
-            return told[0]
+            return results[0]
     return None
 
 

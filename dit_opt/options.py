@@ -13,29 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dit_opt import routers
 from dit_opt._compat import expand_mode, inductor_settings
 
 DEFAULT_QUALITY = 0.9
 DEFAULT_DENSE_STEPS = 0
 DEFAULT_REFRESH_EVERY = 10
 
-ROUTERS = (
-    "auto",
-    "dense",
-    "rainfusion",
-    "adaspa",
-    "subblock",
-    "sol",
-    "frame_tile",
-    "headwise",
-    "oracle",
-)
-# What `auto` stands for: the best in benchmarks/results.
-AUTO_ROUTER = "headwise"
-# Routers that know no recall, and so can keep a density only.
-DENSITY_ROUTERS = ("frame_tile",)
-# What routers keep where neither density nor quality is asked for; others aim at the quality.
-DEFAULT_DENSITIES = {"frame_tile": 0.25, "headwise": 0.125, "oracle": 0.125}
 TAILS = ("drop", "centroid")
 ON_NO_MATCH = ("warn", "error", "ignore")
 
@@ -65,8 +49,8 @@ class Options:
             as dense attention: for measuring).
         density: mean kept share of the score matrix over sparse steps, in (0, 1]; 1 keeps
             everything through the sparse kernel. What heads get because a check caught them comes
-            on top. Excludes `quality`. Where neither is given, routers with an entry in
-            `DEFAULT_DENSITIES` keep that, others aim at a quality.
+            on top. Excludes `quality`. Where neither is given, routers that have a density of
+            their own keep that, others aim at a quality.
         quality: kept softmax mass to aim at, per head, in (0, 1).
         tail: what stands in for dropped blocks: `drop`, which is nothing, or `centroid`, their
             mean key and value.
@@ -136,15 +120,10 @@ class Options:
         return cls(**values)
 
     @property
-    def effective_router(self) -> str:
-        """The router by name, where `auto` is one of the others."""
-        return AUTO_ROUTER if self.router == "auto" else self.router
-
-    @property
     def effective_density(self) -> float | None:
         """The density to keep; None where `quality` decides instead."""
-        if self.density is None and self.quality is None:
-            return DEFAULT_DENSITIES.get(self.effective_router)
+        if self.density is None and self.quality is None and self.router != "dense":
+            return routers.find_router(self.router).density
         return self.density
 
     @property
@@ -174,7 +153,8 @@ class Options:
                 f"Options 'density' ({self.density}) and 'quality' ({self.quality}) both say how "
                 "much to keep. Give one of them."
             )
-        if self.router in DENSITY_ROUTERS and self.quality is not None:
+        measures = self.router == "dense" or routers.find_router(self.router).knows_recall
+        if not measures and self.quality is not None:
             raise OptionError(
                 f"Option 'quality' is {self.quality}, but router={self.router!r} knows no softmax "
                 "mass. Give 'density' instead, or choose another router."
@@ -228,7 +208,16 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_choice(choices: tuple[str, ...]) -> Callable:
+def list_routers() -> tuple[str, ...]:
+    """What the option `router` may name."""
+    return ("auto", "dense", *(router.name for router in routers.ROUTERS))
+
+
+def _check_router(name: str, value: Any) -> str:
+    return _check_choice(list_routers())(name, value)
+
+
+def _check_choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         expected = f"one of {', '.join(map(repr, choices))}"
         if isinstance(value, str) and value in choices:
@@ -328,7 +317,7 @@ def _check_inductor(name: str, value: Any) -> dict[str, Any] | None:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "router": _check_choice(ROUTERS),
+    "router": _check_router,
     "density": _check_share(one_allowed=True),
     "quality": _check_share(one_allowed=False),
     "tail": _check_choice(TAILS),

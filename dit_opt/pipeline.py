@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 import torch
 
 from dit_opt._compat import allow_recompiles
-from dit_opt.model_grid import ModelReader, Path, walk_arguments
+from dit_opt.model_probe import ModelProbe, Path, walk_arguments
 from dit_opt.options import Options
-from dit_opt.runtime.state import (
-    Announcement,
-    announce,
-    remember,
-    set_running_announcement,
+from dit_opt.runtime.scheduler_link import (
+    SchedulerLink,
+    link_scheduler,
     set_running_grid,
+    set_running_link,
 )
+from dit_opt.runtime.slot_store import remember
 from dit_opt.runtime.streams import Stream
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def optimize(
                 "regional=True to compile the whole model."
             )
     for model in models:
-        announcement = Announcement(_timestep_reader(scheduler))
-        announce(model, announcement)
+        link = SchedulerLink(_timestep_reader(scheduler))
+        link_scheduler(model, link)
         settings = {
             "backend": "ditopt",
             "fullgraph": fullgraph,
@@ -87,10 +87,10 @@ def optimize(
         for handle in _handles.pop(model, ()):
             handle.remove()
         if regional:
-            reader = ModelReader(model)
-            hooks: list[_Hook] = [_StepHook(reader, announcement, parsed.effective_refresh_every)]
+            probe = ModelProbe(model)
+            hooks: list[_Hook] = [_StepHook(probe, link, parsed.effective_refresh_every)]
             if parsed.grid is None:
-                hooks.append(_GridHook(reader))
+                hooks.append(_GridHook(probe))
                 settings["dynamic"] = bool(dynamic)
                 allow_recompiles(REGIONAL_SHAPES)
             _handles[model] = [
@@ -129,8 +129,8 @@ def _timestep_reader(scheduler: Any):
 class _Hook:
     """A hook of a model whose blocks are compiled one by one; this one does nothing.
 
-    Neither compiled blocks nor what was announced go with a model that is pickled or deep-copied:
-    the copy is an ordinary model, and this is what becomes of its hooks.
+    Neither compiled blocks nor the link to the scheduler go with a model that is pickled or
+    deep-copied: the copy is an ordinary model, and this is what becomes of its hooks.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -147,32 +147,30 @@ class _StepHook(_Hook):
     One stream for each thread and each shape of the first tensor argument, as in a whole graph.
     """
 
-    def __init__(self, reader: ModelReader, announcement: Announcement, refresh_every: int) -> None:
-        self._reader = reader
-        self._announcement = announcement
+    def __init__(self, probe: ModelProbe, link: SchedulerLink, refresh_every: int) -> None:
+        self._probe = probe
+        self._link = link
         self._refresh_every = refresh_every
         self._warned = False
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        announcement = self._announcement
-        set_running_announcement(announcement)
-        arguments = self._reader.bind(args, kwargs)
+        link = self._link
+        set_running_link(link)
+        arguments = self._probe.bind(args, kwargs)
         given = self._find_timesteps(module, args, kwargs, arguments)
         if not given:
-            announcement.position = None
+            link.step_index = None
             self._warn_without_step(module)
             return
         tensors = (x for _, x in walk_arguments(arguments) if isinstance(x, torch.Tensor))
         first = next(tensors, None)
         shape = tuple(first.shape) if first is not None else ()
         key = (threading.get_ident(), shape, tuple(given))
-        stream = announcement.streams.get(key) or Stream(tuple(range(len(given))))
-        remember(announcement.streams, key, stream)
-        announcement.position = stream.locate(
-            dict(enumerate(given.values())), announcement.timesteps()
-        )
+        stream = link.streams.get(key) or Stream(tuple(range(len(given))))
+        remember(link.streams, key, stream)
+        link.step_index = stream.locate(dict(enumerate(given.values())), link.timesteps())
 
     def _find_timesteps(
         self,
@@ -185,7 +183,7 @@ class _StepHook(_Hook):
         named = arguments.get("timestep")
         if named is not None:
             return {("timestep",): named}
-        paths = self._reader.read(module, args, kwargs).timesteps
+        paths = self._probe.read(module, args, kwargs).timesteps
         return {path: x for path, x in walk_arguments(arguments) if path in paths}
 
     def _warn_without_step(self, module: torch.nn.Module) -> None:
@@ -203,13 +201,13 @@ class _StepHook(_Hook):
 class _GridHook(_Hook):
     """Has the whole model tell its blocks (T, H, W) in each call."""
 
-    def __init__(self, reader: ModelReader) -> None:
-        self._reader = reader
+    def __init__(self, probe: ModelProbe) -> None:
+        self._probe = probe
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        set_running_grid(self._reader.read(module, args, kwargs).grid)
+        set_running_grid(self._probe.read(module, args, kwargs).grid)
 
 
 class _EndHook(_Hook):
@@ -217,4 +215,4 @@ class _EndHook(_Hook):
 
     def __call__(self, *args: Any) -> None:
         set_running_grid(None)
-        set_running_announcement(None)
+        set_running_link(None)

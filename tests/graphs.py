@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from dit_opt.passes.graph_edit import copy_graph
+from dit_opt.program.edit import copy_graph
 from tests.tiny_models import TinyModel
 
 

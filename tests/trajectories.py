@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dit_opt.backend import ditopt, live_bounds
+from dit_opt.backend import ditopt
+from dit_opt.runtime.registry import live_bounds
 from tests.tiny_models import wan
 
 TRAJECTORY = (999.0, 750.0, 500.0, 250.0)

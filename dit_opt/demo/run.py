@@ -37,7 +37,7 @@ from dit_opt.demo.side_by_side import (
     run_interleaved,
     run_steps,
 )
-from dit_opt.inspect.announce import NothingReplaced
+from dit_opt.inspect.summary import NothingReplaced
 from dit_opt.options import OptionError
 
 EAGER_STEPS = 3

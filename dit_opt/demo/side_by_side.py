@@ -18,12 +18,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
 import dit_opt
-from dit_opt.backend import make_schedule
 from dit_opt.demo import clips
 from dit_opt.demo.model import load_model
 from dit_opt.demo.sampler import SHIFT, STEPS, Step, denoise
 from dit_opt.options import Options
-from dit_opt.runtime.schedule import Phase, Position, choose_phase
+from dit_opt.passes.sparse_attention import make_schedule
+from dit_opt.program.modes import Mode
+from dit_opt.runtime.clock import StepIndex, choose_mode
 
 Model = Callable[..., tuple[torch.Tensor, ...]]
 # told of the start and of every finished step: the name of the run, steps done, steps in all
@@ -107,11 +108,11 @@ class Contestants:
         Two after the dense start at least.
         """
         schedule = make_schedule(self.options)
-        first: dict[Phase, int] = {}
+        first: dict[Mode, int] = {}
         for step in range(steps):
-            position = Position(0, (0, 0), step, 0, 1 - step / steps, from_start=True, total=steps)
-            phase = choose_phase(position, schedule, has_plan=Phase.SEARCH in first)
-            first.setdefault(phase, step)
+            index = StepIndex(0, (0, 0), step, 0, 1 - step / steps, from_start=True, total=steps)
+            mode = choose_mode(index, schedule, has_plan=Mode.SEARCH in first)
+            first.setdefault(mode, step)
         return min(steps, max(self.dense_steps(steps) + 2, *(i + 1 for i in first.values())))
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from dit_opt._compat import size_expression
-from dit_opt.decisions import Reason
+from dit_opt.decisions import AttentionReason
 from dit_opt.facts.writes import find_targets, find_write
 
 
@@ -34,7 +34,7 @@ class Decomposed:
     scale: float = 1.0
     dropout_p: float = 0.0
     interior: tuple[Node, ...] = ()
-    refusal: Reason | None = None
+    refusal: AttentionReason | None = None
     detail: str = ""
 
 
@@ -68,7 +68,7 @@ def match_decomposed(node: Node) -> Decomposed | None:
         return _judge(complete)
     if _find_product(scores) is None:
         return None
-    return replace(found, refusal=Reason.UNREADABLE_SCORES, detail=str(scores))
+    return replace(found, refusal=AttentionReason.UNREADABLE_SCORES, detail=str(scores))
 
 
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
@@ -224,19 +224,21 @@ def _judge(found: Decomposed) -> Decomposed:
     escaping = [n.name for n in found.interior if not inside.issuperset(n.users)]
     tensors = [n for n in (found.query, found.key, found.value) if n is not None]
     if escaping:
-        return replace(found, refusal=Reason.SHARED_INTERMEDIATE, detail=", ".join(escaping))
+        return replace(
+            found, refusal=AttentionReason.SHARED_INTERMEDIATE, detail=", ".join(escaping)
+        )
     write = _find_late_write(found)
     if write is not None:
         detail = f"written in place by {write.name}"
-        return replace(found, refusal=Reason.SHARED_INTERMEDIATE, detail=detail)
+        return replace(found, refusal=AttentionReason.SHARED_INTERMEDIATE, detail=detail)
     if found.dropout_p:
-        return replace(found, refusal=Reason.DROPOUT, detail=f"p={found.dropout_p}")
+        return replace(found, refusal=AttentionReason.DROPOUT, detail=f"p={found.dropout_p}")
     if len({_dtype(n) for n in tensors}) > 1:
         detail = ", ".join(str(_dtype(n)) for n in tensors)
-        return replace(found, refusal=Reason.UNSUPPORTED_DTYPE, detail=detail)
+        return replace(found, refusal=AttentionReason.UNSUPPORTED_DTYPE, detail=detail)
     if _rank(found.node) not in (3, 4) or len({_batch(n) for n in tensors}) > 1:
         detail = ", ".join(str(tuple(n.meta["example_value"].shape)) for n in tensors)
-        return replace(found, refusal=Reason.UNSUPPORTED_SHAPE, detail=detail)
+        return replace(found, refusal=AttentionReason.UNSUPPORTED_SHAPE, detail=detail)
     return found
 
 

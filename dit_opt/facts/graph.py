@@ -38,10 +38,12 @@ class InputHints:
         spans: by index of the placeholder, how its tokens lie, where an earlier graph returned it.
         read_grid: the (T, H, W) that the values of token ids give, or None; without it, no ids are
             read.
+        grid: (T, H, W) of the whole model, where the graph is one of its blocks.
     """
 
     spans: Mapping[int, Spans] = field(default_factory=dict)
     read_grid: Callable[[TokenIds], tuple[int, int, int] | None] | None = None
+    grid: tuple[int, int, int] | None = None
 
 
 class Facts:
@@ -62,6 +64,10 @@ class Facts:
         if key not in self._known:
             self._known[key] = function(*(about or (self.graph,)))
         return self._known[key]
+
+    def put(self, value: Any, function: Callable[..., Any], *about: Any) -> None:
+        """Replace a fact by what it is after an edit, which the editing pass knows."""
+        self._known[function, about] = value
 
     def drop(self, keep: frozenset[str] = frozenset()) -> None:
         """Forget all facts but those with the given names."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
 from dit_opt._compat import kernel_selections, operator_name
-from dit_opt.decisions import Reason
+from dit_opt.decisions import AttentionReason
 from dit_opt.facts.decomposed import Decomposed, match_decomposed
 
 
@@ -62,7 +62,7 @@ class Site:
     module: str = ""
     source: str = ""
     interior: tuple[Node, ...] = ()
-    refusal: Reason | None = None
+    refusal: AttentionReason | None = None
     detail: str = ""
 
 
@@ -126,16 +126,19 @@ def _scan(graph: Graph) -> Iterator[tuple[int, dict[str, Any]]]:
         if node.target is F.scaled_dot_product_attention or operator == _SDPA_OPERATOR:
             yield position, _read_sdpa(node, pinned.get(node))
         elif node.target is F.multi_head_attention_forward:
-            yield position, _read_opaque(node, Form.MULTIHEAD, Reason.OPAQUE_MHA)
+            yield position, _read_opaque(node, Form.MULTIHEAD, AttentionReason.OPAQUE_MHA)
         elif operator in _FLEX_OPERATORS:
-            yield position, _read_opaque(node, Form.FLEX, Reason.FLEX)
+            yield position, _read_opaque(node, Form.FLEX, AttentionReason.FLEX)
         elif regions := _find_regions(node):
             for _, fields in (pair for region in regions for pair in _scan(region)):
                 name = (operator or str(node.target)).removeprefix("higher_order.")
-                yield position, {**fields, "refusal": Reason.INSIDE_REGION, "detail": name}
+                yield position, {**fields, "refusal": AttentionReason.INSIDE_REGION, "detail": name}
         elif operator is not None:
             if not operator.startswith("ditopt.") and _ATTENTION_NAME.search(operator):
-                yield position, _read_opaque(node, Form.FOREIGN, Reason.FOREIGN_OP, operator)
+                yield (
+                    position,
+                    _read_opaque(node, Form.FOREIGN, AttentionReason.FOREIGN_OP, operator),
+                )
         else:
             match = match_decomposed(node)
             if match is not None:
@@ -172,13 +175,13 @@ def _read_sdpa(node: Node, pinned: str | None) -> dict[str, Any]:
         "enable_gqa": arguments.get("enable_gqa", False),
     }
     if pinned is not None:
-        fields.update(refusal=Reason.PINNED_BACKEND, detail=pinned)
+        fields.update(refusal=AttentionReason.PINNED_BACKEND, detail=pinned)
     elif fields["is_causal"] is not False:
-        fields.update(refusal=Reason.CAUSAL)
+        fields.update(refusal=AttentionReason.CAUSAL)
     elif fields["dropout_p"] != 0.0:
-        fields.update(refusal=Reason.DROPOUT, detail=f"dropout_p={fields['dropout_p']}")
+        fields.update(refusal=AttentionReason.DROPOUT, detail=f"dropout_p={fields['dropout_p']}")
     elif isinstance(scale, Node):
-        fields.update(refusal=Reason.DYNAMIC_SCALE, detail=f"scale={scale.name}")
+        fields.update(refusal=AttentionReason.DYNAMIC_SCALE, detail=f"scale={scale.name}")
     return fields
 
 
@@ -199,7 +202,9 @@ def _read_decomposed(match: Decomposed) -> dict[str, Any]:
     return fields
 
 
-def _read_opaque(node: Node, form: Form, reason: Reason, detail: str = "") -> dict[str, Any]:
+def _read_opaque(
+    node: Node, form: Form, reason: AttentionReason, detail: str = ""
+) -> dict[str, Any]:
     tensors = [n for n in node.args if isinstance(n, Node) and _is_tensor(n)]
     named = [node.kwargs.get(name) for name in ("query", "key", "value")]
     tensors += [n for n in named if isinstance(n, Node)]

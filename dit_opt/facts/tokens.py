@@ -44,7 +44,7 @@ class Tokens:
     spans: Mapping[int, Spans] = field(default_factory=dict)
 
     @property
-    def hands_on(self) -> bool:
+    def forwards_latents(self) -> bool:
         """Whether another graph attends over the latents: this one only returns them."""
         return bool(self.spans) and not any(layout.latents for layout in self.layouts.values())
 

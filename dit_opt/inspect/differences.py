@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import mean
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dit_opt.inspect.report import LayerReport
+from dit_opt.inspect.records import LayerReport
 
 # of a layer's output, in L2 relative to dense attention
 LARGE_DIFFERENCE = 0.1

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 
+from dit_opt import passes
 from dit_opt._compat import forget_compiled, fresh_code
-from dit_opt.decisions import Decision, GraphRecord
-from dit_opt.inspect.render import render_records
+from dit_opt.decisions import GraphRecord, SiteDecision
+from dit_opt.facts.graph import InputHints
+from dit_opt.inspect.text import render_records
 from dit_opt.options import Options
-from dit_opt.runtime.handover import tell, told_spans
-from dit_opt.runtime.positions import read_grid
+from dit_opt.passes.base import run
+from dit_opt.program.dump import Dumper
+from dit_opt.program.program import Program
+from dit_opt.runtime.handover import read_spans, tag_outputs
+from dit_opt.runtime.token_ids import read_grid
 
 
 class NothingTraced(RuntimeError):
@@ -27,7 +32,7 @@ class Explanation:
     graphs: tuple[GraphRecord, ...]
 
     @property
-    def decisions(self) -> tuple[Decision, ...]:
+    def decisions(self) -> tuple[SiteDecision, ...]:
         return tuple(d for g in self.graphs for d in g.decisions)
 
     def to_json(self) -> str:
@@ -53,34 +58,32 @@ def explain(
         OptionError: the options are wrong, in themselves or for this model.
         NothingTraced: Dynamo made no graph of it.
     """
-    from dit_opt.backend import analyse
-
     parsed = Options.parse(options)
     records: list[GraphRecord] = []
     errors: list[Exception] = []
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        hints = InputHints()
+        if parsed.grid is None:
+            spans = read_spans(enumerate(inputs))
+            hints = InputHints(spans, lambda ids: read_grid(inputs[ids.index], *ids[1:]))
+        program = Program(gm, hints)
+        spans = program.facts.tokens.spans
         try:
-            if parsed.grid is not None:
-                analysis, passes = analyse(gm, parsed)
-            else:
-                told = told_spans(enumerate(inputs))
-                analysis, passes = analyse(
-                    gm, parsed, told=told, read=lambda p: read_grid(inputs[p.index], *p[1:])
-                )
+            found, _ = run(passes.PASSES, program, parsed, Dumper(None))
         except ValueError as error:
             # raised below: out of a backend, Dynamo would wrap it
             errors.append(error)
             return gm.forward
-        records.append(analysis.describe(passes))
+        records.append(found)
         forward = gm.forward
 
-        def run(*args: Any) -> Any:
+        def call(*args: Any) -> Any:
             outputs = forward(*args)
-            tell(outputs, analysis.tokens.spans, None)
+            tag_outputs(outputs, spans, None)
             return outputs
 
-        return run
+        return call
 
     # an OptimizedModule has the model inside
     model = getattr(model, "_orig_mod", model)

@@ -1,4 +1,4 @@
-"""What ditopt did with a model: decisions, phases, realised density per layer and head type."""
+"""What ditopt did with a model: decisions, modes, realised density per layer and head type."""
 
 from __future__ import annotations
 
@@ -10,75 +10,26 @@ from typing import Any
 
 import torch
 
-from dit_opt.decisions import Decision, GraphRecord
-from dit_opt.inspect.render import render_report
-from dit_opt.runtime.schedule import Phase
-
-
-@dataclass(frozen=True)
-class GuardReport:
-    """What the guard found in one layer.
-
-    Attributes:
-        checks: how often it looked. kept, error: mass kept and relative L2 error of the plan on
-            its rows, means over heads and checks. caught: heads that were caught, over all checks.
-        dense_heads: heads that it keeps dense now.
-    """
-
-    checks: int
-    kept: float
-    error: float
-    caught: int
-    dense_heads: int
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One searching site of one layer, over all sparse calls of one guidance branch.
-
-    Attributes:
-        module: as "blocks.0.attn1". layer: name of the parameter that identifies the layer.
-        branch: 0 conditional, 1 unconditional (in the order of calls).
-        density: realised mean kept share, over heads and sparse calls, in real tokens; that of a
-            head which the guard caught in a call is 1.
-        recall: mean softmax mass inside the plans, as sampled at the searches; None where the
-            router does not know it.
-        heads: how many heads had each type at the last search, over the batch: their patterns
-            under `rainfusion`, their orders of the tokens under `headwise`, else the router's name.
-        density_by_type: mean density of the heads of each type at the last search.
-        calls, searches: sparse calls, and those that searched.
-        plan_bytes: memory of the plan that is kept between calls.
-        guard: what the guard found; None where it does not run.
-        differences: relative L2 difference of the output to dense attention by step, the mean over
-            heads; empty without `verify`.
-    """
-
-    module: str
-    layer: str
-    branch: int
-    density: float
-    recall: float | None
-    heads: dict[str, int]
-    density_by_type: dict[str, float]
-    calls: int
-    searches: int
-    plan_bytes: int
-    guard: GuardReport | None
-    differences: dict[int, float]
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """One compiled graph: what was decided, how often each phase ran, what its layers did.
-
-    Attributes:
-        warm: Inductor's artifacts came from its cache; None where nothing was compiled yet.
-    """
-
-    record: GraphRecord
-    calls: dict[str, int]
-    layers: tuple[LayerReport, ...]
-    warm: bool | None
+from dit_opt.decisions import SiteDecision
+from dit_opt.inspect.records import GraphReport, GuardReport, LayerReport
+from dit_opt.inspect.text import render_report
+from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.passes.sparse_attention import (
+    BOOST,
+    CAUGHT,
+    CHECKED_ERROR,
+    CHECKED_MASS,
+    DENSITY,
+    DIFFERENCE,
+    PLAN_DENSITY,
+    RECALL,
+)
+from dit_opt.program.modes import Mode
+from dit_opt.program.slots import Slot
+from dit_opt.routers import KEEP_ALL, find_router
+from dit_opt.runtime.bound import Bound
+from dit_opt.runtime.registry import live_bounds
+from dit_opt.runtime.slot_store import Entry
 
 
 @dataclass(frozen=True)
@@ -88,7 +39,7 @@ class Report:
     graphs: tuple[GraphReport, ...]
 
     @property
-    def decisions(self) -> tuple[Decision, ...]:
+    def decisions(self) -> tuple[SiteDecision, ...]:
         return tuple(d for g in self.graphs for d in g.record.decisions)
 
     @property
@@ -102,7 +53,7 @@ class Report:
         if calls:
             return sum(d * c for d, c in rows) / calls
         kept_all = any(
-            decision.router == "full" and g.calls.get(Phase.SEARCH.value)
+            decision.router == KEEP_ALL.name and g.calls.get(Mode.SEARCH.value)
             for g in self.graphs
             for decision in g.record.decisions
         )
@@ -115,6 +66,7 @@ class Report:
                 "calls": g.calls,
                 "warm": g.warm,
                 "layers": [asdict(row) for row in g.layers],
+                "slot_bytes": g.slot_bytes,
             }
             for g in self.graphs
         ]
@@ -130,77 +82,97 @@ def report(model: torch.nn.Module) -> Report:
     Args:
         model: the module that was compiled, or what `torch.compile` returned.
     """
-    from dit_opt.backend import live_bounds
-
     names = {id(p): name for name, p in model.named_parameters()}
     graphs = []
     for bound in live_bounds():
         owners = [owner for owner in bound.calls if id(owner) in names]
         if not owners:
             continue
-        layers = [
-            _describe(bound.record, names[id(owner)], key, state)
-            for owner, key, state in bound.states
-            if id(owner) in names
-        ]
+        layers = _describe_layers(bound, names)
         graphs.append(
             GraphReport(
                 record=bound.record,
                 calls=_sum_calls([bound.calls[owner] for owner in owners]),
                 layers=tuple(sorted(layers, key=lambda r: (_natural(r.layer), r.branch))),
                 warm=bound.warm,
+                slot_bytes=bound.store.count_bytes(),
             )
         )
     return Report(tuple(graphs))
 
 
-def _sum_calls(calls: list[dict[Phase, int]]) -> dict[str, int]:
-    total = {phase.value: sum(c[phase] for c in calls) for phase in Phase}
-    return {phase: n for phase, n in total.items() if n}
+def _sum_calls(calls: list[dict[Mode, int]]) -> dict[str, int]:
+    total = {mode.value: sum(c[mode] for c in calls) for mode in Mode}
+    return {mode: n for mode, n in total.items() if n}
 
 
 def _natural(name: str) -> list[Any]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
 
 
-def _describe(record: GraphRecord, name: str, key: Any, state: Any) -> LayerReport:
-    from dit_opt.passes.sparse_attention import name_heads
+def _describe_layers(bound: Bound, names: dict[int, str]) -> list[LayerReport]:
+    """One report for each site, layer and branch that ran sparse."""
+    found: dict[Any, dict[Slot, Entry]] = {}
+    steps: dict[Any, dict[int, Entry]] = {}
+    for owner, (slot, place), (stream, branch, step), entry in bound.store:
+        if id(owner) not in names or branch is None:
+            continue
+        where = (names[id(owner)], place, stream, branch)
+        if slot is DIFFERENCE:
+            steps.setdefault(where, {})[step] = entry
+        else:
+            found.setdefault(where, {})[slot] = entry
+    return [
+        _describe_layer(bound, where, entries, steps.get(where, {}))
+        for where, entries in found.items()
+        if DENSITY in entries
+    ]
 
-    index, (_, _, branch) = key
-    searching = [d for d in record.decisions if d.replaced and d.router != "full"]
-    decision = searching[index]
-    types = name_heads(decision.router, state.layout, state.plan)
-    if types is None:
-        types = [decision.router] * state.last_density.numel()
-    densities = state.last_density.flatten().tolist()
-    recall = float(state.recall.mean()) / state.searches
+
+def _describe_layer(
+    bound: Bound, where: tuple[Any, ...], entries: dict[Slot, Entry], steps: dict[int, Entry]
+) -> LayerReport:
+    name, place, (_, sizes), branch = where
+    decision = next(d for d in bound.record.decisions if d.site == place)
+    density, recall, last = (entries[slot] for slot in (DENSITY, RECALL, PLAN_DENSITY))
+    router = find_router(decision.router)
+    state = {slot.name: entries[slot].value for slot in router.slots if slot in entries}
+    layout = VideoLayout(*bound.pin_sizes[sizes][_find_pin(bound, place)])
+    types = router.name_heads(layout, state) or [decision.router] * last.value.numel()
     by_type: dict[str, list[float]] = {}
-    for kind, density in zip(types, densities):
-        by_type.setdefault(kind, []).append(density)
+    for kind, share in zip(types, last.value.flatten().tolist()):
+        by_type.setdefault(kind, []).append(share)
+    mean_recall = float(recall.value.mean()) / recall.writes
     return LayerReport(
         module=decision.module,
         layer=name,
         branch=branch,
-        density=float(state.density.mean()) / state.calls,
-        recall=None if math.isnan(recall) else recall,
+        density=float(density.value.mean()) / density.writes,
+        recall=None if math.isnan(mean_recall) else mean_recall,
         heads=dict(Counter(types)),
         density_by_type={k: sum(v) / len(v) for k, v in by_type.items()},
-        calls=state.calls,
-        searches=state.searches,
-        plan_bytes=state.plan_bytes,
-        guard=_describe_guard(state),
-        differences={step: float(d.mean()) for step, d in sorted(state.differences.items())},
+        calls=density.writes,
+        searches=recall.writes,
+        plan_bytes=sum(value.nbytes for value in state.values()),
+        guard=_describe_guard(entries),
+        differences={step: float(e.value.mean()) for step, e in sorted(steps.items())},
     )
 
 
-def _describe_guard(state: Any) -> GuardReport | None:
-    guard = state.guard
-    if guard is None:
+def _find_pin(bound: Bound, place: int) -> int:
+    return next(i for i, pin in enumerate(bound.plan.pins) if pin.place == place)
+
+
+def _describe_guard(entries: dict[Slot, Entry]) -> GuardReport | None:
+    if CHECKED_MASS not in entries:
         return None
+    mass, error, caught, boost = (
+        entries[slot] for slot in (CHECKED_MASS, CHECKED_ERROR, CAUGHT, BOOST)
+    )
     return GuardReport(
-        checks=guard.checks,
-        kept=float(guard.kept.mean()) / guard.checks,
-        error=float(guard.error.mean()) / guard.checks,
-        caught=int(guard.caught.sum()),
-        dense_heads=int(state.boost.isinf().sum()),
+        checks=mass.writes,
+        kept=float(mass.value.mean()) / mass.writes,
+        error=float(error.value.mean()) / error.writes,
+        caught=int(caught.value.sum()),
+        dense_heads=int(boost.value.isinf().sum()),
     )

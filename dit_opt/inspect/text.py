@@ -1,22 +1,18 @@
-"""Decisions as text and JSON; the only place that makes tables."""
+"""Decisions and reports as text: the only place that makes tables."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import sympy
 from tabulate import tabulate
 
-from dit_opt.decisions import Decision, GraphRecord, LayoutSummary, Reason, Size
+from dit_opt.decisions import AttentionReason, GraphRecord, LayoutSummary, SiteDecision, Size
 from dit_opt.inspect.differences import suggest_dense
-
-if TYPE_CHECKING:
-    from dit_opt.inspect.report import GraphReport, GuardReport, LayerReport
+from dit_opt.inspect.records import GraphReport, GuardReport, LayerReport
 
 _HEADERS = (
     "site",
@@ -34,7 +30,7 @@ _HEADERS = (
 )
 
 
-def render_decisions(decisions: Sequence[Decision], title: str = "") -> str:
+def render_decisions(decisions: Sequence[SiteDecision], title: str = "") -> str:
     """A table with one row for each site (layers that differ by number share one), then reasons.
 
     Args:
@@ -65,7 +61,7 @@ def render_records(records: Sequence[GraphRecord]) -> str:
 
 
 def render_report(graphs: Sequence[GraphReport], density: float | None) -> str:
-    """What happened to a model: for each graph its decisions, phases and layers.
+    """What happened to a model: for each graph its decisions, modes and layers.
 
     Args:
         graphs: compiled graphs, in the order of compilation.
@@ -75,9 +71,9 @@ def render_report(graphs: Sequence[GraphReport], density: float | None) -> str:
         return "This model has not run under ditopt yet."
     parts = []
     for number, graph in enumerate(graphs):
-        phases = ", ".join(f"{name} {count}" for name, count in graph.calls.items()) or "none"
+        modes = ", ".join(f"{name} {count}" for name, count in graph.calls.items()) or "none"
         cache = {True: "warm cache", False: "cold cache", None: "not compiled yet"}[graph.warm]
-        title = f"{_title(number, len(graphs), graph.record)}; {cache}; calls: {phases}"
+        title = f"{_title(number, len(graphs), graph.record)}; {cache}; calls: {modes}"
         parts.append(render_decisions(graph.record.decisions, title))
         if graph.layers:
             parts.append(_render_layers(graph.layers))
@@ -88,11 +84,6 @@ def render_report(graphs: Sequence[GraphReport], density: float | None) -> str:
     if density is not None:
         parts.append(f"Mean density over sparse steps: {density:.3f}")
     return "\n\n".join(parts)
-
-
-def render_json(record: GraphRecord) -> str:
-    """The whole record as indented JSON."""
-    return json.dumps(record.to_json(), indent=2)
 
 
 def summarise(record: GraphRecord) -> str:
@@ -107,7 +98,7 @@ def summarise(record: GraphRecord) -> str:
 def _title(number: int, count: int, record: GraphRecord) -> str:
     name = f"graph {number} of {count}: " if count > 1 else ""
     timestep = record.timestep or "none found"
-    more = "".join(f"; {text}" for text in (record.order, record.prologue) if text)
+    more = "".join(f"; {each.summary}" for each in record.passes if each.summary)
     return f"{name}{summarise(record)}; timestep: {timestep}{more}"
 
 
@@ -168,9 +159,9 @@ def _render_differences(layers: Sequence[LayerReport]) -> str:
     return f"{table}\n{suggest_dense(layers)}"
 
 
-def _group_layers(decisions: Sequence[Decision]) -> list[tuple[str, list[Decision]]]:
+def _group_layers(decisions: Sequence[SiteDecision]) -> list[tuple[str, list[SiteDecision]]]:
     """Decisions that say the same about modules that differ by layer number only."""
-    groups: dict[Decision, list[Decision]] = {}
+    groups: dict[SiteDecision, list[SiteDecision]] = {}
     for decision in decisions:
         # hashable: every field of a decision is frozen
         key = replace(decision, site=0, module=_star(decision.module))
@@ -182,14 +173,14 @@ def _star(module: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module)
 
 
-def _name_group(members: list[Decision]) -> str:
+def _name_group(members: list[SiteDecision]) -> str:
     first = members[0].module or "(top level)"
     if len(members) == 1:
         return first
     return f"{_star(first)} (x{len(members)})"
 
 
-def _make_row(name: str, members: list[Decision]) -> tuple[str, ...]:
+def _make_row(name: str, members: list[SiteDecision]) -> tuple[str, ...]:
     first = members[0]
     sites = str(first.site) if len(members) == 1 else f"{first.site}..{members[-1].site}"
     query, key = (*first.shapes, "", "")[:2]
@@ -228,11 +219,11 @@ def _describe_flops(flops: Size | None) -> str:
     return f"{float(value):.3g}" if value.is_number else str(flops)
 
 
-def _explain_reasons(decisions: Sequence[Decision]) -> list[str]:
+def _explain_reasons(decisions: Sequence[SiteDecision]) -> list[str]:
     """One line for each reason to leave a site alone or without a grid, and for each detail."""
     lines: dict[str, None] = {}
     for decision in decisions:
-        if decision.reason is Reason.REPLACED:
+        if decision.reason is AttentionReason.REPLACED:
             if decision.detail:
                 text = "Replaced without a grid, in the model's own order of tokens"
                 lines[f"{text} [{decision.detail}]"] = None

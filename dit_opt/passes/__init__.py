@@ -1,6 +1,22 @@
-"""Passes: graph in, graph out, one per file; each reads facts, rewrites nodes and says how many.
+"""The table of contents of the compiler: every pass, in the order in which they run.
 
-Passes write calls of the ops of `kernels` and build what these look up; they know no run time.
-Each takes a `torch.fx.GraphModule` that `graph_edit.copy_graph` made (never Dynamo's own), and
-leaves it linted and recompiled.
+A pass is one file and one line here. Those that serve sparse modes alone come last: dense steps run
+the graph as it is before them, with the very kernels that plain Inductor would have chosen.
 """
+
+from __future__ import annotations
+
+from dit_opt.passes.base import Pass
+from dit_opt.passes.canonicalize_attention import CanonicalizeAttention
+from dit_opt.passes.fold_orders import FoldOrders
+from dit_opt.passes.fuse_qk import FuseQK
+from dit_opt.passes.sparse_attention import SparseAttention
+from dit_opt.passes.token_order import TokenOrder
+
+PASSES: tuple[Pass, ...] = (
+    CanonicalizeAttention(),
+    TokenOrder(),
+    FuseQK(),
+    SparseAttention(),
+    FoldOrders(),
+)

@@ -58,8 +58,11 @@ class Pass:
         """
         raise NotImplementedError
 
+    def declare(self, program: Program, matches: Sequence[Match], options: Options) -> None:
+        """Say what the runtime must know: modes, limits, tables. Edits no graph."""
+
     def rewrite(self, program: Program, matches: Sequence[Match], options: Options) -> None:
-        """Edit `program.main`, once for all modes; may add slots, pieces and modes."""
+        """Edit `program.main`, once for all modes; may add slots and pieces."""
 
     def lower(self, variant: Variant, matches: Sequence[Match], options: Options) -> None:
         """Edit the copy of the main graph for one mode. `variant.at` has the nodes of the copy."""
@@ -115,6 +118,7 @@ def run(
         found = each.find(program.facts, options)
         matches = tuple(match for match in found if match.decision.accepted)
         if matches:
+            each.declare(program, matches, options)
             _rewrite(each, program, matches, options, dumper)
             check_graph(program.main, each.name, unvalued)
             accepted.append((each, matches))

@@ -6,22 +6,28 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
+from dit_opt.decisions import Decision, RewriteReason
 from dit_opt.facts.decomposed import match_decomposed
+from dit_opt.facts.graph import Facts
 from dit_opt.facts.nodes import op_name
 from dit_opt.facts.sites import Form, Site
 from dit_opt.facts.writes import find_write
+from dit_opt.options import Options
+from dit_opt.passes.base import Match, Pass
+from dit_opt.policy.choose_sites import find_choices
 from dit_opt.program.edit import erase_unused
+from dit_opt.program.program import Program
 
 # They keep the strides of a tensor without gaps.
 _KEEP_LAYOUT = ("to", "type_as", "float", "half", "bfloat16", "clone", "detach")
 
 
-def canonicalize_attention(gm: GraphModule, sites: Sequence[Site]) -> int:
-    """Rewrite the sites in `gm`, of form DECOMPOSED; returns how many there were.
+class CanonicalizeAttention(Pass):
+    """Decomposed attention becomes one call.
 
-    Triggers on::
+    Triggers on a site of form DECOMPOSED that sparse attention will replace::
 
         %scores = baddbmm(%mask, %q, %k.transpose(-1, -2), beta=1, alpha=scale)
         %weights = softmax(%scores, -1)
@@ -35,23 +41,29 @@ def canonicalize_attention(gm: GraphModule, sites: Sequence[Site]) -> int:
     write `[B, N, H, D]` memory and a product `[B, H, N, D]`, so `.contiguous()` follows, unless all
     that is done to the result is to put the heads after the tokens and to join them.
 
-    Refuses (ValueError) sites of another form and sites with a refusal: their scores or weights are
-    used elsewhere, or dropped at random, or cannot be read.
-
-    Only meant for sites that will be replaced: the sums run in another order than before.
+    Refuses sites that stay dense: the sums run in another order than before. Among them are those
+    whose scores or weights are used elsewhere, or dropped at random, or cannot be read.
     """
-    for site in sites:
-        if site.form is not Form.DECOMPOSED or site.refusal is not None:
-            refusal = "no" if site.refusal is None else site.refusal.name
-            raise ValueError(
-                f"Site {site.index} ({site.module or 'top level'}) is {site.form.name} with "
-                f"{refusal} refusal; only readable DECOMPOSED sites can be written as one call."
-            )
-        _rewrite(gm.graph, site)
-    if sites:
-        gm.graph.lint()
-        gm.recompile()
-    return len(sites)
+
+    name = "canonicalize_attention"
+    sparse_only = True
+
+    def find(self, facts: Facts, options: Options) -> list[Match]:
+        choices = {c.node: c for c in facts.get(find_choices, facts, options)}
+        return [
+            Match(_decide(site, choices[site.node].sparse is not None), site.node, site)
+            for site in facts.sites
+            if site.form is Form.DECOMPOSED
+        ]
+
+    def rewrite(self, program: Program, matches: Sequence[Match], options: Options) -> None:
+        for match in matches:
+            _rewrite(program.main.gm.graph, match.what)
+
+
+def _decide(site: Site, is_chosen: bool) -> Decision:
+    reason = RewriteReason.REWRITTEN if is_chosen else RewriteReason.STAYS_DENSE
+    return Decision(site.module, site.source, reason)
 
 
 def _rewrite(graph: Graph, site: Site) -> None:

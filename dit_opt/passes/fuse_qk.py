@@ -10,41 +10,23 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from dit_opt.facts.nodes import sizes_of
+from dit_opt.decisions import Decision, RewriteReason
+from dit_opt.facts.graph import Facts
 from dit_opt.facts.prologue import Part, Prologue, find_prologue
-from dit_opt.facts.sites import Site
-from dit_opt.program.edit import erase_unused
-
-__all__ = ["describe_prologues", "find_prologues", "fold_orders", "fuse_prologues"]
-
-
-def find_prologues(sites: Sequence[Site]) -> dict[Node, Prologue | str]:
-    """What each query and key of the sites comes from, or why that is not known."""
-    nodes = [n for site in sites for n in (site.query, site.key) if n is not None]
-    return {node: find_prologue(node) for node in dict.fromkeys(nodes)}
+from dit_opt.options import OptionError, Options
+from dit_opt.passes.base import Match, Pass
+from dit_opt.policy.choose_sites import find_sparse_sites
+from dit_opt.policy.sparse_site import SparseSite
+from dit_opt.program.emit import Emitter
+from dit_opt.program.program import Program
 
 
-def describe_prologues(sites: Sequence[Site]) -> str:
-    """One sentence for reports: how many are fused, and why the others are not."""
-    found = find_prologues(sites)
-    fused = sum(isinstance(prologue, Prologue) for prologue in found.values())
-    text = f"{fused} of {len(found)} queries and keys are normalised and rotated by one kernel each"
-    reasons: dict[str, list[str]] = {}
-    for site in sites:
-        for name, node in (("query", site.query), ("key", site.key)):
-            reason = found.get(node) if node is not None else None
-            if isinstance(reason, str):
-                reasons.setdefault(reason, []).append(f"{name} of {site.module or site.index}")
-    rest = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    return "; ".join([text, *rest]) + "."
+class FuseQK(Pass):
+    """The norm and rotation of a query or key become one kernel.
 
-
-def fuse_prologues(gm: GraphModule, sites: Sequence[Site]) -> list[Node]:
-    """Rewrite the queries and keys of the sites in `gm`; returns what `fold_orders` may look at.
-
-    Triggers on a query or key that `find_prologue` could read::
+    Triggers on a query or key of a site that is replaced, which `find_prologue` could read::
 
         %normed = rms_norm(%projected, (D,), %weight, eps)      # or written out
         %split = unbind(unflatten(%normed, -1, (-1, 2)), -1)    # or reshape, by pairs or halves
@@ -61,111 +43,108 @@ def fuse_prologues(gm: GraphModule, sites: Sequence[Site]) -> list[Node]:
     Tokens that come from several projections get one call each, and a concatenation. Norms and
     rotations are computed in float32 with one rounding at the end; models round after each.
 
-    Refuses queries and keys that were not read, with the reason in `describe_prologues`: other
-    norms (LayerNorm), tables that differ between items or heads, rotations of what was put
-    together before. What reads the old nodes besides attention keeps them.
+    Refuses what was not read, with the reason: other norms (LayerNorm), tables that differ between
+    items or heads, rotations of what was put together before. What reads the old nodes besides
+    attention keeps them.
     """
-    done: dict[Node, Node] = {}
-    seen: list[Node] = []
-    for site in sites:
-        for node in (site.query, site.key):
-            prologue = find_prologue(node) if node is not None and node not in done else None
-            if isinstance(prologue, Prologue):
-                # A tensor that is written to in place is made before what is written.
-                with gm.graph.inserting_before(max([prologue.node, *prologue.interior]).next):
-                    done[prologue.node] = _write(gm.graph, prologue)
-                seen += [prologue.node, *prologue.interior]
-    for site in sites:
-        for node in (site.query, site.key):
-            if node in done:
-                site.node.replace_input_with(node, done[node])
-    _erase(gm.graph, seen)
-    gm.graph.lint()
-    gm.recompile()
-    return list(dict.fromkeys(done[n] for site in sites for n in _own_order(site) if n in done))
+
+    name = "fuse_qk"
+    keeps = frozenset({"tokens", "choices"})
+    sparse_only = True
+
+    def wanted(self, options: Options) -> bool:
+        return options.fuse
+
+    def find(self, facts: Facts, options: Options) -> list[Match]:
+        found: dict[Node, Match] = {}
+        for sparse in find_sparse_sites(facts, options):
+            _refuse_cpu(sparse)
+            site = sparse.site
+            for name, node in (("query", site.query), ("key", site.key)):
+                if node is not None and node not in found:
+                    found[node] = _match(f"{name} of {site.module or site.index}", node, sparse)
+        return list(found.values())
+
+    def rewrite(self, program: Program, matches: Sequence[Match], options: Options) -> None:
+        graph = program.main.gm.graph
+        written: dict[Node, Node] = {}
+        seen: list[Node] = []
+        for match in matches:
+            prologue: Prologue = match.what
+            # A tensor that is written to in place is made before what is written.
+            with graph.inserting_before(max([prologue.node, *prologue.interior]).next):
+                written[prologue.node] = _write(graph, prologue)
+            seen += [prologue.node, *prologue.interior]
+        for sparse in find_sparse_sites(program.facts, options):
+            for node in (sparse.site.query, sparse.site.key):
+                if node in written:
+                    sparse.site.node.replace_input_with(node, written[node])
+        _erase(graph, seen)
+
+    def summarise(self, matches: Sequence[Match]) -> str:
+        if not matches:
+            return ""
+        fused = sum(match.decision.accepted for match in matches)
+        text = (
+            f"{fused} of {len(matches)} queries and keys are normalised and rotated by one kernel "
+            "each"
+        )
+        reasons: dict[str, list[str]] = {}
+        for match in matches:
+            if not match.decision.accepted:
+                reasons.setdefault(match.decision.detail, []).append(match.what)
+        rest = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        return "; ".join([text, *rest]) + "."
 
 
-def fold_orders(gm: GraphModule, written: Sequence[Node]) -> int:
-    """Have the kernel write each head's own order; returns how many gathers that saved.
-
-    Triggers on a gather of one of `written`, which `fuse_prologues` returned, that only it reads::
-
-        %q = norm_rope_v1(%x, ..., None)
-        %q1 = gather_tokens_v1(%q, %rows)
-
-    becomes::
-
-        %q1 = norm_rope_v1(%x, ..., %rows)
-
-    Refuses what a search reads too, which comes before its order is known; what was put together
-    from several calls; keys of fewer heads than their queries, which have an order for each query.
-    """
-    graph, ops = gm.graph, torch.ops.ditopt
-    folded = 0
-    for made in written:
-        gather = next(iter(made.users), None)
-        if gather is None or len(made.users) > 1 or made.target is torch.cat:
-            continue
-        if gather.target is not ops.gather_tokens_v1.default:
-            continue
-        rows = gather.args[1]
-        with graph.inserting_before(gather):
-            node = graph.call_function(made.target, (*made.args[:-1], rows))
-        node.meta = {**gather.meta}
-        gather.replace_all_uses_with(node)
-        erase_unused(graph, [made, gather])
-        folded += 1
-    graph.lint()
-    gm.recompile()
-    return folded
+def _match(name: str, node: Node, sparse: SparseSite) -> Match:
+    prologue = find_prologue(node)
+    place = (sparse.site.module, sparse.site.source)
+    if isinstance(prologue, Prologue):
+        return Match(Decision(*place, RewriteReason.REWRITTEN), node, prologue)
+    return Match(Decision(*place, RewriteReason.NOT_PROVED, prologue), node, name)
 
 
-def _own_order(site: Site) -> list[Node]:
-    """The query and key, but for a key of fewer heads: each of its queries has an order."""
-    nodes = [n for n in (site.query, site.key) if n is not None]
-    heads = [sizes_of(n.meta["example_value"])[1] for n in nodes]
-    return nodes if len(set(heads)) == 1 else nodes[:1]
+def _refuse_cpu(sparse: SparseSite) -> None:
+    """Raises OptionError where the kernel would have to run elsewhere than on a GPU."""
+    if sparse.example.device.type != "cuda":
+        raise OptionError(
+            f"fuse=True makes queries and keys by a Triton kernel, but the attention of "
+            f"{sparse.site.module or 'a site'} is on {sparse.example.device}, where Inductor "
+            "does it; leave `fuse` out."
+        )
 
 
 def _write(graph: Graph, prologue: Prologue) -> Node:
     """The calls for all parts of one query or key."""
-    written = [_write_part(graph, part) for part in prologue.parts]
-    example = prologue.node.meta["example_value"]
-    node = written[0] if len(written) == 1 else graph.call_function(torch.cat, (written, 2))
-    batch, heads, tokens, dim = example.shape
-    node.meta = {k: v for k, v in prologue.node.meta.items() if k != "example_value"}
-    if len(written) == 1:
-        # in memory as projections lie, tokens before heads
-        node.meta["example_value"] = example.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    else:
-        node.meta["example_value"] = example.new_empty(example.shape)
-    return node
+    emit = Emitter(graph, prologue.node)
+    written = [_write_part(emit, part) for part in prologue.parts]
+    if len(written) > 1:
+        return emit.call(torch.cat, written, 2)
+    return written[0]
 
 
-def _write_part(graph: Graph, part: Part) -> Node:
-    call, source = graph.call_function, part.source
-    norm, rotation = part.norm, part.rotation
+def _write_part(emit: Emitter, part: Part) -> Node:
+    source, norm, rotation = part.source, part.norm, part.rotation
     if source.meta["example_value"].dim() == 3:
-        source = graph.call_method("unflatten", (source, 2, (part.heads, -1)))
+        source = emit.method("unflatten", source, 2, (part.heads, -1))
     elif part.token_dim == 2:
-        source = graph.call_method("transpose", (source, 1, 2))
+        source = emit.method("transpose", source, 1, 2)
     tables = [None, None]
     if rotation is not None:
         every = slice(None, None, None)
         where = (0, every, 0) if part.token_dim == 1 else (0, 0)
-        tables = [call(operator.getitem, (t, where)) for t in (rotation.cos, rotation.sin)]
-    return call(
+        tables = [emit.call(operator.getitem, t, where) for t in (rotation.cos, rotation.sin)]
+    return emit.call(
         torch.ops.ditopt.norm_rope_v1.default,
-        (
-            source,
-            None if norm is None else norm.weight,
-            -1.0 if norm is None else norm.eps,
-            norm is not None and norm.across_heads,
-            *tables,
-            rotation is not None and rotation.halves,
-            part.start,
-            None,
-        ),
+        source,
+        None if norm is None else norm.weight,
+        -1.0 if norm is None else norm.eps,
+        norm is not None and norm.across_heads,
+        *tables,
+        rotation is not None and rotation.halves,
+        part.start,
+        None,
     )
 
 

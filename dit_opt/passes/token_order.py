@@ -7,17 +7,26 @@ model moves the tokens twice in all.
 from __future__ import annotations
 
 import operator
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from dit_opt.facts.order import OrderRegion, TokenEdge
+from dit_opt.decisions import Decision, RewriteReason
+from dit_opt.facts.graph import Facts
+from dit_opt.facts.order import OrderRegion, TokenEdge, find_order_region
 from dit_opt.facts.sizes import are_equal
+from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.token_order import build_cube_order
+from dit_opt.options import Options
+from dit_opt.passes.base import Match, Pass
+from dit_opt.policy.choose_sites import find_choices, mark_ordered
+from dit_opt.program.emit import ORIGIN, Emitter
+from dit_opt.program.program import PinnedTable, Program
 from dit_opt.program.sizes import SizeWriter
-
-__all__ = ["order_by_cubes", "order_tokens"]
+from dit_opt.routers import find_router
 
 # A dimension with more than the tokens, piece by piece: (start, stop) of what stays where it is,
 # (start, None) of the tokens.
@@ -25,10 +34,74 @@ Size: TypeAlias = "int | Node"
 Place: TypeAlias = "tuple[tuple[Size, Size | None], ...]"
 
 
-def order_by_cubes(gm: GraphModule, region: OrderRegion, device: torch.device) -> dict[str, Node]:
+class TokenOrder(Pass):
+    """All tokens of the graph are put into the cube order once; see `order_tokens`.
+
+    Triggers where a chosen site's router weighs blocks in one order for all heads and
+    `find_order_region` proves that the graph may run in it. Before and after::
+
+        %q, %k, %v = index_select(... of every site, tokens, %rows)
+
+        %tokens = index_select(%tokens, tokens, %rows)  # once, and back where they leave
+
+    Refuses graphs with a node that acts differently at different tokens, or that tells no grid;
+    the decision names the node. Their tokens are gathered at each attention call.
+    """
+
+    name = "token_order"
+    keeps = frozenset({"tokens", "choices"})
+    sparse_only = True
+
+    def wanted(self, options: Options) -> bool:
+        routes = options.router != "dense" and options.density != 1
+        return routes and find_router(options.router).cube_order
+
+    def find(self, facts: Facts, options: Options) -> list[Match]:
+        choices = [c for c in facts.get(find_choices, facts, options) if c.sparse and c.layout]
+        if not choices:
+            return []
+        sites = [(choice.sparse.site, choice.layout) for choice in choices]
+        found = find_order_region(facts.graph, facts.tokens.labels, sites)
+        if isinstance(found, OrderRegion):
+            device = choices[0].sparse.example.device
+            return [Match(Decision("", "", RewriteReason.REWRITTEN), None, (found, device))]
+        reason = RewriteReason.NOT_PROVED
+        return [Match(Decision(found.module, found.source, reason, str(found)))]
+
+    def declare(self, program: Program, matches: Sequence[Match], options: Options) -> None:
+        region, _ = matches[0].what
+        program.plan.pins.append(
+            PinnedTable(None, (*region.grid, region.length), _make_region_table)
+        )
+
+    def rewrite(self, program: Program, matches: Sequence[Match], options: Options) -> None:
+        region, device = matches[0].what
+        moved = order_by_cubes(program.main.gm, region, device)
+        facts = program.facts
+        choices = facts.get(find_choices, facts, options)
+        ordered = mark_ordered(choices, region.sites, moved)
+        facts.put(ordered, find_choices, facts, options)
+
+    def summarise(self, matches: Sequence[Match]) -> str:
+        if not matches:
+            return ""
+        decision, what = matches[0].decision, matches[0].what
+        if not decision.accepted:
+            return f"Tokens are gathered at each attention call. {decision.detail}"
+        region, _ = what
+        count = len(region.entries) + len(region.tables) + len(region.exits)
+        return f"Tokens are ordered once for the whole graph, by {count} gathers."
+
+
+def _make_region_table(sizes: list[int], device: torch.device) -> Any:
+    t, h, w, length = sizes
+    return build_cube_order(VideoLayout(t, h, w, 0, length), device)
+
+
+def order_by_cubes(gm: GraphModule, region: OrderRegion, device: torch.device) -> dict[Node, Node]:
     """`order_tokens` in the cube order of the region's grid, made on `device`.
 
-    Returns what stands for each value in the order, by the name of the value.
+    Returns what stands for each value in the order.
     """
     sizes = SizeWriter(gm.graph)
     where = [sizes.write(size) for size in region.grid]
@@ -39,12 +112,11 @@ def order_by_cubes(gm: GraphModule, region: OrderRegion, device: torch.device) -
         if isinstance(value := n.meta.get("example_value"), torch.Tensor) and value.device == device
     )
     with gm.graph.inserting_before(sizes.next_node()):
-        made = gm.graph.call_function(
-            torch.ops.ditopt.cube_order_v1.default, (like, *where, 0, length)
-        )
-        order, inverse = (gm.graph.call_function(operator.getitem, (made, i)) for i in range(2))
+        emit = Emitter(gm.graph, like)
+        made = emit.call(torch.ops.ditopt.cube_order_v1.default, like, *where, 0, length)
+        order, inverse = emit.unpack(made, 2)
     gathers = order_tokens(gm, region, order, inverse)
-    return {e.node.name: node for e, node in gathers.items() if e not in region.exits}
+    return {e.node: node for e, node in gathers.items() if e not in region.exits}
 
 
 def order_tokens(
@@ -112,8 +184,6 @@ def order_tokens(
         gathers[edge] = restored = _gather(graph, edge, index, before, "restored")
         for user in edge.users:
             user.replace_input_with(edge.node, restored)
-    graph.lint()
-    gm.recompile()
     return gathers
 
 
@@ -150,8 +220,7 @@ def _gather(graph: Graph, edge: TokenEdge, rows: Node, before: Node, name: str) 
             (edge.node, edge.dim, rows),
             name=f"{edge.node.name}_{name}",
         )
-    kept = ("stack_trace", "nn_module_stack")
-    node.meta = {key: edge.node.meta[key] for key in kept if key in edge.node.meta}
+    node.meta = {key: edge.node.meta[key] for key in ORIGIN if key in edge.node.meta}
     # A gather's result is contiguous whatever it read.
     node.meta["example_value"] = value.new_empty(value.shape)
     return node
@@ -174,13 +243,13 @@ class _Rows:
         return self._written[order, place]
 
     def _write(self, order: Node, place: Place, device: torch.device) -> Node:
-        call = self._graph.call_function
+        emit = Emitter(self._graph, order)
         pieces = []
         for start, stop in place:
             if stop is not None:
-                pieces.append(call(torch.arange, (start, stop), {"device": device}))
+                pieces.append(emit.call(torch.arange, start, stop, device=device))
             elif start == 0:
                 pieces.append(order)
             else:
-                pieces.append(call(operator.add, (order, start)))
-        return call(torch.cat, (pieces,))
+                pieces.append(emit.call(operator.add, order, start))
+        return emit.call(torch.cat, pieces)

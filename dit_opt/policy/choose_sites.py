@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch.fx import Node
 
 from dit_opt._compat import size_expression, size_hint
 from dit_opt.decisions import AttentionReason, LayoutSummary, SiteDecision
-from dit_opt.facts.anchors import layer_anchor
 from dit_opt.facts.graph import Facts
 from dit_opt.facts.layouts import Grid, Layout, SegmentKind, SiteKind, declare_grid
 from dit_opt.facts.masks import Mask, MaskKind
+from dit_opt.facts.provenance import layer_anchor
 from dit_opt.facts.sites import Site
 from dit_opt.options import OptionError, Options
 from dit_opt.policy import cost
@@ -75,6 +76,13 @@ def find_choices(facts: Facts, options: Options) -> tuple[Choice, ...]:
             "dense, or remove the cause."
         )
     return choices
+
+
+def find_sparse_sites(facts: Facts, options: Options) -> tuple[SparseSite, ...]:
+    """The sites to replace, as the graph has them now."""
+    sites = {site.node: site for site in facts.sites}
+    chosen = [c for c in facts.get(find_choices, facts, options) if c.sparse is not None]
+    return tuple(dataclasses.replace(c.sparse, site=sites[c.node]) for c in chosen)
 
 
 def mark_ordered(

@@ -49,28 +49,17 @@ class Dumper:
             self._folder = Path(folder) / f"graph_{number:02d}"
             self._folder.mkdir(parents=True)
 
-    @property
-    def folder(self) -> Path | None:
-        """Where this graph's files go; None where none are written."""
-        return self._folder
-
     def graph(self, name: str, gm: GraphModule) -> None:
         """Write one graph."""
         step = next(self._steps)
         if self._is_wanted():
             self._write(f"{step:02d}_{name}", ".py", _render(gm))
 
-    def text(self, name: str, text: str) -> None:
-        """Write one text, for instance a table of decisions."""
-        step = next(self._steps)
-        if self._is_wanted():
-            self._write(f"{step:02d}_{name}", ".txt", text)
-
     @contextmanager
     def around(self, name: str, gm: GraphModule, variant: str = "") -> Iterator[None]:
         """Write `gm` as it is before and after the body, which edits it in place, and the diff.
 
-        `variant` tells the phases of one graph apart.
+        `variant` tells the modes of one graph apart.
         """
         stem = f"{next(self._steps):02d}_{name}" + (f".{variant}" if variant else "")
         if not self._is_wanted():

@@ -26,6 +26,7 @@ class Emitter:
     def __init__(self, graph: Graph, like: Node) -> None:
         self.graph = graph
         self._origin = {key: like.meta[key] for key in ORIGIN if key in like.meta}
+        self._like = like.meta.get("example_value")
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A call of a function or an operator."""
@@ -48,13 +49,16 @@ class Emitter:
     def _describe(self, node: Node, function: Callable[..., Any]) -> Node:
         node.meta.update(self._origin)
         values = map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-        node.meta["example_value"] = evaluate(function, *values)
+        node.meta["example_value"] = evaluate(function, *values, like=self._like)
         return node
 
 
 def evaluate(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], like: Any = None
 ) -> Any:
-    """What a function returns for fake values; no guard is added."""
-    with without_guards([*args, *kwargs.values()]), torch.no_grad():
+    """What a function returns for fake values; no guard is added.
+
+    `like` is a fake tensor of the same graph, for a function that is given none.
+    """
+    with without_guards([*args, *kwargs.values(), like]), torch.no_grad():
         return function(*args, **kwargs)

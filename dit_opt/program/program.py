@@ -104,20 +104,6 @@ class Piece:
     arguments: tuple[int, ...]
 
 
-@dataclass
-class Variant:
-    """A copy of the main graph while it is lowered to a mode.
-
-    Attributes:
-        mode: what it is for. graph: the copy.
-        at: the node of the copy for each node of the main graph.
-    """
-
-    mode: Mode
-    graph: SlotGraph
-    at: dict[Node, Node]
-
-
 @dataclass(frozen=True)
 class LengthLimit:
     """A place that is worth its sparse modes only from `least` tokens on."""
@@ -126,8 +112,19 @@ class LengthLimit:
     least: int
 
 
-# Makes tables that a graph looks up, from the sizes `[len(sizes)]` of a call, on a device.
-PinnedTable: TypeAlias = "Callable[[list[int], torch.device], Any]"
+@dataclass(frozen=True)
+class PinnedTable:
+    """What the ops of a place look up: made before a variant runs, and kept at its address.
+
+    Attributes:
+        place: see `SlotRef`; None for a table of the whole graph.
+        sizes: what it is made from, evaluated in each call.
+        make: makes it from the values of `sizes`, on a device.
+    """
+
+    place: int | None
+    sizes: tuple[sympy.Expr, ...]
+    make: Callable[[list[int], torch.device], Any]
 
 
 @dataclass
@@ -140,8 +137,7 @@ class ModePlan:
         served_by: modes that the variant of another one serves.
         alarm: a FLAG slot; where it was raised, the next call searches.
         limits: a call in which every place is under its limit is dense.
-        pins: tables to be made before a variant runs and to be kept at their addresses, each with
-            the sizes that it is made from.
+        pins: tables that variants look up.
     """
 
     modes: frozenset[Mode] = frozenset({Mode.DENSE})
@@ -149,7 +145,23 @@ class ModePlan:
     served_by: dict[Mode, Mode] = field(default_factory=dict)
     alarm: SlotRef | None = None
     limits: list[LengthLimit] = field(default_factory=list)
-    pins: list[tuple[tuple[sympy.Expr, ...], PinnedTable]] = field(default_factory=list)
+    pins: list[PinnedTable] = field(default_factory=list)
+
+
+@dataclass
+class Variant:
+    """A copy of the main graph while it is lowered to a mode.
+
+    Attributes:
+        mode: what it is for. graph: the copy.
+        at: the node of the copy for each node of the main graph.
+        plan: the modes of the program.
+    """
+
+    mode: Mode
+    graph: SlotGraph
+    at: dict[Node, Node]
+    plan: ModePlan
 
 
 class Program:
@@ -179,7 +191,7 @@ class Program:
     def start_variant(self, mode: Mode) -> Variant:
         """A copy to be lowered to a mode; that of DENSE has none of the sparse passes."""
         graph, at = (self.dense if mode is Mode.DENSE else self.main).copy()
-        return Variant(mode, graph, at)
+        return Variant(mode, graph, at, self.plan)
 
 
 def _name(ref: SlotRef) -> str:

@@ -15,7 +15,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from dit_opt._compat import FloorDiv, Mod, PythonMod, size_expression
 
-
 # What torch writes sizes with; sympy has no exact integer forms of its own.
 _SIZE_FUNCTIONS = {
     "FloorDiv": operator.floordiv,

@@ -85,7 +85,9 @@ class SiteWriter:
         example: torch.Tensor = self.q.meta["example_value"]
         batch, heads, tokens, _ = example.shape
         axes = [(tokens + block - 1) // block for block in blocks]
-        return self.graph.read(self.ref(slot), example.new_empty((batch, heads, *axes), dtype=dtype))
+        return self.graph.read(
+            self.ref(slot), example.new_empty((batch, heads, *axes), dtype=dtype)
+        )
 
     def read_boost(self) -> Node | None:
         """How much more each head is to keep; None where no guard asks for it."""
@@ -194,9 +196,7 @@ def select_tokens(emit: Emitter, x: Node, rows: Node) -> Node:
     return emit.method("transpose", emit.call(torch.index_select, turned, 1, rows), 1, 2)
 
 
-def gather_heads(
-    site: SiteWriter, rows: Node
-) -> tuple[Node, Node, Node, Node | None]:
+def gather_heads(site: SiteWriter, rows: Node) -> tuple[Node, Node, Node, Node | None]:
     """Queries, keys, values and bias, each head in its own order."""
     ops, emit = torch.ops.ditopt, site.emit
     q, k, v = (emit.call(ops.gather_tokens_v1.default, x, rows) for x in (site.q, site.k, site.v))
@@ -204,5 +204,3 @@ def gather_heads(
     if bias is not None:
         bias = emit.call(ops.gather_bias_v1.default, bias, rows)
     return q, k, v, bias
-
-

@@ -1,35 +1,35 @@
-"""The callable that Dynamo runs: one graph, its phase variants and the state between calls."""
+"""The callable that Dynamo runs: one program, its compiled variants and the state between calls."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx import Graph
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit_opt.runtime.handover import Moment, Spans, tell, told_moment
-from dit_opt.runtime.schedule import Phase, Position, Schedule, choose_phase
-from dit_opt.runtime.state import (
-    Announcement,
-    LayerState,
-    LayerStates,
-    announcement_for,
-    remember,
-)
+from dit_opt._compat import size_expression
+from dit_opt.program.modes import Mode
+from dit_opt.program.program import Input, ModeInput, ModePlan, SlotGraph
+from dit_opt.program.signature import Signature
+from dit_opt.program.sizes import read_sizes
+from dit_opt.program.slots import Lives, SlotRead, SlotRef
+from dit_opt.runtime.clock import StepIndex, choose_mode
+from dit_opt.runtime.handover import CallTime, read_call_time, tag_outputs
+from dit_opt.runtime.scheduler_link import SchedulerLink, find_link
+from dit_opt.runtime.slot_store import CallKey, SlotStore, remember
 from dit_opt.runtime.streams import Stream
 
 log = logging.getLogger(__name__)
 
-# What a variant that is told by an input whether to search is told.
-_SEARCHES = {told: torch.tensor(told, device="cpu") for told in (False, True)}
-
-# Of plans that were made without any position.
-NO_RUN = (0, 0)
+# of calls whose step nothing tells
+NO_EPOCH = (0, 0)
+_FLAGS = {value: torch.tensor(value, device="cpu") for value in (False, True)}
 
 
 class GradientError(RuntimeError):
@@ -48,193 +48,193 @@ def refuse_gradients(args: tuple[Any, ...]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Wiring:
-    """What the arguments and outputs of a graph mean.
+class Compiled:
+    """A compiled graph and the state in its signature.
 
     Attributes:
-        outputs: number of outputs that belong to the graph itself.
-        timesteps: positions of the arguments that may be the timestep.
-        model: position of a parameter that identifies the model, if it has one.
-        layers: for each searching site, position of a parameter that identifies its layer.
-        state: what each searching site adds to the outputs, by phase: "plan" (once for each of its
-            tensors), "recall", "density", "kept", "error", "caught", "difference". The graph's own
-            outputs stand before.
-        heads: batch and heads of each searching site, from the arguments of a call.
-        layouts: (T, H, W, start, N) of each searching site, from the arguments of a call.
-        hold: makes the tables that the sites of a call look up on a device.
-        lengths: tokens of each replaced site, from the arguments of a call.
-        min_tokens: of each replaced site; a call in which every site is shorter stays dense.
-        blank_plan: makes, from batch, heads and tokens, what stands for the plan of a site in a
-            call that searches, where one variant searches and reuses, as an input tells it; None
-            where each phase has its own.
-        given: positions of the arguments that are not the model's own.
-        spans: how the tokens lie in the graph's outputs, by their position.
+        run: the compiled graph.
+        is_warm: Inductor's artifacts came from its cache.
+        outputs: the number of its outputs that are no state.
+        inputs: what it takes behind its own arguments, each with a reader of its shape.
+        writes: where its outputs behind its own go.
+
+    It keeps nothing of the graph that Inductor takes over but `inputs` and `writes`.
     """
 
-    outputs: int
-    timesteps: tuple[int, ...]
-    model: int | None
-    layers: tuple[int | None, ...]
-    state: Mapping[Phase, tuple[str, ...]]
-    heads: Callable[[tuple[Any, ...]], list[tuple[int, ...]]]
-    layouts: Callable[[tuple[Any, ...]], list[tuple[int, ...]]]
-    hold: Callable[[tuple[Any, ...], torch.device], Any]
-    lengths: Callable[[tuple[Any, ...]], list[int]]
-    min_tokens: tuple[int, ...]
-    blank_plan: Callable[[int, int, int], tuple[torch.Tensor, ...]] | None = None
-    given: tuple[int, ...] = ()
-    spans: Mapping[int, Spans] = field(default_factory=dict)
+    run: Callable[..., Any]
+    is_warm: bool = False
+
+    def __init__(self, graph: SlotGraph) -> None:
+        self.outputs = graph.outputs
+        self.inputs = tuple((given, _read_shape(given, graph.gm.graph)) for given in graph.inputs)
+        self.writes = tuple(graph.writes)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a program.
+
+    Attributes:
+        args: the main graph's own arguments.
+        model: the parameter that identifies the model, or what stands for it.
+        key: what tells it from other calls. device: where it runs.
+    """
+
+    args: tuple[Any, ...]
+    model: torch.Tensor
+    key: CallKey
+    device: torch.device
+
+    def owner_of(self, ref: SlotRef) -> torch.Tensor:
+        """The parameter that a slot's value belongs to."""
+        return self.model if ref.anchor is None else self.args[ref.anchor]
+
+
+@dataclass(frozen=True)
+class CompiledPiece:
+    """A piece of the program: it runs where what it writes is not valid."""
+
+    compiled: Compiled
+    arguments: tuple[int, ...]
 
 
 class Bound:
-    """A compiled graph bound to its schedule and its state.
+    """A program bound to its schedule and its state.
 
     Args:
-        compile_variant: compiles the graph for a phase and tells whether Inductor's cache had it;
-            called once per phase, on first use.
-        phases: variants that exist. Without a sparse one the graph stays as it is.
-        wiring: see Wiring.
-        schedule: when to run which phase.
-        record: what the backend decided, for reports; not read here.
+        compile_variant: compiles the graph of a mode; called once per mode, on first use.
+        signature: what arguments and outputs mean.
+        plan: the modes and when each is due. graph: that its sizes are expressions of.
+        record: what was decided about the graph, for reports; not read here.
+        pieces: run before the graph of any mode.
     """
 
     def __init__(
         self,
-        compile_variant: Callable[[Phase], tuple[Callable[..., Any], bool]],
-        phases: frozenset[Phase],
-        wiring: Wiring,
-        schedule: Schedule,
+        compile_variant: Callable[[Mode], Compiled],
+        signature: Signature,
+        plan: ModePlan,
+        graph: Graph,
         record: Any,
+        pieces: Sequence[CompiledPiece] = (),
     ) -> None:
         self.record = record
+        self.plan = plan
         self.warm: bool | None = None
-        self.states = LayerStates()
-        # how often each phase ran, by the parameter that identifies a model: one graph may serve
+        self.store = SlotStore()
+        # how often each mode ran, by the parameter that identifies a model: one graph may serve
         # several models of one class
         self.calls: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # by the sizes of a call: those that each pinned table is made from
+        self.pin_sizes: dict[tuple[int, ...], list[list[int]]] = {}
         self._compile_variant = compile_variant
-        self.phases = phases
-        self._wiring = wiring
-        reuses = Phase.REUSE in phases
-        self.schedule = schedule if reuses else dataclasses.replace(schedule, refresh_every=1)
-        # of each stream: whether the guard caught a head in its last call, on the device
-        self._caught: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._variants: dict[Phase, Callable[..., Any]] = {}
+        self._signature = signature
+        self._pieces = pieces
+        self._variants: dict[Mode, Compiled] = {}
         self._streams: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._held: dict[tuple[int, ...], Any] = {}
+        self._pinned: dict[tuple[int, ...], list[Any]] = {}
+        self._read_lengths = read_sizes([limit.tokens for limit in plan.limits], graph)
+        self._read_pins = [read_sizes(pin.sizes, graph) for pin in plan.pins]
         self._lock = threading.Lock()
         self._warned = False
         # stands in for the model where a graph has no parameters
         self._nobody = torch.empty(0)
 
     def forget(self) -> None:
-        """Drop plans, statistics and trajectories; compiled graphs stay."""
-        self.states = LayerStates()
+        """Drop the values of all slots, statistics and runs; compiled graphs stay."""
+        self.store = SlotStore()
         self.calls = WeakIdKeyDictionary()
         self._streams = WeakIdKeyDictionary()
-        self._caught = WeakIdKeyDictionary()
 
-    def variant(self, phase: Phase) -> Callable[..., Any]:
-        """The compiled graph of a phase."""
-        if phase is Phase.REUSE and self._wiring.blank_plan is not None:
-            phase = Phase.SEARCH
+    def variant(self, mode: Mode) -> Compiled:
+        """The compiled graph of a mode."""
+        mode = self.plan.served_by.get(mode, mode)
         with self._lock:
-            if phase not in self._variants:
-                log.debug("compiling the %s variant", phase.value)
-                self._variants[phase], warm = self._compile_variant(phase)
+            if mode not in self._variants:
+                log.debug("compiling the %s variant", mode.value)
+                self._variants[mode] = self._compile_variant(mode)
                 # the whole is as warm as its coldest variant
-                self.warm = warm and self.warm is not False
-            return self._variants[phase]
+                self.warm = self._variants[mode].is_warm and self.warm is not False
+            return self._variants[mode]
 
     def __call__(self, *args: Any) -> Any:
         refuse_gradients(args)
-        owner = self._nobody if self._wiring.model is None else args[self._wiring.model]
+        model = self._signature.model
+        owner = self._nobody if model is None else args[model]
         if owner not in self.calls:
-            self.calls[owner] = dict.fromkeys(Phase, 0)
-        # a thread, and the sizes of a dynamic graph, have trajectories of their own
-        steps = self._wiring.timesteps
-        sizes = (a for i, a in enumerate(args) if isinstance(a, int) and i not in steps)
-        stream = (threading.get_ident(), tuple(sizes))
-        moment = self._find_moment(owner, stream, args)
-        outputs = self._run(owner, stream, args, moment)
-        tell(outputs, self._wiring.spans, moment)
+            self.calls[owner] = dict.fromkeys(Mode, 0)
+        # a thread, and the sizes of a dynamic graph, have runs of their own
+        steps = self._signature.timesteps
+        sizes = tuple(a for i, a in enumerate(args) if isinstance(a, int) and i not in steps)
+        stream = (threading.get_ident(), sizes)
+        time = self._find_call_time(owner, stream, args)
+        needs_step = self.plan.modes != {Mode.DENSE} or self._pieces
+        index = time.step_index if time is not None and needs_step else None
+        key = CallKey(stream, sizes, 0, 0, NO_EPOCH)
+        if index is not None:
+            key = CallKey(stream, sizes, index.branch, index.step, index.epoch)
+        outputs = self._run(Call(args, owner, key, find_device(args)), index)
+        tag_outputs(outputs, self._signature.spans, time)
         return outputs
 
-    def _run(
-        self,
-        owner: torch.Tensor,
-        stream: tuple[int, tuple[int, ...]],
-        args: tuple[Any, ...],
-        moment: Moment | None,
-    ) -> Any:
-        """The graph's own outputs, by the variant of this moment."""
-        calls = self.calls[owner]
-        if self.phases == {Phase.OBSERVE}:
-            calls[Phase.OBSERVE] += 1
-            return self.variant(Phase.OBSERVE)(*args)
-        position = moment and moment.position
-        key = (*stream, position.branch if position else 0)
-        states = [
-            self.states.get(self._nobody if i is None else args[i], site, key)
-            for site, i in enumerate(self._wiring.layers)
-        ]
-        phase = self._phase(owner, args, key, position, states)
-        calls[phase] += 1
-        if phase is Phase.OBSERVE:
-            return self.variant(phase)(*args)
-        device = _find_device(args)
-        if device.type != "cpu" and stream[1] not in self._held:
-            # A CUDA graph knows tables by their addresses, for as long as it is replayed.
-            self._held[stream[1]] = self._wiring.hold(args, device)
-        out = self.variant(phase)(*args, *self._state_inputs(phase, args, position, states))
-        self._keep(owner, phase, args, key, position, states, out[self._wiring.outputs :])
-        return out[: self._wiring.outputs]
+    def _run(self, call: Call, index: StepIndex | None) -> Any:
+        """The graph's own outputs, by the variant that is due."""
+        mode = self._choose(call, index)
+        self.calls[call.model][mode] += 1
+        if mode is not Mode.DENSE:
+            self._pin(call)
+        for piece in self._pieces:
+            self._run_piece(piece, call)
+        compiled = self.variant(mode)
+        outputs = compiled.run(*call.args, *self._feed(compiled, mode, call, call.args))
+        if not compiled.writes:
+            return outputs
+        self._keep(compiled, mode, call, outputs[compiled.outputs :])
+        return outputs[: compiled.outputs]
 
-    def _find_moment(
+    def _find_call_time(
         self, owner: torch.Tensor, stream: Hashable, args: tuple[Any, ...]
-    ) -> Moment | None:
-        """When this call is: by its own timestep, by what was announced, or by an argument that an
-        earlier graph of the same call returned."""
-        announcement: Announcement | None = announcement_for(owner)
-        if not self._wiring.timesteps:
-            position = announcement.position if announcement else None
-            if position is not None:
-                return Moment(lambda: position)
-            return told_moment(args[i] for i in self._wiring.given)
-        steps = {i: args[i] for i in self._wiring.timesteps}
+    ) -> CallTime | None:
+        """When this call is: by its own timestep, by the hook around the model, or by an argument
+        that an earlier graph of the same call returned."""
+        link: SchedulerLink | None = find_link(owner)
+        if not self._signature.timesteps:
+            index = link.step_index if link else None
+            if index is not None:
+                return CallTime(lambda: index)
+            return read_call_time(args[i] for i in self._signature.user_inputs)
+        steps = {i: args[i] for i in self._signature.timesteps}
 
-        def locate() -> Position:
+        def locate() -> StepIndex:
             streams = self._streams.setdefault(owner, {})
-            current = streams.get(stream) or Stream(self._wiring.timesteps)
+            current = streams.get(stream) or Stream(self._signature.timesteps)
             remember(streams, stream, current)
-            return current.locate(steps, announcement.timesteps() if announcement else None)
+            return current.locate(steps, link.timesteps() if link else None)
 
-        return Moment(locate)
+        return CallTime(locate)
 
-    def _phase(
-        self,
-        owner: torch.Tensor,
-        args: tuple[Any, ...],
-        key: Hashable,
-        position: Position | None,
-        states: Sequence[LayerState | None],
-    ) -> Phase:
-        lengths = zip(self._wiring.lengths(args), self._wiring.min_tokens, strict=True)
-        if all(length < least for length, least in lengths):
-            return Phase.OBSERVE
-        if position is None and self.schedule.dense_steps:
+    def _choose(self, call: Call, index: StepIndex | None) -> Mode:
+        plan = self.plan
+        if plan.modes == {Mode.DENSE}:
+            return Mode.DENSE
+        lengths = zip(self._read_lengths(call.args), plan.limits, strict=True)
+        if all(length < limit.least for length, limit in lengths):
+            return Mode.DENSE
+        if index is None and plan.schedule.dense_steps:
             # nothing tells the step: the promise of a dense start is kept by staying dense
             self._warn_without_step()
-            return Phase.OBSERVE
-        run = position.plans if position else NO_RUN
-        has_plans = None not in self._wiring.layers and all(
-            s is not None and s.run == run for s in states
-        )
-        flag = self._caught.get(owner, {}).pop(key, None)
-        # read beside the timestep, when the call that made it is over
-        caught = flag is not None and bool(flag)
-        return choose_phase(position, self.schedule, has_plans, caught)
+            return Mode.DENSE
+        # read beside the timestep, when the call that raised it is over
+        alarmed = plan.alarm is not None and self.store.take_flag(call.model, plan.alarm, call.key)
+        return choose_mode(index, plan.schedule, self._has_plans(call), alarmed)
+
+    def _has_plans(self, call: Call) -> bool:
+        """Whether a search of this run has written all that lives as long as the run."""
+        search = self._variants.get(Mode.SEARCH)
+        if search is None or Mode.REUSE not in self.plan.modes:
+            return False
+        refs = (write.ref for write in search.writes if write.ref.slot.lives is Lives.RUN)
+        return all(self.store.find(call.owner_of(ref), ref, call.key) for ref in refs)
 
     def _warn_without_step(self) -> None:
         if not self._warned:
@@ -246,77 +246,65 @@ class Bound:
             )
         self._warned = True
 
-    def _state_inputs(
-        self,
-        phase: Phase,
-        args: tuple[Any, ...],
-        position: Position | None,
-        states: Sequence[LayerState | None],
+    def _pin(self, call: Call) -> None:
+        """Make the tables of the sizes of a call, where a CUDA graph may know their addresses."""
+        sizes = call.key.sizes
+        if sizes not in self.pin_sizes:
+            self.pin_sizes[sizes] = [read(call.args) for read in self._read_pins]
+        if call.device.type != "cpu" and sizes not in self._pinned:
+            found = zip(self.plan.pins, self.pin_sizes[sizes], strict=True)
+            self._pinned[sizes] = [pin.make(values, call.device) for pin, values in found]
+
+    def _run_piece(self, piece: CompiledPiece, call: Call) -> None:
+        compiled = piece.compiled
+        refs = [write.ref for write in compiled.writes]
+        if all(self.store.find(call.owner_of(ref), ref, call.key) for ref in refs):
+            return
+        own = tuple(call.args[i] for i in piece.arguments)
+        outputs = compiled.run(*own, *self._feed(compiled, Mode.DENSE, call, own))
+        self._keep(compiled, Mode.DENSE, call, outputs[compiled.outputs :])
+
+    def _feed(
+        self, compiled: Compiled, mode: Mode, call: Call, own: tuple[Any, ...]
     ) -> list[torch.Tensor]:
-        """What a variant takes beside the graph's own arguments, site after site."""
-        inputs: list[torch.Tensor] = []
-        device = _find_device(args)
-        heads = self._wiring.heads(args)
-        layouts = self._wiring.layouts(args)
-        make_blank = self._wiring.blank_plan
-        for site, state in enumerate(states):
-            if state is not None:
-                state.begin(position.plans if position else NO_RUN)
-            if make_blank is not None:
-                inputs.append(_SEARCHES[phase is Phase.SEARCH])
-            if phase is not Phase.SEARCH:
-                assert state is not None
-                # the state follows a model that was moved between calls
-                inputs += [part.to(device) for part in state.plan]
-                if phase is Phase.VERIFY:
-                    assert state.kept is not None
-                    inputs.append(state.kept.to(device))
-            elif make_blank is not None:
-                inputs += make_blank(*heads[site], layouts[site][-1])
-            elif "caught" in self._wiring.state[phase]:
-                boost = None if state is None else state.boost
-                if boost is None or boost.shape != heads[site]:
-                    boost = torch.ones(heads[site])
-                inputs.append(boost.to(device))
-        return inputs
+        """What a graph takes behind its own arguments."""
+        fed: list[torch.Tensor] = []
+        for given, read_shape in compiled.inputs:
+            if isinstance(given, ModeInput):
+                fed.append(_FLAGS[mode is given.mode])
+                continue
+            make = functools.partial(_make_blank, read_shape, own, given.example.dtype, call.device)
+            owner = call.owner_of(given.ref)
+            fed.append(self.store.read(owner, given.ref, call.key, call.device, make))
+        return fed
 
     def _keep(
-        self,
-        model: torch.Tensor,
-        phase: Phase,
-        args: tuple[Any, ...],
-        key: Hashable,
-        position: Position | None,
-        states: Sequence[LayerState | None],
-        extra: tuple[Any, ...],
+        self, compiled: Compiled, mode: Mode, call: Call, values: Sequence[torch.Tensor]
     ) -> None:
-        """Record what the sites of a variant returned."""
-        names, caught = self._wiring.state[phase], []
-        step, run = (position.step, position.plans) if position else (0, NO_RUN)
-        for site, (i, layout, state) in enumerate(
-            zip(self._wiring.layers, self._wiring.layouts(args), states, strict=True)
-        ):
-            owner = self._nobody if i is None else args[i]
-            values = extra[site * len(names) : (site + 1) * len(names)]
-            found = dict(zip(names, values, strict=True))
-            if phase is Phase.SEARCH:
-                plan = tuple(v for n, v in zip(names, values) if n == "plan")
-                search = (run, plan, found["recall"], found["density"])
-                state = self.states.add_search(owner, site, key, layout, *search)
-            else:
-                assert state is not None
-                state.record_reuse()
-            if "caught" in found:
-                check = (found["kept"], found["error"], found["caught"])
-                state.record_check(*check, searched=phase is Phase.SEARCH)
-                caught.append(found["caught"].any())
-            if "difference" in found:
-                state.differences[step] = found["difference"].clone()
-        if caught:
-            remember(self._caught.setdefault(model, {}), key, torch.stack(caught).any())
+        """Record what a graph returned behind its own outputs."""
+        for write, value in zip(compiled.writes, values, strict=True):
+            if not write.modes or mode in write.modes:
+                self.store.write(call.owner_of(write.ref), write.ref, call.key, value)
 
 
-def _find_device(args: tuple[Any, ...]) -> torch.device:
-    """Where a graph runs; some of its arguments may stay on the processor, as a timestep does."""
+def _read_shape(given: Input, graph: Graph) -> Callable[..., list[int]]:
+    """Reads the shape of a slot's value from the graph's own arguments."""
+    sizes = given.example.shape if isinstance(given, SlotRead) else ()
+    return read_sizes([size_expression(size) for size in sizes], graph)
+
+
+def _make_blank(
+    read_shape: Callable[..., list[int]],
+    own: tuple[Any, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    # may be written to in every mode of autograd
+    with torch.inference_mode(False):
+        return torch.empty(read_shape(own), dtype=dtype, device=device)
+
+
+def find_device(args: Sequence[Any]) -> torch.device:
+    """Where a graph runs; some of its arguments may stay on the CPU, as a timestep does."""
     devices = [a.device for a in args if isinstance(a, torch.Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

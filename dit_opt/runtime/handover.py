@@ -1,4 +1,4 @@
-"""What one graph tells the next, where Dynamo breaks a model apart.
+"""Tags on the tensors that a graph returns, where Dynamo breaks a model apart.
 
 The tensors that a graph returns are what the next one is given, and what is known of them goes with
 them: at which step they were made, and how their tokens lie. What Python makes of them in between
@@ -14,47 +14,47 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dit_opt.runtime.schedule import Position
+from dit_opt.runtime.clock import StepIndex
 
 # (dimension, ((tokens, their (T, H, W) or None), ...)) of a tensor; made by the facts, only handed
 # on here.
 Spans: TypeAlias = "tuple[tuple[int, tuple[tuple[int, tuple[int, int, int] | None], ...]], ...]"
 
 
-class Moment:
+class CallTime:
     """When a graph ran; its timestep is read from the device only if a later graph asks."""
 
-    def __init__(self, locate: Callable[[], Position | None]) -> None:
+    def __init__(self, locate: Callable[[], StepIndex | None]) -> None:
         self._locate = locate
 
     @functools.cached_property
-    def position(self) -> Position | None:
+    def step_index(self) -> StepIndex | None:
         return self._locate()
 
 
 _spans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_times: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def tell(outputs: Sequence[Any], spans: Mapping[int, Spans], moment: Moment | None) -> None:
+def tag_outputs(outputs: Sequence[Any], spans: Mapping[int, Spans], time: CallTime | None) -> None:
     """Note what is known of the tensors that a graph returned; `spans` by their position."""
     for i, output in enumerate(outputs):
         if not isinstance(output, torch.Tensor):
             continue
         if i in spans:
             _spans[output] = spans[i]
-        if moment is not None:
-            _moments[output] = moment
+        if time is not None:
+            _times[output] = time
 
 
-def told_spans(args: Iterable[tuple[int, Any]]) -> dict[int, Spans]:
+def read_spans(args: Iterable[tuple[int, Any]]) -> dict[int, Spans]:
     """How the tokens of arguments lie, by position, of those that an earlier graph returned."""
     return {i: _spans[arg] for i, arg in args if isinstance(arg, torch.Tensor) and arg in _spans}
 
 
-def told_moment(args: Iterable[Any]) -> Moment | None:
+def read_call_time(args: Iterable[Any]) -> CallTime | None:
     """When the first of the arguments that an earlier graph returned was made."""
     for arg in args:
-        if isinstance(arg, torch.Tensor) and arg in _moments:
-            return _moments[arg]
+        if isinstance(arg, torch.Tensor) and arg in _times:
+            return _times[arg]
     return None

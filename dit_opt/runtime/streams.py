@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dit_opt.runtime.schedule import Clock, Position, new_run
+from dit_opt.runtime.clock import Clock, StepIndex, new_run
 
 
 class Stream:
@@ -19,17 +19,17 @@ class Stream:
         self._chosen = candidates[0]
         self._values: dict[int, float] = {}
 
-    def locate(self, args: Mapping[int, Any], timesteps: list[float] | None) -> Position:
+    def locate(self, args: Mapping[int, Any], timesteps: list[float] | None) -> StepIndex:
         """Read the candidates, and tell the timestep from a guidance scale: it is in the
         scheduler's list, or else what changed last, the other one being constant."""
         read = read_timesteps({i: args[i] for i in self._clocks})
-        positions = {i: self._clocks[i].tick(t, timesteps, off) for i, (t, off) in read.items()}
+        indices = {i: self._clocks[i].tick(t, timesteps, off) for i, (t, off) in read.items()}
         if len(read) > 1:
-            self._choose({i: value for i, (value, _) in read.items()}, positions)
-        return positions[self._chosen]
+            self._choose({i: value for i, (value, _) in read.items()}, indices)
+        return indices[self._chosen]
 
-    def _choose(self, values: dict[int, float], positions: dict[int, Position]) -> None:
-        listed = [i for i, position in positions.items() if position.total is not None]
+    def _choose(self, values: dict[int, float], indices: dict[int, StepIndex]) -> None:
+        listed = [i for i, index in indices.items() if index.total is not None]
         likely = listed or list(values)
         changed = [i for i in likely if i in self._values and self._values[i] != values[i]]
         for group in (likely, changed):

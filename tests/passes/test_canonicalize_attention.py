@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dit_opt.facts.sites import Form, find_sites
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
-from dit_opt.passes.graph_edit import copy_graph
+from dit_opt.program.edit import copy_graph
 from tests import tiny_models
 from tests.graphs import capture_one
 

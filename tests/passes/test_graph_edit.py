@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dit_opt._compat import compile_with_inductor, size_expression
-from dit_opt.passes.graph_edit import append_outputs, append_placeholder, copy_graph, erase_unused
+from dit_opt.program.edit import append_outputs, append_placeholder, copy_graph, erase_unused
 from tests import tiny_models
 from tests.graphs import capture_one
 

@@ -14,7 +14,7 @@ from dit_opt import analysis
 from dit_opt.backend import ditopt
 from dit_opt.facts.sites import find_sites
 from dit_opt.options import OptionError
-from dit_opt.passes.graph_edit import copy_graph
+from dit_opt.program.edit import copy_graph
 from dit_opt.passes.qk_prologue import describe_prologues, fold_orders, fuse_prologues
 from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny

@@ -1,4 +1,4 @@
-"""Where in a denoising run a call stands, told by its timestep alone.
+"""Where in a denoising run a call stands, by its timestep alone.
 
 Pipelines do not announce steps. Between calls the timestep falls (or rises, in models that count
 the other way), stays equal for the next guidance branch, and jumps back for a new trajectory.
@@ -6,10 +6,11 @@ the other way), stays equal for the next guidance branch, and jumps back for a n
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from dit_opt.program.modes import Mode, Schedule
 
 # A first timestep below this noise level is not the start of a trajectory: a second transformer
 # takes over at 0.9 or less, and the coarsest usual spacing (ten "leading" steps) starts at 0.901.
@@ -23,27 +24,14 @@ LISTED = 1e-3
 MAX_BRANCHES = 4
 
 
-class Phase(enum.Enum):
-    """Which variant of a graph runs."""
-
-    # dense attention, the baseline's own kernel
-    OBSERVE = "observe"
-    # sparse attention, plans searched in this call
-    SEARCH = "search"
-    # sparse attention with the plans of an earlier call
-    REUSE = "reuse"
-    # the same, and the guard checks the plans first
-    VERIFY = "verify"
-
-
 @dataclass(frozen=True)
-class Position:
+class StepIndex:
     """Where one call stands.
 
     Attributes:
         run: a number of the denoising run that no other one of the process has.
-        plans: what plans have to share with a call to serve it: the run, and how often in it the
-            plans before were given up because they may be those of another one.
+        epoch: what state of an earlier call has to share with a call to serve it: the run, and how
+            often in it the state before was given up because it may be that of another run.
         step: timesteps seen since the run began, or the scheduler's own index where it is known.
         branch: 0 for the first call of a step, 1 for the second (unconditional) one, and so on.
         level: noise level in [0, 1]; 1 is pure noise.
@@ -52,7 +40,7 @@ class Position:
     """
 
     run: int
-    plans: tuple[int, int]
+    epoch: tuple[int, int]
     step: int
     branch: int
     level: float
@@ -69,7 +57,7 @@ def new_run() -> int:
 
 
 class Clock:
-    """Turns the timesteps of successive calls into positions.
+    """Turns the timesteps of successive calls into indices of steps.
 
     One clock follows one stream of calls: one model, thread and shape. Requests that take turns on
     one thread, at one shape, are one stream: their timesteps do not tell them apart, so they may
@@ -104,8 +92,8 @@ class Clock:
 
     def tick(
         self, timestep: float, timesteps: Sequence[float] | None = None, rounding: float = 0.0
-    ) -> Position:
-        """The position of a call with `timestep`.
+    ) -> StepIndex:
+        """The step of a call with `timestep`.
 
         Args:
             timesteps: the scheduler's, if known; another object for each run.
@@ -140,7 +128,7 @@ class Clock:
             place = (self._step, self._branch, level, first > START_LEVEL)
         else:
             place = (self._index, self._branch, level, True, len(timesteps))
-        return Position(self.run, (self.run, self._given_up), *place)
+        return StepIndex(self.run, (self.run, self._given_up), *place)
 
     def _continues(self, timestep: float) -> bool:
         """Whether a new timestep is the next step of the run (else a new run begins)."""
@@ -205,42 +193,33 @@ def find_step(timestep: float, timesteps: Sequence[float] | None, tolerance: flo
     return best
 
 
-def is_dense(position: Position | None, dense_steps: int | float) -> bool:
+def is_dense(index: StepIndex | None, dense_steps: int | float) -> bool:
     """Whether a call belongs to the dense start of its trajectory.
 
     `dense_steps` is a number of steps (int) or a share of the trajectory (float). A share of a run
     whose length is unknown is a share of the noise range: with shifted schedules that is more
     steps, never fewer. A run that was not seen from its start (a second transformer, image to
-    image) has its start behind it. Without any position (no timestep) nothing is dense unless
+    image) has its start behind it. Without one (no timestep) nothing is dense unless
     all is.
     """
-    if position is None:
+    if index is None:
         return False
     if isinstance(dense_steps, int):
-        return position.from_start and position.step < dense_steps
-    if position.total is not None:
-        return position.step < round(dense_steps * position.total)
-    return dense_steps > 0 and position.level > 1 - dense_steps
+        return index.from_start and index.step < dense_steps
+    if index.total is not None:
+        return index.step < round(dense_steps * index.total)
+    return dense_steps > 0 and index.level > 1 - dense_steps
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When to be dense, to search and to check; see `Options`. `verify_every` 0 checks nothing."""
-
-    dense_steps: int | float = 0
-    refresh_every: int = 1
-    verify_every: int = 0
-
-
-def choose_phase(
-    position: Position | None, schedule: Schedule, has_plan: bool, caught: bool = False
-) -> Phase:
+def choose_mode(
+    index: StepIndex | None, schedule: Schedule, has_plan: bool, caught: bool = False
+) -> Mode:
     """The graph variant for a call; `caught`: the guard found a head wrong in the last one."""
-    if is_dense(position, schedule.dense_steps):
-        return Phase.OBSERVE
-    if not has_plan or caught or schedule.refresh_every == 1 or position is None:
-        return Phase.SEARCH
-    if position.step % schedule.refresh_every == 0:
-        return Phase.SEARCH
-    checks = schedule.verify_every and position.step % schedule.verify_every == 0
-    return Phase.VERIFY if checks else Phase.REUSE
+    if is_dense(index, schedule.dense_steps):
+        return Mode.DENSE
+    if not has_plan or caught or schedule.refresh_every == 1 or index is None:
+        return Mode.SEARCH
+    if index.step % schedule.refresh_every == 0:
+        return Mode.SEARCH
+    checks = schedule.verify_every and index.step % schedule.verify_every == 0
+    return Mode.VERIFY if checks else Mode.REUSE

@@ -1,0 +1,207 @@
+"""Where the values of slots are kept between calls."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dit_opt.program.slots import Key, Lives, Reduce, Slot, SlotRef
+
+# Streams of calls (threads, sizes, branches) whose values are kept, of each slot at a place.
+KEPT_STREAMS = 64
+
+_lock = threading.Lock()
+
+
+def remember(entries: dict[Any, Any], key: Hashable, value: Any) -> None:
+    """Put an entry last, and forget those that were put longest ago."""
+    with _lock:
+        entries.pop(key, None)
+        entries[key] = value
+        while len(entries) > KEPT_STREAMS:
+            del entries[next(iter(entries))]
+
+
+@dataclass(frozen=True)
+class CallKey:
+    """What tells one call from another.
+
+    Attributes:
+        stream: the thread and the sizes of the call. sizes: the sizes alone.
+        branch, step: in its run.
+        epoch: what values of the lifetime RUN must share with a call to be valid in it.
+    """
+
+    stream: Hashable
+    sizes: tuple[int, ...]
+    branch: int
+    step: int
+    epoch: Hashable
+
+
+@dataclass
+class Entry:
+    """The value of a slot for one key.
+
+    Attributes:
+        value: the tensor; it keeps its address while its shape and device stay.
+        epoch: of the call that wrote it; None where nobody did, and it is blank.
+        version: of the parameter that it belongs to, when it was written.
+        writes: how often it was written.
+    """
+
+    value: torch.Tensor
+    epoch: Hashable = None
+    version: int | None = None
+    writes: int = 0
+
+
+class SlotStore:
+    """The values of all slots that one compiled graph reads and writes.
+
+    By the parameter that identifies a layer or a model, which is held weakly; then by slot, place
+    and the rest of the key. Of each slot at a place, those that were used last are kept.
+    """
+
+    def __init__(self) -> None:
+        self._by_owner: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def find(self, owner: torch.Tensor, ref: SlotRef, call: CallKey) -> Entry | None:
+        """The valid entry that a call would read; it is the last one used from now on."""
+        entries = self._by_owner.get(owner, {}).get((ref.slot, ref.place), {})
+        key = _pick(ref.slot, call)
+        entry = entries.get(key)
+        if entry is None:
+            return None
+        remember(entries, key, entry)
+        return entry if _is_valid(ref.slot, entry, owner, call) else None
+
+    def read(
+        self,
+        owner: torch.Tensor,
+        ref: SlotRef,
+        call: CallKey,
+        device: torch.device,
+        make: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """The value for a call, on a device; `make` makes a blank one where none is valid.
+
+        Raises LookupError where none is and the slot has no blank: the graph may not run yet.
+        """
+        entry = self.find(owner, ref, call)
+        if entry is None:
+            return self._fill(owner, ref, call, make)
+        # follows a model that was moved between calls
+        if entry.value.device != device:
+            entry.value = entry.value.to(device)
+        return entry.value
+
+    def write(self, owner: torch.Tensor, ref: SlotRef, call: CallKey, value: torch.Tensor) -> None:
+        """Keep what a graph returned. Copies: a CUDA graph reuses the memory of its outputs."""
+        slots = self._by_owner.setdefault(owner, {})
+        entries = slots.setdefault((ref.slot, ref.place), {})
+        key = _pick(ref.slot, call)
+        entry = entries.get(key)
+        if entry is None or not _is_writable(entry.value, value):
+            entry = Entry(_keep(value))
+        elif ref.slot.reduce is Reduce.REPLACE or not _is_valid(ref.slot, entry, owner, call):
+            entry.value.copy_(value)
+        else:
+            _combine(ref.slot.reduce, entry.value, value)
+        entry.epoch, entry.version = call.epoch, _read_version(ref.slot, owner)
+        entry.writes += 1
+        remember(entries, key, entry)
+
+    def take_flag(self, owner: torch.Tensor, ref: SlotRef, call: CallKey) -> bool:
+        """Whether a FLAG was raised since it was taken last. Waits for the device."""
+        entries = self._by_owner.get(owner, {}).get((ref.slot, ref.place), {})
+        entry = entries.pop(_pick(ref.slot, call), None)
+        return entry is not None and bool(entry.value)
+
+    def count_bytes(self) -> dict[str, int]:
+        """Memory by slot name."""
+        found: dict[str, int] = {}
+        for _, (slot, _), _, entry in self:
+            found[slot.name] = found.get(slot.name, 0) + entry.value.nbytes
+        return found
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, tuple[Slot, int], tuple[Any, ...], Entry]]:
+        """(owner, (slot, place), rest of the key, entry) of all that is kept."""
+        for owner, slots in list(self._by_owner.items()):
+            for where, entries in list(slots.items()):
+                for key, entry in list(entries.items()):
+                    yield owner, where, key, entry
+
+    def _fill(
+        self,
+        owner: torch.Tensor,
+        ref: SlotRef,
+        call: CallKey,
+        make: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """A blank value, at the address of an invalid one where that has its shape."""
+        blank = ref.slot.blank
+        if blank is None:
+            raise LookupError(
+                f"Slot {ref.slot.name!r} has no value for this call and no blank one; a graph that "
+                "reads it may run only after one that writes it."
+            )
+        entries = self._by_owner.setdefault(owner, {}).setdefault((ref.slot, ref.place), {})
+        key = _pick(ref.slot, call)
+        entry, fresh = entries.get(key), make()
+        if entry is None or not _is_writable(entry.value, fresh):
+            entry = Entry(fresh)
+        entry.value.fill_(blank)
+        entry.epoch = None
+        remember(entries, key, entry)
+        return entry.value
+
+
+def _pick(slot: Slot, call: CallKey) -> tuple[Any, ...]:
+    """What of a call is in a slot's key: (stream, branch, step), None for what is not."""
+    return (
+        call.stream if Key.STREAM in slot.key else None,
+        call.branch if Key.BRANCH in slot.key else None,
+        call.step if Key.STEP in slot.key else None,
+    )
+
+
+def _is_valid(slot: Slot, entry: Entry, owner: torch.Tensor, call: CallKey) -> bool:
+    if not entry.writes or entry.epoch is None:
+        return False
+    if slot.lives is Lives.RUN:
+        return entry.epoch == call.epoch
+    return slot.lives is Lives.PROCESS or entry.version == _read_version(slot, owner)
+
+
+def _read_version(slot: Slot, owner: torch.Tensor) -> int | None:
+    if slot.lives is not Lives.WEIGHTS or owner.is_inference():
+        return None
+    return owner._version
+
+
+def _is_writable(kept: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a value can take the place of a kept one, at its address."""
+    if kept.device != value.device or kept.dtype != value.dtype:
+        return False
+    return kept.shape == value.shape
+
+
+def _keep(value: torch.Tensor) -> torch.Tensor:
+    """A copy that may be written to in every mode of autograd."""
+    with torch.inference_mode(False), torch.no_grad():
+        return value.clone()
+
+
+def _combine(reduce: Reduce, kept: torch.Tensor, value: torch.Tensor) -> None:
+    if reduce is Reduce.SUM:
+        kept.add_(value)
+    elif reduce is Reduce.MAX:
+        torch.maximum(kept, value, out=kept)
+    else:
+        kept.logical_or_(value)
