@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from torch.fx import GraphModule
 
 from dit_opt import passes
-from dit_opt._compat import cache_counts, compile_with_inductor
 from dit_opt.decisions import GraphRecord
 from dit_opt.facts.graph import Facts, InputHints
 from dit_opt.facts.token_ids import TokenIds
@@ -24,10 +22,10 @@ from dit_opt.options import Options
 from dit_opt.passes.base import Lowering, run
 from dit_opt.program.dump import Dumper
 from dit_opt.program.edit import copy_graph
-from dit_opt.program.modes import Mode
-from dit_opt.program.program import ModePlan, Program, SlotGraph
+from dit_opt.program.program import Program
 from dit_opt.program.signature import Signature, find_user_inputs, read_signature
-from dit_opt.runtime.bound import Bound, Compiled, CompiledPiece, find_device, refuse_gradients
+from dit_opt.runtime.bound import Bound, find_device, refuse_gradients
+from dit_opt.runtime.compiler import VariantCompiler
 from dit_opt.runtime.registry import register, reset
 from dit_opt.runtime.specialize import LayoutHints, LayoutSpecializer, read_hints
 from dit_opt.runtime.token_ids import read_grid
@@ -116,43 +114,27 @@ def _bind(
     record: GraphRecord,
 ) -> Bound:
     """The program with its variants, each compiled on first use."""
-    program, patches = lowering.program, options.inductor_patches()
+    program = lowering.program
     fakes = _fake_inputs(gm, inputs)
-    examples, lock = inputs, threading.Lock()
-
-    def compile_graph(graph: SlotGraph, arguments: Sequence[int] | None = None) -> Compiled:
-        with lock:
-            own = examples if arguments is None else [examples[i] for i in arguments]
-            given = [i.node.meta["example_value"] for i in graph.inputs]
-            hits, _ = cache_counts()
-            # the slots are read off a graph before Inductor takes it over
-            compiled = Compiled(graph)
-            compiled.run = compile_with_inductor(graph.gm, [*own, *given], patches)
-            compiled.is_warm = cache_counts()[0] > hits
-            return compiled
-
     if record.replaced and find_device(fakes).type == "cpu":
         build_ahead()
-    pieces = [
-        CompiledPiece(compile_graph(piece.graph, piece.arguments), piece.arguments)
-        for piece in program.pieces
-    ]
+    compiler = VariantCompiler(inputs, options.inductor_patches())
     bound = Bound(
-        lambda mode: compile_graph(lowering.make_variant(mode).graph),
+        lambda mode: compiler.compile(lowering.make_variant(mode).graph),
         signature,
         program.plan,
         program.main.gm.graph,
         record,
-        pieces,
+        [compiler.compile_piece(piece) for piece in program.pieces],
     )
     # While Dynamo traces, the symbols of a graph may still gain guards; later they may not. A
     # static graph has none, so its variants can wait for their first use.
-    modes = program.plan.modes if _has_symbols(gm, inputs) else {_find_first_mode(program.plan)}
+    modes = program.plan.modes if _has_symbols(gm, inputs) else {program.plan.first_mode}
     for mode in sorted(modes, key=lambda m: m.value):
         bound.variant(mode)
     # What waits is compiled outside of Dynamo's tracing, where real inputs would be given dynamic
     # shapes; and they would stay alive until then. Fake ones have the shapes that Dynamo proved.
-    examples = fakes
+    compiler.inputs = fakes
     return bound
 
 
@@ -169,11 +151,6 @@ def _has_symbols(gm: GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether a graph has sizes or numbers that are known only when it runs."""
     reads = gm.graph.find_nodes(op="call_method", target="item")
     return bool(reads) or any(isinstance(i, torch.SymInt) for i in inputs)
-
-
-def _find_first_mode(plan: ModePlan) -> Mode:
-    sparse_first = Mode.SEARCH in plan.modes and not plan.schedule.dense_steps
-    return Mode.SEARCH if sparse_first else Mode.DENSE
 
 
 ditopt.reset = reset  # type: ignore[attr-defined]

@@ -15,10 +15,6 @@ from dit_opt.inspect.records import GraphReport, GuardReport, LayerReport
 from dit_opt.inspect.text import render_report
 from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.passes.sparse_attention import (
-    BOOST,
-    CAUGHT,
-    CHECKED_ERROR,
-    CHECKED_MASS,
     DENSITY,
     DIFFERENCE,
     PLAN_DENSITY,
@@ -27,6 +23,8 @@ from dit_opt.passes.sparse_attention import (
 from dit_opt.program.modes import Mode
 from dit_opt.program.slots import Slot
 from dit_opt.routers import KEEP_ALL, find_router
+from dit_opt.routers.base import BOOST
+from dit_opt.routers.guard import CAUGHT, CHECKED_ERROR, CHECKED_MASS
 from dit_opt.runtime.bound import Bound
 from dit_opt.runtime.registry import live_bounds
 from dit_opt.runtime.slot_store import Entry

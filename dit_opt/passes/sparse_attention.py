@@ -5,7 +5,6 @@ Whether and how was decided before (`policy.choose_sites`); which blocks are kep
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Sequence
 
@@ -24,12 +23,8 @@ from dit_opt.program.modes import Mode, Schedule
 from dit_opt.program.program import LengthLimit, PinnedTable, Program, Variant
 from dit_opt.program.sizes import SizeWriter
 from dit_opt.program.slots import Key, Lives, Reduce, Slot, SlotRef
-from dit_opt.routers.base import BLOCK_K, BLOCK_Q, BOOST, Routed, SiteWriter
-
-# What the guard lets a plan keep less than it did when it was made, or than was asked for.
-SLACK = 0.05
-# A head that was caught so often in a run stays dense to its end.
-CATCHES_TO_DENSE = 3
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q, Routed, SiteWriter
+from dit_opt.routers.guard import CheckRule, write_check
 
 _OF_PROCESS = {"lives": Lives.PROCESS, "reduce": Reduce.SUM}
 # Statistics, float32 [B, H]: density of every sparse call as executed, 1 for a head that the guard
@@ -44,12 +39,6 @@ DIFFERENCE = Slot(
     key=frozenset({Key.LAYER, Key.BRANCH, Key.STREAM, Key.STEP}),
     lives=Lives.PROCESS,
 )
-# the mass that the plan in use kept on the guard's rows when it was made
-PLAN_MASS = Slot("guard.plan_mass")
-# sums over the guard's checks: mass kept, error, and 1 for each head that was caught
-CHECKED_MASS = Slot("guard.mass", **_OF_PROCESS)
-CHECKED_ERROR = Slot("guard.error", **_OF_PROCESS)
-CAUGHT = Slot("guard.caught", **_OF_PROCESS)
 # whether any head of the graph was caught in the last call
 ALARM = Slot(
     "guard.alarm", frozenset({Key.BRANCH, Key.STREAM}), lives=Lives.PROCESS, reduce=Reduce.FLAG
@@ -263,7 +252,7 @@ class _SiteRewriter:
         else:
             density = site.read(PLAN_DENSITY, dtype=torch.float32)
         if self._guarded:
-            return self._write_check(sparse, site, routed, density)
+            return self._check(sparse, site, routed, density)
         self._graph.write(site.ref(DENSITY), density)
         return routed
 
@@ -282,40 +271,15 @@ class _SiteRewriter:
         self._graph.write(site.ref(DENSITY), density)
         return routed
 
-    def _write_check(
-        self, sparse: SparseSite, site: SiteWriter, routed: Routed, density: Node
-    ) -> Routed:
-        """The guard: dense rows beside the plan's; heads that keep too little get every block.
-
-        A head that was caught may drop half of what it might before, and none at all after
-        `CATCHES_TO_DENSE` times in a run.
-        """
-        emit, graph, searches = site.emit, self._graph, self._mode is Mode.SEARCH
-        expected = None
-        if not searches:
-            expected = site.read(PLAN_MASS, dtype=torch.float32)
-        elif not sparse.goal.by_density:
-            expected = emit.call(torch.full_like, routed.recall, sparse.goal.target)
-        lists = (routed.counts, routed.indices, routed.bias)
-        rule = (sparse.scale, expected, SLACK, BLOCK_Q, BLOCK_K)
-        checked = emit.call(
-            torch.ops.ditopt.guard_plan_v1.default, routed.q, routed.k, routed.v, *lists, *rule
-        )
-        counts, indices, mass, error, caught = emit.unpack(checked, 5)
-        boost = site.read(BOOST, dtype=torch.float32)
-        is_dense = emit.call(operator.ge, boost, 2.0 ** (CATCHES_TO_DENSE - 1))
-        doubled = emit.call(operator.mul, boost, 2)
-        raised = emit.method("masked_fill", doubled, is_dense, torch.inf)
-        is_caught = emit.call(operator.gt, caught, 0)
-        graph.write(site.ref(BOOST), emit.call(torch.where, is_caught, raised, boost))
-        if searches:
-            graph.write(site.ref(PLAN_MASS), mass)
-        for slot, node in ((CHECKED_MASS, mass), (CHECKED_ERROR, error), (CAUGHT, caught)):
-            graph.write(site.ref(slot), node)
-        ones = emit.call(torch.ones_like, density)
-        graph.write(site.ref(DENSITY), emit.call(torch.where, is_caught, ones, density))
+    def _check(self, sparse: SparseSite, site: SiteWriter, routed: Routed, density: Node) -> Routed:
+        """Let the guard check the plan, which goes on with every block for heads it caught."""
+        rule = CheckRule(sparse.scale, self._mode is Mode.SEARCH, sparse.goal)
+        checked, is_caught = write_check(site, routed, rule)
+        emit = site.emit
+        executed = emit.method("masked_fill", density, is_caught, 1.0)
+        self._graph.write(site.ref(DENSITY), executed)
         self._caught.append(emit.method("any", is_caught))
-        return dataclasses.replace(routed, counts=counts, indices=indices)
+        return checked
 
     def _attend(self, sparse: SparseSite, site: SiteWriter, routed: Routed) -> Node:
         emit, ops, tail = site.emit, torch.ops.ditopt, ()

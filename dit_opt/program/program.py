@@ -147,6 +147,12 @@ class ModePlan:
     limits: list[LengthLimit] = field(default_factory=list)
     pins: list[PinnedTable] = field(default_factory=list)
 
+    @property
+    def first_mode(self) -> Mode:
+        """The mode of the first call of a run."""
+        sparse_first = Mode.SEARCH in self.modes and not self.schedule.dense_steps
+        return Mode.SEARCH if sparse_first else Mode.DENSE
+
 
 @dataclass
 class Variant:

@@ -13,13 +13,13 @@ import torch
 from torch.fx import Graph
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit_opt._compat import size_expression
 from dit_opt.program.modes import Mode
-from dit_opt.program.program import Input, ModeInput, ModePlan, SlotGraph
+from dit_opt.program.program import ModeInput, ModePlan
 from dit_opt.program.signature import Signature
 from dit_opt.program.sizes import read_sizes
-from dit_opt.program.slots import Lives, SlotRead, SlotRef
+from dit_opt.program.slots import Lives, SlotRef
 from dit_opt.runtime.clock import StepIndex, choose_mode
+from dit_opt.runtime.compiler import Compiled, CompiledPiece, ShapeReader
 from dit_opt.runtime.handover import CallTime, read_call_time, tag_outputs
 from dit_opt.runtime.scheduler_link import SchedulerLink, find_link
 from dit_opt.runtime.slot_store import CallKey, SlotStore, remember
@@ -48,28 +48,6 @@ def refuse_gradients(args: tuple[Any, ...]) -> None:
         )
 
 
-class Compiled:
-    """A compiled graph and the state in its signature.
-
-    Attributes:
-        run: the compiled graph.
-        is_warm: Inductor's artifacts came from its cache.
-        outputs: the number of its outputs that are no state.
-        inputs: what it takes behind its own arguments, each with a reader of its shape.
-        writes: where its outputs behind its own go.
-
-    It keeps nothing of the graph that Inductor takes over but `inputs` and `writes`.
-    """
-
-    run: Callable[..., Any]
-    is_warm: bool = False
-
-    def __init__(self, graph: SlotGraph) -> None:
-        self.outputs = graph.outputs
-        self.inputs = tuple((given, _read_shape(given, graph.gm.graph)) for given in graph.inputs)
-        self.writes = tuple(graph.writes)
-
-
 @dataclass(frozen=True)
 class Call:
     """One call of a program.
@@ -88,14 +66,6 @@ class Call:
     def owner_of(self, ref: SlotRef) -> torch.Tensor:
         """The parameter that a slot's value belongs to."""
         return self.model if ref.anchor is None else self.args[ref.anchor]
-
-
-@dataclass(frozen=True)
-class CompiledPiece:
-    """A piece of the program: it runs where what it writes is not valid."""
-
-    compiled: Compiled
-    arguments: tuple[int, ...]
 
 
 class Bound:
@@ -287,14 +257,8 @@ class Bound:
                 self.store.write(call.owner_of(write.ref), write.ref, call.key, value)
 
 
-def _read_shape(given: Input, graph: Graph) -> Callable[..., list[int]]:
-    """Reads the shape of a slot's value from the graph's own arguments."""
-    sizes = given.example.shape if isinstance(given, SlotRead) else ()
-    return read_sizes([size_expression(size) for size in sizes], graph)
-
-
 def _make_blank(
-    read_shape: Callable[..., list[int]],
+    read_shape: ShapeReader,
     own: tuple[Any, ...],
     dtype: torch.dtype,
     device: torch.device,
