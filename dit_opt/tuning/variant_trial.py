@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from dit_opt.tune_inputs import BLOCK_Q, Workload, attend, make_inputs
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
 from dit_opt.kernels.block_sparse_attention.tuning import TOLERANCE
+from dit_opt.tuning.inputs import BLOCK_Q, Workload, attend, make_inputs
 
 # How often the output must be right: not every order of the warps shows a race.
 REPEATS = 20
@@ -47,7 +47,7 @@ def prove(
         "block_k": block_k,
         "device": str(device),
     }
-    command = [sys.executable, "-m", "dit_opt.variant_trial", json.dumps(request)]
+    command = [sys.executable, "-m", "dit_opt.tuning.variant_trial", json.dumps(request)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:

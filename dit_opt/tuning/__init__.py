@@ -1,0 +1,1 @@
+"""Measure the candidates of the attention kernel on the GPU of this machine."""
