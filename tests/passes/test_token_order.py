@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_opt.facts.order import OrderRegion
-from dit_opt.program.edit import append_placeholder, copy_graph
 from dit_opt.passes.token_order import order_tokens
+from dit_opt.program.edit import append_placeholder, copy_graph
 from tests import tiny_models
 from tests.orders import (
     CHANNELS,
