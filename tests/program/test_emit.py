@@ -65,7 +65,7 @@ def test_every_node_has_a_value_a_module_and_a_line(dynamic):
 
 
 def test_no_guard_is_added_by_a_comparison_of_sizes():
-    gm, linear, emit = make(dynamic=True)
+    _, linear, emit = make(dynamic=True)
     environment = linear.meta["example_value"].shape[0].node.shape_env
     before = len(environment.guards)
 

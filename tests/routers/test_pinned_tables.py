@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.runtime.registry import live_bounds
 from dit_opt.kernels import token_order
 from dit_opt.kernels.routers import frame_tile, head_orders, plan, sample, tables
+from dit_opt.runtime.registry import live_bounds
 from tests.tiny_models import cogvideox, flux, hunyuan_video, wan
 from tests.trajectories import compiled, run_trajectory
 
