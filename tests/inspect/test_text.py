@@ -1,21 +1,19 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import sympy
 
-from dit_opt.decisions import GraphRecord, AttentionReason
+from dit_opt.decisions import AttentionReason, GraphRecord
 from dit_opt.inspect.differences import suggest_dense
+from dit_opt.inspect.records import GraphReport, GuardReport, LayerReport
 from dit_opt.inspect.text import (
     render_decisions,
-    render_json,
     render_records,
     render_report,
     summarise,
 )
-from dit_opt.inspect.report import GraphReport, LayerReport
-from tests.test_decisions import make_decision
+from tests.test_decisions import make_decision, make_record
 
 CROSS = make_decision(
     site=4,
@@ -81,21 +79,17 @@ def test_no_sites():
 
 
 def test_summary():
-    record = GraphRecord((make_decision(), CROSS, replace(CROSS, site=5)))
+    record = make_record(make_decision(), CROSS, replace(CROSS, site=5))
     line = "ditopt: 1 of 3 attention sites replaced (left alone: CROSS_ATTENTION 2)"
     assert summarise(record) == line
-    assert summarise(GraphRecord((make_decision(),))) == "ditopt: 1 of 1 attention sites replaced"
-
-
-def test_json():
-    record = GraphRecord((make_decision(), CROSS), "timestep")
-    assert json.loads(render_json(record)) == record.to_json()
+    assert summarise(make_record(make_decision())) == "ditopt: 1 of 1 attention sites replaced"
 
 
 def test_records_of_several_graphs():
-    with_sites = GraphRecord((make_decision(), CROSS), "timestep")
+    with_sites = make_record(make_decision(), CROSS, timestep="timestep", summary="Moved once.")
     text = render_records([with_sites, GraphRecord(()), with_sites])
     assert text.count("1 of 2 attention sites replaced") == 2
+    assert text.count("; Moved once.") == 2
     assert "graph 0 of 3" in text and "graph 2 of 3" in text and "timestep: timestep" in text
     assert text.endswith("1 more graph without attention.")
     assert render_records([GraphRecord(())] * 2) == "No attention site in 2 graphs."
@@ -116,7 +110,7 @@ def test_report():
         guard=None,
         differences={},
     )
-    record = GraphRecord((make_decision(), CROSS))
+    record = make_record(make_decision(), CROSS)
     graph = GraphReport(record, {"dense": 10, "search": 40}, (layer,), warm=True)
     text = render_report([graph], 0.25)
     assert "warm cache; calls: dense 10, search 40" in text
@@ -141,11 +135,23 @@ def test_what_is_not_a_number_differs_and_is_named():
     text = suggest_dense([whole, broken])
     assert "not a number, first at step 2, in blocks.1.attn1." in text
     assert "consider dense_steps=3." in text
-    graph = GraphReport(GraphRecord((make_decision(),)), {}, (whole, broken), warm=None)
+    graph = GraphReport(make_record(make_decision()), {}, (whole, broken), warm=None)
     assert text in render_report([graph], 0.25)
 
 
 def test_report_of_nothing():
     assert "has not run under ditopt" in render_report([], None)
-    cold = GraphReport(GraphRecord((CROSS,)), {}, (), warm=None)
+    cold = GraphReport(make_record(CROSS), {}, (), warm=None)
     assert "not compiled yet; calls: none" in render_report([cold], None)
+
+
+def test_what_the_guard_found_is_in_its_layers_row():
+    guard = GuardReport(checks=4, kept=0.875, error=0.0625, caught=3, dense_heads=0)
+    layers = [
+        replace(make_layer(f"blocks.{i}.attn1", {}), guard=found)
+        for i, found in enumerate((guard, replace(guard, dense_heads=2), None))
+    ]
+    graph = GraphReport(make_record(make_decision()), {}, tuple(layers), warm=None)
+    found = [row for row in render_report([graph], 0.25).splitlines() if "to_q.weight" in row]
+    assert "kept 0.875, error 0.062, caught 3" in found[0] and "dense" not in found[0]
+    assert "caught 3, dense 2" in found[1] and found[2].rstrip().endswith("off")

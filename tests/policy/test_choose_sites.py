@@ -1,4 +1,4 @@
-"""Each reason that this policy gives, on a site that differs in nothing else from a replaced one."""
+"""Each reason, on a site that differs in nothing else from one that is replaced."""
 
 from __future__ import annotations
 
