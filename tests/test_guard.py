@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import dit_opt
+from dit_opt.passes.sparse_attention import PLAN_DENSITY
+from dit_opt.routers.base import BOOST
+from dit_opt.routers.frame_tile import PLANNED_BOOST
 from dit_opt.runtime.registry import live_bounds
 from tests.trajectories import big_wan, compiled
 
@@ -60,14 +63,15 @@ def test_a_frame_tile_head_that_is_dense_is_so_in_every_step(monkeypatch):
     tiny = peaked_wan()
     options = {**ASKED, "density": 0.6, "router": "frame_tile", "verify_every": 1}
     # every check of a plan that lives on catches every head
-    monkeypatch.setattr("dit_opt.passes.sparse_attention.SLACK", -2.0)
+    monkeypatch.setattr("dit_opt.routers.guard.SLACK", -2.0)
     sample(tiny, compiled(tiny.model, **options))
     (graph,) = dit_opt.report(tiny.model).graphs
     parameters = {id(p) for p in tiny.model.parameters()}
-    found = [entry for bound in live_bounds() for entry in bound.states]
-    states = [state for owner, _, state in found if id(owner) in parameters]
-    assert states and all((s.boost == torch.inf).all() for s in states)
-    assert all((s.last_density == 1).all() and (s.plan[0] == torch.inf).all() for s in states)
+    found = [entry for bound in live_bounds() for entry in bound.store]
+    values = [(slot, e.value) for owner, (slot, _), _, e in found if id(owner) in parameters]
+    for slot, number in ((BOOST, torch.inf), (PLANNED_BOOST, torch.inf), (PLAN_DENSITY, 1)):
+        kept = [value for other, value in values if other is slot]
+        assert len(kept) == 2 and all((value == number).all() for value in kept)
     assert graph.calls["verify"] > 3
 
 

@@ -6,13 +6,19 @@ import pytest
 import torch
 
 import dit_opt
-from dit_opt import analysis
-from dit_opt.facts.order import OrderRefusal, OrderRegion
+from dit_opt.facts.order import OrderRefusal
 from dit_opt.facts.order_modes import OrderReason
 from dit_opt.kernels.routers.head_orders import ORDER_NAMES
+from dit_opt.passes import token_order
 from tests import tiny_models
 from tests.tiny_models import wan
-from tests.trajectories import big_wan, compiled, relative_error, run_trajectory
+from tests.trajectories import (
+    big_wan,
+    compiled,
+    relative_error,
+    run_trajectory,
+    summary_of,
+)
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -26,7 +32,7 @@ KEEP_ALL = {"min_tokens": 0, "dense_steps": 0, "quality": 0.999999}
 def no_order(monkeypatch):
     """Leaves the gathers at each attention call."""
     refusal = OrderRefusal(OrderReason.NO_GRID)
-    monkeypatch.setattr(analysis, "_find_order", lambda *_: refusal)
+    monkeypatch.setattr(token_order, "find_order_region", lambda *_: refusal)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +66,8 @@ def test_orders_of_heads_live_from_search_to_search(router, tail):
     assert relative_error(outs[0], dense[0]) < 1e-6
     assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
     (graph,) = dit_opt.report(tiny.model).graphs
-    assert graph.calls == {"dense": 1, "search": 2, "reuse": 1} and graph.record.order == ""
+    assert graph.calls == {"dense": 1, "search": 2, "reuse": 1}
+    assert summary_of(graph.record, "token_order") == ""
     for row in graph.layers:
         assert 0.25 < row.density <= 0.5 + ROUNDING and row.density < row.recall <= 1
         assert set(row.heads) <= set(ORDER_NAMES) and sum(row.heads.values()) == 2
@@ -98,7 +105,7 @@ def test_keeping_everything_in_one_order_equals_dense(name, tail):
     out = tiny(compiled(tiny.model, router="subblock", tail=tail, **KEEP_ALL, **grid))
     torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
     (graph,) = dit_opt.report(tiny.model).graphs
-    assert "ordered once" in graph.record.order
+    assert "ordered once" in summary_of(graph.record, "token_order")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,8 @@ def test_one_order_computes_what_gathers_at_each_call_do(make, options, request,
     (graph,) = dit_opt.report(tiny.model).graphs
     tables = text.count("_ordered = ")
     # latents, and each table over them, once; the output once
-    assert text.count("index_select(") == tables + 1 and "1 gather" not in graph.record.order
+    assert text.count("index_select(") == tables + 1
+    assert f"by {tables + 1} gathers" in summary_of(graph.record, "token_order")
     torch.compiler.reset()
     request.getfixturevalue("no_order")
     again = tiny(compiled(tiny.model, **asked))
@@ -130,7 +138,7 @@ def test_a_refused_order_is_reported_and_tokens_are_gathered_at_each_call(no_ord
     tiny = big_wan()
     tiny(compiled(tiny.model, router="subblock", density=0.5, min_tokens=0, dense_steps=0))
     (graph,) = dit_opt.report(tiny.model).graphs
-    assert graph.record.order.endswith(OrderReason.NO_GRID.value)
+    assert summary_of(graph.record, "token_order").endswith(OrderReason.NO_GRID.value)
     assert "at each attention call" in str(dit_opt.report(tiny.model))
     assert graph.layers[0].density <= 0.5 + ROUNDING
 
@@ -139,21 +147,11 @@ def test_patterns_of_frames_keep_the_models_own_order():
     tiny = big_wan()
     for router in ("rainfusion", "frame_tile"):
         asked = {"router": router, "density": 0.6, "min_tokens": 0, "dense_steps": 0}
-        explanation = dit_opt.explain(tiny.model, **tiny.inputs, options=asked)
-        assert explanation.graphs[0].order == ""
-    assert isinstance(find_order(tiny, router="subblock"), OrderRegion)
-
-
-def find_order(tiny, **options):
-    found = []
-
-    def backend(gm, _):
-        asked = dit_opt.Options(min_tokens=0, **options)
-        found.append(analysis.analyse(gm, asked)[0].order)
-        return gm
-
-    tiny(torch.compile(tiny.model, backend=backend))
-    return found[0]
+        (record,) = dit_opt.explain(tiny.model, **tiny.inputs, options=asked).graphs
+        assert "token_order" not in {each.name for each in record.passes}
+    asked["router"] = "subblock"
+    (record,) = dit_opt.explain(tiny.model, **tiny.inputs, options=asked).graphs
+    assert {each.name: each.changed for each in record.passes}["token_order"] == 1
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_routers_that_weigh_blocks_need_no_grid(numbered, order):
     torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
     (graph,) = dit_opt.report(tiny.model).graphs
     assert {d.router for d in graph.record.decisions} == {"subblock"}
-    assert order in graph.record.order
+    assert order in summary_of(graph.record, "token_order")
 
 
 @pytest.mark.parametrize(
