@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dit_opt.passes.plan_nodes import HEADWISE_CELL, SPREAD
 from tabulate import tabulate
 from torch.overrides import TorchFunctionMode
 
@@ -36,7 +37,6 @@ from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.kernels.routers.plan import lay_blocks
 from dit_opt.kernels.token_order import gather_tokens
 from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES, DEFAULT_REFRESH_EVERY
-from dit_opt.passes.plan_nodes import HEADWISE_CELL, SPREAD
 from dit_opt.policy.sparse_site import BLOCK_K, BLOCK_Q
 
 TOKENS = GRID[0] * GRID[1] * GRID[2]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from dit_opt.passes.plan_nodes import SPREAD
 from torch import Tensor
 
 from benchmarks.crossover import list_rivals
@@ -16,7 +17,6 @@ from benchmarks.gpu_cases import Case, make_inputs
 from benchmarks.gpu_timing import time_captured
 from benchmarks.searches import list_searches
 from dit_opt.options import DEFAULT_REFRESH_EVERY
-from dit_opt.passes.plan_nodes import SPREAD
 from dit_opt.policy.sparse_site import BLOCK_K, BLOCK_Q
 
 # (T, H, W) of the searched sequences; the first is the one that the bars name.

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP, SPREAD
 from torch import Tensor
 
 import dit_opt.backend  # noqa: F401 - registers the operators
-from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP, SPREAD
 from dit_opt.policy.sparse_site import BLOCK_K, BLOCK_Q
 
 

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dit_opt.runtime.state import LayerState
 from tabulate import tabulate
 
-from dit_opt.runtime.registry import live_bounds
 from dit_opt.demo import clips
 from dit_opt.demo.images import compare_clips
 from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import CHECKPOINT
 from dit_opt.demo.side_by_side import Task, compile_pipeline
-from dit_opt.runtime.state import LayerState
+from dit_opt.runtime.registry import live_bounds
 
 # One search in all, so that nothing but the guard can mend a plan.
 ONE_SEARCH = 1000

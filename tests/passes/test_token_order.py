@@ -13,6 +13,7 @@ from dit_opt.facts.order import OrderRegion
 from dit_opt.passes.token_order import order_tokens
 from dit_opt.program.edit import append_placeholder, copy_graph
 from tests import tiny_models
+from tests.graphs import capture_tiny
 from tests.orders import (
     CHANNELS,
     GRID,
