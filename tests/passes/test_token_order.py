@@ -9,9 +9,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_opt.decisions import RewriteReason
 from dit_opt.facts.order import OrderRegion
-from dit_opt.passes.token_order import order_tokens
+from dit_opt.options import Options
+from dit_opt.passes.sparse_attention import SparseAttention
+from dit_opt.passes.token_order import TokenOrder, order_tokens
 from dit_opt.program.edit import append_placeholder, copy_graph
+from dit_opt.program.modes import Mode
+from dit_opt.program.program import Program
 from tests import tiny_models
 from tests.graphs import capture_tiny
 from tests.orders import (

@@ -24,7 +24,7 @@ def test_names_find_routers():
     assert find_router(KEEP_ALL.name) is KEEP_ALL
     names = [router.name for router in (*ROUTERS, KEEP_ALL)]
     assert len(set(names)) == len(names)
-    with pytest.raises(LookupError, match="No router is called 'headwize'.*'headwise'"):
+    with pytest.raises(LookupError, match=r"No router is called 'headwize'.*'headwise'"):
         find_router("headwize")
 
 
