@@ -46,7 +46,7 @@ from dit_opt.kernels.block_sparse_attention.variant_builds import list_builds as
 from dit_opt.kernels.norm_rope.builds import list_builds as list_norm_rope
 from dit_opt.kernels.routers.builds import list_builds as list_block_mass
 from dit_opt.kernels.token_order_builds import list_builds as list_token_order
-from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES
+from dit_opt.routers import AUTO, find_router
 from dit_opt.tuning.tune import Workload, tune_kernel
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def list_rows(part: str, device: torch.device) -> dict[str, Callable[[], dict[st
     if part == "tilings":
         return {f"D={dim}": partial(measure_tilings, dim, device) for dim in (128, 64)}
     if part == "crossover":
-        shape = (24, 128, DEFAULT_DENSITIES[AUTO_ROUTER], device, SECONDS)
+        shape = (24, 128, find_router(AUTO).density, device, SECONDS)
         return {f"N={n} H=24 D=128": partial(measure_length, n, *shape) for n in LENGTHS}
     if part == "attention":
         return {c.name: partial(measure_case, c, device, SECONDS) for c in list_cases()}

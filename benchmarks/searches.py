@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP, SPREAD
 from torch import Tensor
 
 import dit_opt.backend  # noqa: F401 - registers the operators
-from dit_opt.policy.sparse_site import BLOCK_K, BLOCK_Q
+from dit_opt.routers.adaspa import ROW_STEP
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q, SPREAD
+from dit_opt.routers.headwise import Headwise
+from dit_opt.routers.subblock import CELL
 
 
 def list_searches(
@@ -22,7 +24,7 @@ def list_searches(
     place, where = (0, tokens, BLOCK_Q, BLOCK_K), (*grid, 0, BLOCK_Q, BLOCK_K)
     return {
         "headwise": lambda: ops.headwise_plan_v1(
-            q, k, None, *goal, True, *where, HEADWISE_CELL, SPREAD
+            q, k, None, *goal, True, *where, Headwise.cell, SPREAD
         ),
         "adaspa": lambda: ops.adaspa_plan_v1(
             q, k, None, None, *goal, True, *place, ROW_STEP, SPREAD
