@@ -132,10 +132,10 @@ def test_a_signature_tells_what_arguments_and_outputs_mean():
     signature = read_signature(Facts(gm))
     nodes = gm.graph.find_nodes(op="placeholder")
     assert signature.outputs == 1
-    assert [nodes[i].name for i in signature.timesteps] == ["l_timestep_"]
+    assert [nodes[i].name for i in signature.timesteps] == ["l_kwargs_timestep_"]
     assert "parameters" in nodes[signature.model].name
     given = {nodes[i].name for i in signature.user_inputs}
-    assert given == {f"l_{name}_" for name in tiny.inputs if name != "return_dict"}
+    assert given == {f"l_kwargs_{name}_" for name in tiny.inputs if name != "return_dict"}
     assert signature.user_inputs == find_user_inputs(gm.graph)
     # the model returns a video, not tokens
     assert signature.spans == {}
