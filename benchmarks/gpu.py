@@ -47,7 +47,7 @@ from dit_opt.kernels.norm_rope.builds import list_builds as list_norm_rope
 from dit_opt.kernels.routers.builds import list_builds as list_block_mass
 from dit_opt.kernels.token_order_builds import list_builds as list_token_order
 from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES
-from dit_opt.tune import Workload, tune_kernel
+from dit_opt.tuning.tune import Workload, tune_kernel
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from dit_opt.kernels.block_sparse_attention import triton_int8
 from dit_opt.kernels.block_sparse_attention.candidates import list_variants
 from dit_opt.kernels.block_sparse_attention.contract import Arguments
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
-from dit_opt.tune_inputs import Workload
-from dit_opt.variant_trial import prove
+from dit_opt.tuning.inputs import Workload
+from dit_opt.tuning.variant_trial import prove
 
 PLAIN, INT8 = "plain", "int8"
 # 8 bits leave out 1.3 % of normal inputs, bfloat16 a half of a percent.

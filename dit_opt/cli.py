@@ -134,7 +134,7 @@ def tune(
     torch = importlib.import_module("torch")
     if importlib.util.find_spec("triton") is None:
         raise _refuse("Tilings are measured with Triton, which is not installed here.", "tune")
-    from dit_opt.tune import NothingToTune, Workload, tune_kernel
+    from dit_opt.tuning.tune import NothingToTune, Workload, tune_kernel
 
     try:
         workload = Workload(tokens, heads, density)

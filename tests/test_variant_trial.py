@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from dit_opt import variant_trial
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling
-from dit_opt.tune_inputs import Workload
+from dit_opt.tuning.inputs import Workload
 
 CPU = torch.device("cpu")
 SMALL = Workload(tokens=200, heads=1, density=0.5, dtype=torch.float16)

@@ -13,7 +13,6 @@ import torch
 from dit_opt.decisions import SiteDecision
 from dit_opt.inspect.records import GraphReport, GuardReport, LayerReport
 from dit_opt.inspect.text import render_report
-from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.passes.sparse_attention import (
     DENSITY,
     DIFFERENCE,
@@ -135,7 +134,7 @@ def _describe_layer(
     density, recall, last = (entries[slot] for slot in (DENSITY, RECALL, PLAN_DENSITY))
     router = find_router(decision.router)
     state = {slot.name: entries[slot].value for slot in router.slots if slot in entries}
-    layout = VideoLayout(*bound.pin_sizes[sizes][_find_pin(bound, place)])
+    layout = bound.pin_sizes[sizes][_find_pin(bound, place)]
     types = router.name_heads(layout, state) or [decision.router] * last.value.numel()
     by_type: dict[str, list[float]] = {}
     for kind, share in zip(types, last.value.flatten().tolist()):

@@ -13,7 +13,6 @@ from torch.fx import Node
 
 from dit_opt.facts.graph import Facts
 from dit_opt.facts.nodes import sizes_of
-from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.base import Match, Pass
 from dit_opt.policy.choose_sites import find_choices, find_sparse_sites
@@ -151,12 +150,8 @@ def _is_switched(searching: Sequence[SparseSite], options: Options) -> bool:
 
 
 def _pin_tables(sparse: SparseSite) -> PinnedTable:
-    router, goal = sparse.router, sparse.goal
-    return PinnedTable(
-        sparse.site.index,
-        sparse.layout,
-        lambda sizes, device: router.make_tables(VideoLayout(*sizes), goal, device),
-    )
+    make = sparse.router.pin_tables(sparse.goal)
+    return PinnedTable(sparse.site.index, sparse.layout, make)
 
 
 class _SiteRewriter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -183,10 +183,18 @@ class Router:
         """
         return []
 
+    def pin_tables(self, goal: Goal) -> Callable[[Sequence[int], torch.device], list[Any]]:
+        """Makes the tables from (T, H, W, start, N) on a device."""
+        return lambda sizes, device: self.make_tables(VideoLayout(*sizes), goal, device)
+
     def name_heads(
-        self, layout: VideoLayout, state: Mapping[str, torch.Tensor]
+        self, sizes: Sequence[int], state: Mapping[str, torch.Tensor]
     ) -> list[str] | None:
-        """The pattern or order of each head; `state` by slot name. None where heads are alike."""
+        """The pattern or order of each head; None where a router does not tell heads apart.
+
+        Args:
+            sizes: (T, H, W, start, N). state: the values of its slots, by their names.
+        """
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ class BlockRouter(Router):
         where = (layout.tokens, layout.video_start, layout.video_tokens)
         blocks = lay_blocks(*where, BLOCK_Q, BLOCK_K, device)
         return [blocks, build_cube_order(layout, device)]
+
+
+def make_region_order(sizes: Sequence[int], device: torch.device) -> Any:
+    """The cube order of tokens without text, for (T, H, W, N)."""
+    t, h, w, tokens = sizes
+    return build_cube_order(VideoLayout(t, h, w, 0, tokens), device)
 
 
 def _order(site: SiteWriter) -> tuple[Node, Node, Node, Node | None, Node | None]:

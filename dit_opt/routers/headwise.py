@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import sympy
@@ -69,7 +69,7 @@ class Headwise(Router):
         return [orders, list_orders(layout, BLOCK_Q, BLOCK_K, device)]
 
     def name_heads(
-        self, layout: VideoLayout, state: Mapping[str, torch.Tensor]
+        self, sizes: Sequence[int], state: Mapping[str, torch.Tensor]
     ) -> list[str] | None:
         return [ORDER_NAMES[i] for i in state[ORDER.name].flatten().tolist()]
 

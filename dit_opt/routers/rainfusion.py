@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -57,10 +57,9 @@ class RainFusion(Router):
         return [tables, draw_sample(tables, count_rows(layout))]
 
     def name_heads(
-        self, layout: VideoLayout, state: Mapping[str, torch.Tensor]
+        self, sizes: Sequence[int], state: Mapping[str, torch.Tensor]
     ) -> list[str] | None:
-        where = (layout.frames, layout.height, layout.width, layout.video_start, layout.tokens)
-        names = candidate_names(*where, BLOCK_Q, BLOCK_K)
+        names = candidate_names(*sizes, BLOCK_Q, BLOCK_K)
         return [names[c].split()[0] for c in state[CHOICE.name].flatten().tolist()]
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from dit_opt.tune_inputs import BLOCK_Q, Inputs, Workload, attend, make_inputs
-from dit_opt.variant_trial import prove
+from dit_opt.tuning.inputs import BLOCK_Q, Inputs, Workload, attend, make_inputs
+from dit_opt.tuning.variant_trial import prove
 from torch import Tensor
 from triton.testing import do_bench
 

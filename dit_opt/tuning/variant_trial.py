@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from dit_opt.tune_inputs import BLOCK_Q, Workload, attend, make_inputs
+from dit_opt.tuning.inputs import BLOCK_Q, Workload, attend, make_inputs
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention import triton as kernel
@@ -47,7 +47,7 @@ def prove(
         "block_k": block_k,
         "device": str(device),
     }
-    command = [sys.executable, "-m", "dit_opt.variant_trial", json.dumps(request)]
+    command = [sys.executable, "-m", "dit_opt.tuning.variant_trial", json.dumps(request)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:

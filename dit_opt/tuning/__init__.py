@@ -1,0 +1,1 @@
+"""Measuring the candidates of kernels on this machine, and keeping the fastest."""
