@@ -14,9 +14,9 @@ from torch.fx import GraphModule, Node
 from dit_opt.decisions import GraphRecord, PassRecord
 from dit_opt.facts.layouts import declare_grid
 from dit_opt.facts.order import OrderRefusal, OrderRegion, find_order_region
-from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import Site, find_sites
 from dit_opt.facts.spans import Spans
+from dit_opt.facts.timestep import find_timestep
 from dit_opt.facts.token_ids import TokenIds, find_token_ids
 from dit_opt.facts.tokens import Tokens, find_tokens
 from dit_opt.options import OptionError, Options

@@ -24,9 +24,9 @@ from dit_opt._compat import cache_counts, compile_with_inductor
 from dit_opt.analysis import Analysis, analyse
 from dit_opt.call_sizes import count_heads, count_outputs, count_tokens, read_sizes
 from dit_opt.decisions import GraphRecord
-from dit_opt.facts.nodes import origin_of
+from dit_opt.facts.anchors import find_layer_anchor, find_model_anchor
+from dit_opt.facts.nodes import is_user_input
 from dit_opt.facts.order import OrderRegion
-from dit_opt.facts.provenance import layer_anchor, model_anchor
 from dit_opt.facts.sites import Form, Site, find_sites
 from dit_opt.facts.token_ids import TokenIds
 from dit_opt.inspect.announce import announce, warn_of_sizes
@@ -111,7 +111,7 @@ def _compile(
     dumper = Dumper(options.dump)
     dumper.graph("capture", gm)
     record = analysis.describe(passes)
-    announce(record, options, analysis.tokens.hands_on)
+    announce(record, options, analysis.tokens.forwards_latents)
     bound = _bind(gm, inputs, analysis, options, record, dumper)
     _bounds[bound] = None
     return bound, analysis.positions
@@ -129,9 +129,9 @@ def _bind(
     searching = [s for s in sparse if s.router != "full"]
     placeholders = gm.graph.find_nodes(op="placeholder")
     position = {n: i for i, n in enumerate(placeholders)}
-    anchors = [layer_anchor(s.site, gm.graph) for s in searching]
+    anchors = [find_layer_anchor(s.site, gm.graph) for s in searching]
     layers = tuple(position[a] if a is not None else None for a in anchors)
-    model = model_anchor(gm.graph)
+    model = find_model_anchor(gm.graph)
 
     phases = {Phase.OBSERVE}
     if any(s.example.device.type == "cpu" for s in sparse):
@@ -222,7 +222,7 @@ def _bind(
 def _find_given(gm: GraphModule) -> tuple[int, ...]:
     """Positions of the inputs that are not the model's own."""
     placeholders = gm.graph.find_nodes(op="placeholder")
-    return tuple(i for i, node in enumerate(placeholders) if origin_of(node)[1])
+    return tuple(i for i, node in enumerate(placeholders) if is_user_input(node))
 
 
 def _fake_inputs(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:

@@ -18,16 +18,16 @@ class NothingReplaced(RuntimeError):
     """`on_no_match="error"` and no attention site of a graph could be replaced."""
 
 
-def announce(record: GraphRecord, options: Options, hands_on: bool) -> None:
+def announce(record: GraphRecord, options: Options, forwards_latents: bool) -> None:
     """One line for each graph with attention, warm starts included; more where nothing matched.
 
-    `hands_on`: another graph of the model gets the latents, and answers for it.
+    `forwards_latents`: another graph of the model gets the latents, and answers for it.
     """
     if not record.decisions:
         return
     log.info("%s", summarise(record))
     log.debug("%s", render_decisions(record.decisions))
-    if hands_on or any(d.replaced for d in record.decisions) or options.router == "dense":
+    if forwards_latents or any(d.replaced for d in record.decisions) or options.router == "dense":
         return
     message = (
         "ditopt replaced no attention site of this graph, which runs as under plain Inductor:\n%s"

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from dit_opt import cost
 from dit_opt._compat import size_expression, size_hint
 from dit_opt.decisions import Decision, LayoutSummary, Reason
-from dit_opt.facts.layouts import Grid, Layout, SegmentKind, SiteKind, declare_grid
+from dit_opt.facts.layouts import Layout, SegmentKind, SiteKind, TokenGrid, declare_grid
 from dit_opt.facts.masks import MaskKind, classify_mask
 from dit_opt.facts.sites import Site
 from dit_opt.facts.tokens import Tokens
@@ -58,7 +58,7 @@ def choose_sites(
     by name and can serve none of the sites, unless another graph gets the latents.
     """
     layouts = [tokens.layouts.get(site.node) for site in sites]
-    if options.grid is not None and not tokens.hands_on:
+    if options.grid is not None and not tokens.forwards_latents:
         layouts = apply_grid(options.grid, sites, layouts)
     if model_grid is not None:
         layouts = [layout and declare_grid(layout, model_grid, "model") for layout in layouts]
@@ -67,7 +67,7 @@ def choose_sites(
         _judge(site, layout, told, options) for site, layout in zip(sites, layouts, strict=True)
     ]
     asked = options.router not in ("auto", "dense")
-    if asked and sites and not tokens.hands_on and not any(c.sparse for c in choices):
+    if asked and sites and not tokens.forwards_latents and not any(c.sparse for c in choices):
         reasons = "; ".join(
             f"{c.decision.module or c.decision.site}: {c.decision.reason.name}"
             + (f" ({c.decision.detail})" if c.decision.detail else "")
@@ -229,7 +229,7 @@ def _describe_shapes(site: Site) -> tuple[str, ...]:
     )
 
 
-def _summarise_layout(layout: Layout | None, grid: Grid | None) -> LayoutSummary | None:
+def _summarise_layout(layout: Layout | None, grid: TokenGrid | None) -> LayoutSummary | None:
     if layout is None:
         return None
     return LayoutSummary(
@@ -241,7 +241,7 @@ def _summarise_layout(layout: Layout | None, grid: Grid | None) -> LayoutSummary
     )
 
 
-def _name_source(grid: Grid | None) -> str:
+def _name_source(grid: TokenGrid | None) -> str:
     if grid is None:
         return ""
     return f"{grid.source}, one frame assumed" if grid.assumed else grid.source

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dit_opt.facts.nodes import sizes_of
-from dit_opt.facts.prologue import Part, Prologue, find_prologue
+from dit_opt.facts.prologue import Prologue, ProloguePart, find_prologue
 from dit_opt.facts.sites import Site
 from dit_opt.passes.graph_edit import erase_unused
 
@@ -142,7 +142,7 @@ def _write(graph: Graph, prologue: Prologue) -> Node:
     return node
 
 
-def _write_part(graph: Graph, part: Part) -> Node:
+def _write_part(graph: Graph, part: ProloguePart) -> Node:
     call, source = graph.call_function, part.source
     norm, rotation = part.norm, part.rotation
     if source.meta["example_value"].dim() == 3:
