@@ -8,7 +8,7 @@ import torch
 import dit_opt
 from dit_opt import analysis
 from dit_opt.facts.order import OrderRefusal, OrderRegion
-from dit_opt.facts.order_modes import OrderReason
+from dit_opt.facts.order_map import OrderReason
 from dit_opt.kernels.routers.head_orders import ORDER_NAMES
 from tests import tiny_models
 from tests.tiny_models import wan

@@ -19,11 +19,11 @@ from dit_opt.facts.labels import Labels
 from dit_opt.facts.sizes import are_equal
 from dit_opt.facts.spans import Span, Spans
 
-__all__ = ["Grid", "find_grid", "find_spans", "origin_of_axes", "stack_grids"]
+__all__ = ["TokenGrid", "find_grid", "find_spans", "origin_of_axes", "stack_grids"]
 
 
 @dataclass(frozen=True)
-class Grid:
+class TokenGrid:
     """Sizes (T, H, W) of the video tokens, row-major; an image has T = 1.
 
     `source` is "latents" (patch embedding), "tables" (position tables), "option" (the user said
@@ -36,7 +36,7 @@ class Grid:
     assumed: bool = False
 
 
-def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
+def find_grid(labels: Labels, tokens: Dim) -> TokenGrid | str:
     """The grid of a token axis, or the reason (a clause) why the graph does not prove one."""
     axes = resolve(tokens)
     origins = [origin_of_axes((axis,)) for axis in axes]
@@ -73,13 +73,13 @@ def _find_span(labels: Labels, part: Dim) -> Span | None:
     if not length.is_Integer:
         return None
     grid = find_grid(labels, part)
-    if not isinstance(grid, Grid) or grid.assumed:
+    if not isinstance(grid, TokenGrid) or grid.assumed:
         return int(length), None
     t, h, w = map(int, grid.sizes)
     return int(length), (t, h, w)
 
 
-def stack_grids(grids: Sequence[Grid]) -> Grid | str:
+def stack_grids(grids: Sequence[TokenGrid]) -> TokenGrid | str:
     """The grid of clips or pictures one behind the other; the reason (a sentence) why they have
     none.
 
@@ -91,7 +91,7 @@ def stack_grids(grids: Sequence[Grid]) -> Grid | str:
         sizes = ", ".join(f"({', '.join(map(str, grid.sizes))})" for grid in grids)
         return f"The latents are of several grids, {sizes}."
     frames = sum((grid.sizes[0] for grid in grids), sympy.S.Zero)
-    return Grid((frames, *first.sizes[1:]), first.source, any(grid.assumed for grid in grids))
+    return TokenGrid((frames, *first.sizes[1:]), first.source, any(grid.assumed for grid in grids))
 
 
 def origin_of_axes(dim: Dim) -> Origin | None:
@@ -101,7 +101,7 @@ def origin_of_axes(dim: Dim) -> Origin | None:
     return next(iter(found)) if len(keys) == 1 else None
 
 
-def _from_latents(axes: Dim, origins: Sequence[Origin]) -> Grid | str:
+def _from_latents(axes: Dim, origins: Sequence[Origin]) -> TokenGrid | str:
     """Factors of one latent dimension belong together; the last two dimensions are H and W."""
     runs = [list(run) for _, run in itertools.groupby(zip(axes, origins, strict=True), _dim_of)]
     dims = [run[0][1].dim for run in runs]
@@ -114,11 +114,11 @@ def _from_latents(axes: Dim, origins: Sequence[Origin]) -> Grid | str:
         )
     one = sympy.S.One
     if len(sizes) == 3:
-        return Grid((sizes[0], sizes[1], sizes[2]), "latents")
+        return TokenGrid((sizes[0], sizes[1], sizes[2]), "latents")
     if dims == [rank - 2, rank - 1]:
-        return Grid((one, sizes[0], sizes[1]), "latents")
+        return TokenGrid((one, sizes[0], sizes[1]), "latents")
     if dims == [rank - 3, rank - 1]:
-        return Grid((sizes[0], one, sizes[1]), "latents")
+        return TokenGrid((sizes[0], one, sizes[1]), "latents")
     return (
         f"The tokens range over the dimensions {dims} of '{source}' with {rank} dimensions, "
         f"and nothing tells which of T, H, W these are"
@@ -129,7 +129,7 @@ def _dim_of(pair: tuple[Axis, Origin]) -> int:
     return pair[1].dim
 
 
-def _from_tables(labels: Labels, axes: Dim) -> Grid | None:
+def _from_tables(labels: Labels, axes: Dim) -> TokenGrid | None:
     """The dimensions that a table had before they were joined to the token axis."""
     if any(leaf in labels.disputed for leaf in leaves(axes)):
         return None
@@ -150,7 +150,7 @@ def _from_tables(labels: Labels, axes: Dim) -> Grid | None:
     marks = sorted(borders)
     runs = [size(axes[a:b]) for a, b in itertools.pairwise(marks)]
     if len(runs) == 3:
-        return Grid((runs[0], runs[1], runs[2]), "tables")
+        return TokenGrid((runs[0], runs[1], runs[2]), "tables")
     # A trailing size 1 may be W = 1 or no part of the grid.
     if any(s[-1] == 1 for s in full):
         return None
@@ -158,9 +158,9 @@ def _from_tables(labels: Labels, axes: Dim) -> Grid | None:
     named = [s for s in full if len(s) == 3]
     if named and all(_same(s, named[0]) for s in named) and len(runs) <= 2:
         if [s for s in named[0] if s != 1] == [r for r in runs if r != 1]:
-            return Grid((named[0][0], named[0][1], named[0][2]), "tables")
+            return TokenGrid((named[0][0], named[0][1], named[0][2]), "tables")
     if len(runs) == 2 and not named and any(len(s) == 2 for s in full):
-        return Grid((sympy.S.One, runs[0], runs[1]), "tables", assumed=True)
+        return TokenGrid((sympy.S.One, runs[0], runs[1]), "tables", assumed=True)
     return None
 
 

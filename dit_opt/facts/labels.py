@@ -28,13 +28,14 @@ from dit_opt.facts.nodes import (
     find_data,
     find_proved_sizes,
     holds_tensor,
+    input_name,
     is_pointwise,
+    is_user_input,
     op_name,
-    origin_of,
     sizes_of,
 )
 from dit_opt.facts.sizes import are_equal
-from dit_opt.facts.spans import Spans, lay_out
+from dit_opt.facts.spans import Spans, apply_spans
 
 __all__ = [
     "Label",
@@ -66,7 +67,7 @@ class Labels:
     Args:
         graph: pre-grad graph; nodes hold fake tensors in `meta["example_value"]`. It is read only.
         rules: one function per op name, called with the labels and the node's arguments.
-        told: how the tokens of inputs lie, as far as an earlier graph proved it.
+        hints: how the tokens of inputs lie, where an earlier graph proved it.
 
     Attributes:
         joins: (dims, dim): a reshape of a constant table made one dimension of several, row-major.
@@ -78,7 +79,7 @@ class Labels:
     """
 
     def __init__(
-        self, graph: Graph, rules: dict[str, Rule], told: Mapping[Node, Spans] | None = None
+        self, graph: Graph, rules: dict[str, Rule], hints: Mapping[Node, Spans] | None = None
     ) -> None:
         self.node: Node
         self.joins: list[tuple[tuple[Dim, ...], Dim]] = []
@@ -90,7 +91,7 @@ class Labels:
         self._labels: dict[Node, Label] = {}
         self._memo: dict[tuple[Any, ...], Axis] = {}
         self._rules = rules
-        self._told = told or {}
+        self._hints = hints or {}
         self._nodes = tuple(n for n in graph.nodes if n.op != "output")
         self._data = find_data(self._nodes)
         self._sizes: dict[int, tuple[sympy.Expr, ...]] = {}
@@ -126,9 +127,9 @@ class Labels:
         self.node, name = node, op_name(node)
         value = node.meta.get("example_value")
         if node.op in INPUTS:
-            label = self._begin(value, origin_of(node), "")
-            for d, spans in self._told.get(node, ()):
-                lay_out(_dims(label)[d], spans)
+            label = self._begin(value, node, "")
+            for d, spans in self._hints.get(node, ()):
+                apply_spans(_dims(label)[d], spans)
             return label
         if not holds_tensor(value) and name != "setitem":
             return None
@@ -159,29 +160,27 @@ class Labels:
                 self.end(dim)
         return self._begin(value, None, f"made by `{name}` (node {node.name})")
 
-    def _begin(self, value: Any, origin: tuple[str, bool] | None, note: str) -> Label:
-        """New axes for a value; `origin`: (name of the graph input, whether the user gives it)."""
+    def _begin(self, value: Any, source: Node | None, note: str) -> Label:
+        """New axes for a value; `source` is the graph input that it is, or None."""
         if isinstance(value, (tuple, list)):
             return tuple(
-                self._begin_one(v, origin, note, (i,)) if isinstance(v, torch.Tensor) else None
+                self._begin_one(v, source, note, (i,)) if isinstance(v, torch.Tensor) else None
                 for i, v in enumerate(value)
             )
-        return self._begin_one(value, origin, note, ()) if isinstance(value, torch.Tensor) else None
+        return self._begin_one(value, source, note, ()) if isinstance(value, torch.Tensor) else None
 
     def _begin_one(
-        self, value: torch.Tensor, origin: tuple[str, bool] | None, note: str, slot: tuple[int, ...]
+        self, value: torch.Tensor, source: Node | None, note: str, slot: tuple[int, ...]
     ) -> list[Dim]:
         lengths = self._sizes_of(value)
+        if source is None:
+            return [self.new((*slot, i), length, (), note) for i, length in enumerate(lengths)]
+        name, user = input_name(source), is_user_input(source)
         extents = sum(length != 1 for length in lengths)
         floating = value.is_floating_point() or value.is_complex()
         return [
             self.new(
-                (*slot, i),
-                length,
-                [Origin(origin[0], i, len(lengths), extents, floating, origin[1])]
-                if origin
-                else (),
-                note,
+                (*slot, i), length, [Origin(name, i, len(lengths), extents, floating, user)], note
             )
             for i, length in enumerate(lengths)
         ]

@@ -7,10 +7,10 @@ from enum import Enum
 
 import sympy
 
-from dit_opt.facts.grids import Grid
-from dit_opt.facts.sizes import are_equal
+from dit_opt.facts.grids import TokenGrid
+from dit_opt.facts.sizes import Grid, are_equal
 
-__all__ = ["Grid", "Layout", "Segment", "SegmentKind", "SiteKind", "declare_grid"]
+__all__ = ["Layout", "Segment", "SegmentKind", "SiteKind", "TokenGrid", "declare_grid"]
 
 
 class SiteKind(Enum):
@@ -51,7 +51,7 @@ class Layout:
     kind: SiteKind
     query: tuple[Segment, ...]
     key: tuple[Segment, ...]
-    grid: Grid | None
+    grid: TokenGrid | None
     reason: str
 
     @property
@@ -62,7 +62,7 @@ class Layout:
 
 def declare_grid(
     layout: Layout,
-    sizes: tuple[int, int, int],
+    sizes: Grid,
     source: str = "option",
     among_text: bool = False,
 ) -> Layout:
@@ -93,4 +93,4 @@ def declare_grid(
     named = tuple(replace(s, kind=SegmentKind.LATENTS) if s is latents else s for s in layout.query)
     key = named if layout.key == layout.query else layout.key
     t, h, w = map(sympy.Integer, sizes)
-    return replace(layout, query=named, key=key, grid=Grid((t, h, w), source), reason="")
+    return replace(layout, query=named, key=key, grid=TokenGrid((t, h, w), source), reason="")

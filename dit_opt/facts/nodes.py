@@ -6,7 +6,8 @@ Rules and facts read nodes only through these, so that none of them adds a guard
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -20,11 +21,13 @@ __all__ = [
     "find_data",
     "find_proved_sizes",
     "holds_tensor",
+    "input_name",
     "is_pointwise",
+    "is_user_input",
     "number_of",
     "op_name",
-    "origin_of",
     "sizes_of",
+    "walk_ancestors",
 ]
 
 
@@ -79,13 +82,32 @@ def is_pointwise(name: str) -> bool:
     )
 
 
-def origin_of(node: Node) -> tuple[str, bool]:
-    """(short name of a graph input, whether the user gives it rather than the module)."""
-    inner = node.op == "get_attr" or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+def is_user_input(node: Node) -> bool:
+    """Whether a graph input is an argument of the call, not a weight or buffer of the module."""
+    if node.op == "get_attr" or isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return False
     # Buffers look like any other tensor; Dynamo names inputs after where it found them.
-    if inner or re.search(r"_(parameters|buffers)_|^l_self_|^g_", node.name):
-        return node.name, False
-    return re.sub(r"^l_(kwargs_)?|_$", "", node.name), True
+    return not re.search(r"_(parameters|buffers)_|^l_self_|^g_", node.name)
+
+
+def input_name(node: Node) -> str:
+    """The name of a graph input; of the user's, as the model's own code calls it."""
+    return re.sub(r"^l_(kwargs_)?|_$", "", node.name) if is_user_input(node) else node.name
+
+
+def walk_ancestors(node: Node) -> Iterator[Node]:
+    """The node and all tensors that it is computed from, nearest first.
+
+    Sizes are not followed: a timestep expanded to the batch of the latents is not made from them.
+    """
+    queue, seen = deque([node]), {node}
+    while queue:
+        current = queue.popleft()
+        yield current
+        for parent in current.all_input_nodes:
+            if parent not in seen and holds_tensor(parent.meta.get("example_value")):
+                seen.add(parent)
+                queue.append(parent)
 
 
 def sizes_of(value: torch.Tensor) -> tuple[sympy.Expr, ...]:
@@ -124,7 +146,7 @@ def find_data(nodes: Iterable[Node]) -> set[Node]:
     data: set[Node] = set()
     for node in nodes:
         if node.op == "placeholder":
-            if isinstance(node.meta.get("example_value"), torch.Tensor) and origin_of(node)[1]:
+            if isinstance(node.meta.get("example_value"), torch.Tensor) and is_user_input(node):
                 data.add(node)
         elif holds_tensor(node.meta.get("example_value")):
             data.update([node] if any(n in data for n in node.all_input_nodes) else [])

@@ -3,7 +3,7 @@
 Sparse patterns want neighbours in (T, H, W) to be neighbours in memory. A permutation of the tokens
 that is the same for all heads can be applied once, to the tokens and to every table over them, and
 undone once, if every node between acts alike at every token. The proof is layout propagation: see
-`order_modes`.
+`order_map`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.fx import Graph, Node
 from dit_opt.facts.axes import resolve, segments, size
 from dit_opt.facts.labels import Labels, NoRule
 from dit_opt.facts.layouts import Layout, SegmentKind
-from dit_opt.facts.nodes import op_name, origin_of
+from dit_opt.facts.nodes import input_name, op_name
 from dit_opt.facts.order_aliases import find_stale_write
-from dit_opt.facts.order_modes import Modes, OrderReason
-from dit_opt.facts.runs import TokenRun
+from dit_opt.facts.order_map import OrderMap, OrderReason
 from dit_opt.facts.sites import Site, module_of, source_of
+from dit_opt.facts.token_axes import TokenAxes
 
 __all__ = ["OrderReason", "OrderRefusal", "OrderRegion", "TokenEdge", "find_order_region"]
 
@@ -121,22 +121,22 @@ def find_order_region(
     if isinstance(chosen, OrderRefusal):
         return chosen
     run, layout, source = chosen
-    modes = Modes(graph, labels, run)
-    crossing = modes.find_crossing()
+    orders = OrderMap(graph, labels, run)
+    crossing = orders.find_crossing()
     if crossing is not None:
         detail = labels.unknown.get(crossing, "")
-        return _refuse(modes.plain[crossing], crossing, detail and f"In detail: {detail}.")
-    stale = find_stale_write(modes)
+        return _refuse(orders.pinned[crossing], crossing, detail and f"In detail: {detail}.")
+    stale = find_stale_write(orders)
     if stale is not None:
         return _refuse(OrderReason.IN_PLACE, stale)
     edges: dict[str, list[TokenEdge]] = {"entries": [], "exits": []}
-    for side, values in (("entries", _entries(modes)), ("exits", _exits(modes))):
+    for side, values in (("entries", _entries(orders)), ("exits", _exits(orders))):
         for node, users in values:
-            edge = _edge(modes, node, users)
+            edge = _edge(orders, node, users)
             if isinstance(edge, OrderRefusal):
                 return edge
             edges[side].append(edge)
-    data = _made_from(modes, source)
+    data = _made_from(orders, source)
     assert layout.grid is not None
     return OrderRegion(
         layout.grid.sizes,
@@ -147,16 +147,16 @@ def find_order_region(
         tuple(
             s.node
             for s, _ in sites
-            if s.query is not None and modes.holds(s.query) and s.node not in modes.plain
+            if s.query is not None and orders.holds(s.query) and s.node not in orders.pinned
         ),
     )
 
 
 def _choose_tokens(
     labels: Labels, sites: Sequence[tuple[Site, Layout]]
-) -> tuple[TokenRun, Layout, str | None] | OrderRefusal:
+) -> tuple[TokenAxes, Layout, str | None] | OrderRefusal:
     """(the axes of the latent tokens, a layout with them, the input they stem from)."""
-    found: list[tuple[TokenRun, Site, Layout, str | None]] = []
+    found: list[tuple[TokenAxes, Site, Layout, str | None]] = []
     for site, layout in sites:
         places = [i for i, s in enumerate(layout.query) if s.kind is SegmentKind.LATENTS]
         if layout.grid is None or len(places) != 1 or site.query is None:
@@ -167,7 +167,7 @@ def _choose_tokens(
             return _refuse(OrderReason.NO_TOKENS, site.node, f"In detail: {error}.")
         if len(parts) != len(layout.query):
             return _refuse(OrderReason.STACKED, site.node)
-        run = TokenRun(parts[places[0]])
+        run = TokenAxes(parts[places[0]])
         if found and run != found[0][0]:
             names = f"{found[0][1].node.name} and {site.node.name}"
             return OrderRefusal(OrderReason.SEVERAL_TOKENS, detail=f"They differ in {names}.")
@@ -184,50 +184,52 @@ def _choose_tokens(
     return OrderRefusal(OrderReason.NO_TOKENS)
 
 
-def _entries(modes: Modes) -> Iterator[tuple[Node, tuple[Node, ...]]]:
+def _entries(orders: OrderMap) -> Iterator[tuple[Node, tuple[Node, ...]]]:
     """The values that plain nodes make, each with the nodes that read it in the order."""
-    for node in modes.nodes:
-        if modes.is_entry(node) and modes.labels.is_tensor(node):
-            users = tuple(u for u in node.users if u not in modes.plain and _reads_values(modes, u))
+    for node in orders.nodes:
+        if orders.is_entry(node) and orders.labels.is_tensor(node):
+            users = tuple(
+                u for u in node.users if u not in orders.pinned and _reads_values(orders, u)
+            )
             if users:
                 yield node, users
 
 
-def _exits(modes: Modes) -> Iterator[tuple[Node, tuple[Node, ...]]]:
+def _exits(orders: OrderMap) -> Iterator[tuple[Node, tuple[Node, ...]]]:
     """The values in the order that plain nodes read, each with these nodes."""
     users: dict[Node, list[Node]] = {}
-    for user in modes.nodes:
-        for node in modes.undone_inputs(user):
+    for user in orders.nodes:
+        for node in orders.undone_inputs(user):
             users.setdefault(node, []).append(user)
     for node, readers in users.items():
         yield node, tuple(readers)
 
 
-def _reads_values(modes: Modes, node: Node) -> bool:
+def _reads_values(orders: OrderMap, node: Node) -> bool:
     """Whether a node does more than ask for a shape."""
-    return modes.labels.label_of(node) is not None or op_name(node) == "setitem"
+    return orders.labels.label_of(node) is not None or op_name(node) == "setitem"
 
 
-def _edge(modes: Modes, node: Node, users: tuple[Node, ...]) -> TokenEdge | OrderRefusal:
-    if not modes.labels.is_tensor(node):
-        return _refuse(modes.plain[users[0]], users[0], "It reads a tuple of tensors as one.")
-    dims = [(d, dim) for d, dim in enumerate(modes.labels[node]) if modes.run.count(dim)]
+def _edge(orders: OrderMap, node: Node, users: tuple[Node, ...]) -> TokenEdge | OrderRefusal:
+    if not orders.labels.is_tensor(node):
+        return _refuse(orders.pinned[users[0]], users[0], "It reads a tuple of tensors as one.")
+    dims = [(d, dim) for d, dim in enumerate(orders.labels[node]) if orders.tokens.count(dim)]
     if len(dims) > 1:
         return _refuse(OrderReason.PAIRWISE, node)
     ((d, dim),) = dims
-    starts = modes.run.starts(dim)
+    starts = orders.tokens.starts(dim)
     if starts is None:
         return _refuse(OrderReason.FOLDED, node)
     return TokenEdge(node, d, starts, size(resolve(dim)), users)
 
 
-def _made_from(modes: Modes, source: str | None) -> set[Node]:
+def _made_from(orders: OrderMap, source: str | None) -> set[Node]:
     """What is computed from an input of the graph, by values and not by sizes."""
     made: set[Node] = set()
-    for node in modes.nodes:
+    for node in orders.nodes:
         if node.op == "placeholder":
-            made.update([node] if origin_of(node)[0] == source else [])
-        elif modes.labels.label_of(node) is not None:
+            made.update([node] if input_name(node) == source else [])
+        elif orders.labels.label_of(node) is not None:
             made.update([node] if any(a in made for a in node.all_input_nodes) else [])
     return made
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from torch.fx import Node
 
 from dit_opt.facts.nodes import op_name
-from dit_opt.facts.order_modes import Modes
+from dit_opt.facts.order_map import OrderMap
 from dit_opt.facts.writes import VIEWS, find_targets
 
 __all__ = ["find_stale_write"]
@@ -24,24 +24,24 @@ RAW, ORDERED, UNDONE = "raw", "ordered", "undone"
 INPUTS = ("placeholder", "get_attr")
 
 
-def find_stale_write(modes: Modes) -> Node | None:
+def find_stale_write(orders: OrderMap) -> Node | None:
     """The first write in place that a value read later, or the caller of the graph, would miss."""
-    position = {node: i for i, node in enumerate(modes.nodes)}
-    writes = [(node, _read(modes, t, node)) for node in modes.nodes for t in find_targets(node)]
+    position = {node: i for i, node in enumerate(orders.nodes)}
+    writes = [(node, _read(orders, t, node)) for node in orders.nodes for t in find_targets(node)]
     if not writes:
         return None
     memory, family = _Sets(), _Sets()
     created: dict[Name, int] = {}
     last_read: dict[Name, int] = {}
-    for node in modes.nodes:
-        own = _made(modes, node)
+    for node in orders.nodes:
+        own = _made(orders, node)
         created[own] = position[node]
         for source in node.all_input_nodes:
-            name = _read(modes, source, node)
+            name = _read(orders, source, node)
             created.setdefault(name, position[node if name[1] == UNDONE else source])
             last_read[name] = position[node]
-            family.unite(_made(modes, source), name)
-            if source in _aliased(modes, node):
+            family.unite(_made(orders, source), name)
+            if source in _aliased(orders, node):
                 memory.unite(name, own)
                 family.unite(name, own)
     members = defaultdict(list)
@@ -49,7 +49,7 @@ def find_stale_write(modes: Modes) -> Node | None:
         members[family.find(name)].append(name)
     for node, target in writes:
         # A shape that is changed in place changes under an older name, too.
-        reshaped = op_name(node) in VIEWS and modes.holds(node)
+        reshaped = op_name(node) in VIEWS and orders.holds(node)
         if target[1] == UNDONE or reshaped:
             return node
         for name in members[family.find(target)]:
@@ -61,23 +61,23 @@ def find_stale_write(modes: Modes) -> Node | None:
     return None
 
 
-def _made(modes: Modes, node: Node) -> Name:
+def _made(orders: OrderMap, node: Node) -> Name:
     """The value as its node makes it."""
-    return node, ORDERED if modes.is_ordered(node) else RAW
+    return node, ORDERED if orders.is_ordered(node) else RAW
 
 
-def _read(modes: Modes, source: Node, reader: Node) -> Name:
+def _read(orders: OrderMap, source: Node, reader: Node) -> Name:
     """The value as a node reads it."""
-    if not modes.holds(source):
+    if not orders.holds(source):
         return source, RAW
-    if modes.is_entry(source):
-        return source, RAW if reader in modes.plain else ORDERED
-    return source, UNDONE if reader in modes.plain else ORDERED
+    if orders.is_entry(source):
+        return source, RAW if reader in orders.pinned else ORDERED
+    return source, UNDONE if reader in orders.pinned else ORDERED
 
 
-def _aliased(modes: Modes, node: Node) -> list[Node]:
+def _aliased(orders: OrderMap, node: Node) -> list[Node]:
     """The values of which a node's own may be another name."""
-    if node in modes.labels.unknown:
+    if node in orders.labels.unknown:
         return node.all_input_nodes
     if op_name(node) not in VIEWS:
         return find_targets(node)

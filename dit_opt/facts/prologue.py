@@ -20,11 +20,11 @@ from dit_opt.facts.rms_norm import Norm, match_norm
 from dit_opt.facts.rotation import Rotation, match_rotation, strip_casts
 from dit_opt.facts.writes import find_write
 
-__all__ = ["Norm", "Part", "Prologue", "find_prologue"]
+__all__ = ["Norm", "Prologue", "ProloguePart", "find_prologue"]
 
 
 @dataclass(frozen=True)
-class Part:
+class ProloguePart:
     """Tokens that come from one projection.
 
     Attributes:
@@ -50,7 +50,7 @@ class Prologue:
     """
 
     node: Node
-    parts: tuple[Part, ...]
+    parts: tuple[ProloguePart, ...]
     interior: tuple[Node, ...]
 
 
@@ -62,7 +62,7 @@ def find_prologue(node: Node) -> Prologue | str:
     """
     if len(_shape(node)) != 4:
         return "it is not [B, H, N, D]"
-    reader = _Reader()
+    reader = _PrologueReader()
     try:
         value, token_dim = reader.drop_transpose(node)
         parts = reader.read(value, token_dim)
@@ -89,7 +89,7 @@ def find_prologue(node: Node) -> Prologue | str:
     return Prologue(node, tuple(parts), interior)
 
 
-class _Reader:
+class _PrologueReader:
     """Remembers the nodes that it has read through."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class _Reader:
             return self._strip(value.args[0]), 1
         return value, 2
 
-    def read(self, value: Node, token_dim: int) -> list[Part] | str:
+    def read(self, value: Node, token_dim: int) -> list[ProloguePart] | str:
         """The parts of a tensor whose tokens lie along `token_dim`."""
         value = self._strip(value)
         pieces = _read_cat(value, token_dim)
@@ -125,8 +125,8 @@ class _Reader:
             return "it is rotated after its parts were put together"
         return [replace(self._read_norm(source, token_dim), rotation=rotation)]
 
-    def _read_pieces(self, pieces: Sequence[Node], token_dim: int) -> list[Part] | str:
-        parts: list[Part] = []
+    def _read_pieces(self, pieces: Sequence[Node], token_dim: int) -> list[ProloguePart] | str:
+        parts: list[ProloguePart] = []
         cuts: list[tuple[Node, Any] | None] = []
         for piece in pieces:
             found = self.read(piece, token_dim)
@@ -154,13 +154,13 @@ class _Reader:
             return "the first rotated token may be counted from the end"
         return [replace(joined, rotation=parts[1].rotation, start=cut)]
 
-    def _read_norm(self, value: Node, token_dim: int) -> Part:
+    def _read_norm(self, value: Node, token_dim: int) -> ProloguePart:
         value = self._strip(value)
         norm = match_norm(value)
         if norm is not None:
             source, found, interior = norm
             self.seen += interior
-            return Part(self._strip(source), token_dim, _heads(value, token_dim), found)
+            return ProloguePart(self._strip(source), token_dim, _heads(value, token_dim), found)
         flat = value.args[0] if op_name(value) in ("unflatten", "view", "reshape") else None
         if isinstance(flat, Node) and token_dim == 1 and _splits_heads(flat, value):
             norm = match_norm(strip_casts(flat)[0])
@@ -168,8 +168,8 @@ class _Reader:
                 source, found, interior = norm
                 self.seen += [value, *strip_casts(flat)[1], *interior]
                 across = replace(found, across_heads=True)
-                return Part(self._strip(source), 1, _heads(value, 1), across)
-        return Part(value, token_dim, _heads(value, token_dim))
+                return ProloguePart(self._strip(source), 1, _heads(value, 1), across)
+        return ProloguePart(value, token_dim, _heads(value, token_dim))
 
     def _strip(self, node: Any) -> Node:
         stripped, casts = strip_casts(node)

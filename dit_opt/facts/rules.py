@@ -25,9 +25,9 @@ from dit_opt.facts.spans import Spans
 __all__ = ["RULES", "label_axes"]
 
 
-def label_axes(graph: Graph, told: Mapping[Node, Spans] | None = None) -> Labels:
-    """The axes of all values of a graph, by all rules; `told` as for `Labels`."""
-    return Labels(graph, RULES, told)
+def label_axes(graph: Graph, hints: Mapping[Node, Spans] | None = None) -> Labels:
+    """The axes of all values of a graph, by all rules; `hints` as for `Labels`."""
+    return Labels(graph, RULES, hints)
 
 
 def carry(labels: Labels, x: Any, *_: Any, **__: Any) -> list[Dim]:

@@ -13,17 +13,17 @@ from typing import TypeAlias
 import sympy
 
 from dit_opt.facts.axes import Axis, Dim, Product, axis_of, cut, resolve, segments, size
-from dit_opt.facts.sizes import are_equal
+from dit_opt.facts.sizes import Grid, are_equal
 
-__all__ = ["Span", "Spans", "lay_out"]
+__all__ = ["Span", "Spans", "apply_spans"]
 
 # Tokens in a row: how many, and their (T, H, W) where it is proved.
-Span: TypeAlias = "tuple[int, tuple[int, int, int] | None]"
+Span: TypeAlias = "tuple[int, Grid | None]"
 # (dimension of a tensor, what stands in it), of the dimensions of which anything is known
 Spans: TypeAlias = "tuple[tuple[int, tuple[Span, ...]], ...]"
 
 
-def lay_out(dim: Dim, spans: Sequence[Span]) -> None:
+def apply_spans(dim: Dim, spans: Sequence[Span]) -> None:
     """Give a dimension that an input begins the structure that is known of it.
 
     Tokens on a grid become three axes, as if the input had them as its last three dimensions. A

@@ -15,10 +15,10 @@ from torch.fx import Graph, Node
 
 from dit_opt.facts.axes import segments, size
 from dit_opt.facts.layouts import declare_grid
-from dit_opt.facts.nodes import origin_of, sizes_of
-from dit_opt.facts.provenance import feeds_layer
+from dit_opt.facts.nodes import input_name, is_user_input, sizes_of
 from dit_opt.facts.sites import Site
-from dit_opt.facts.sizes import are_equal
+from dit_opt.facts.sizes import Grid, are_equal
+from dit_opt.facts.timestep import feeds_layer
 from dit_opt.facts.tokens import Tokens
 
 __all__ = ["TokenIds", "find_token_ids", "read_grids"]
@@ -46,9 +46,9 @@ def find_token_ids(
     """
     placeholders = graph.find_nodes(op="placeholder")
     given = {
-        origin_of(n)[0]: (i, n)
+        input_name(n): (i, n)
         for i, n in enumerate(placeholders)
-        if origin_of(n)[1] and not feeds_layer(n)
+        if is_user_input(n) and not feeds_layer(n)
     }
     found: dict[Node, tuple[TokenIds, ...]] = {}
     for site in sites:
@@ -77,7 +77,7 @@ def find_token_ids(
 def read_grids(
     tokens: Tokens,
     token_ids: Mapping[Node, Sequence[TokenIds]],
-    read: Callable[[TokenIds], tuple[int, int, int] | None],
+    read: Callable[[TokenIds], Grid | None],
 ) -> Tokens:
     """The tokens with the grids that their ids give; where ids of a site disagree, with none."""
     layouts = dict(tokens.layouts)

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from dit_opt.decisions import Decision, RewriteReason
 from dit_opt.facts.graph import Facts
-from dit_opt.facts.prologue import Part, Prologue, find_prologue
+from dit_opt.facts.prologue import Prologue, ProloguePart, find_prologue
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.base import Match, Pass
 from dit_opt.policy.choose_sites import find_sparse_sites
@@ -124,7 +124,7 @@ def _write(graph: Graph, prologue: Prologue) -> Node:
     return written[0]
 
 
-def _write_part(emit: Emitter, part: Part) -> Node:
+def _write_part(emit: Emitter, part: ProloguePart) -> Node:
     source, norm, rotation = part.source, part.norm, part.rotation
     if source.meta["example_value"].dim() == 3:
         source = emit.method("unflatten", source, 2, (part.heads, -1))

@@ -15,10 +15,10 @@ from torch.fx import Node
 
 from dit_opt._compat import size_expression, size_hint
 from dit_opt.decisions import AttentionReason, LayoutSummary, SiteDecision
+from dit_opt.facts.anchors import find_layer_anchor
 from dit_opt.facts.graph import Facts
-from dit_opt.facts.layouts import Grid, Layout, SegmentKind, SiteKind, declare_grid
+from dit_opt.facts.layouts import Layout, SegmentKind, SiteKind, TokenGrid, declare_grid
 from dit_opt.facts.masks import Mask, MaskKind
-from dit_opt.facts.provenance import layer_anchor
 from dit_opt.facts.sites import Site
 from dit_opt.options import OptionError, Options
 from dit_opt.policy import cost
@@ -166,7 +166,7 @@ def _plan_site(
         grid=layout.grid.sizes if has_grid else None,
         start=sympy.Integer(0) if latents is None else sympy.sympify(latents.start),
         video=_length(site) if latents is None else sympy.sympify(latents.stop - latents.start),
-        anchor=layer_anchor(site, facts.graph),
+        anchor=find_layer_anchor(site, facts.graph),
         ordered=False,
         key_mask=mask.keys,
         mask_queries=mask.kind is MaskKind.OUTER,
@@ -268,7 +268,7 @@ def _describe_shapes(site: Site) -> tuple[str, ...]:
     )
 
 
-def _summarise_layout(layout: Layout | None, grid: Grid | None) -> LayoutSummary | None:
+def _summarise_layout(layout: Layout | None, grid: TokenGrid | None) -> LayoutSummary | None:
     if layout is None:
         return None
     return LayoutSummary(
@@ -280,7 +280,7 @@ def _summarise_layout(layout: Layout | None, grid: Grid | None) -> LayoutSummary
     )
 
 
-def _name_source(grid: Grid | None) -> str:
+def _name_source(grid: TokenGrid | None) -> str:
     if grid is None:
         return ""
     return f"{grid.source}, one frame assumed" if grid.assumed else grid.source

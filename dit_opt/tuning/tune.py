@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from dit_opt.tuning.inputs import BLOCK_Q, Inputs, Workload, attend, make_inputs
-from dit_opt.tuning.variant_trial import prove
 from torch import Tensor
 from triton.testing import do_bench
 
@@ -23,6 +21,8 @@ from dit_opt.kernels.block_sparse_attention.tuning import (
     store,
     try_candidates,
 )
+from dit_opt.tuning.inputs import BLOCK_Q, Inputs, Workload, attend, make_inputs
+from dit_opt.tuning.variant_trial import prove
 
 BLOCKS_K = (64, 128)
 

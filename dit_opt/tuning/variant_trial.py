@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from dit_opt.tuning.inputs import BLOCK_Q, Workload, attend, make_inputs
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
 from dit_opt.kernels.block_sparse_attention.tuning import TOLERANCE
+from dit_opt.tuning.inputs import BLOCK_Q, Workload, attend, make_inputs
 
 # How often the output must be right: not every order of the warps shows a race.
 REPEATS = 20

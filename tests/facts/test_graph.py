@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from dit_opt.facts import graph as facts_graph
 from dit_opt.facts.graph import Facts, InputHints, name_fact
 from dit_opt.facts.masks import MaskKind, classify_mask
-from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import find_sites
+from dit_opt.facts.timestep import find_timestep
 from dit_opt.facts.tokens import find_tokens
 from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dit_opt.facts.nodes import origin_of
+from dit_opt.facts.nodes import input_name
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.token_ids import TokenIds, find_token_ids
 from dit_opt.facts.tokens import find_tokens
@@ -16,7 +16,7 @@ def positions_of(function, *args, **kwargs):
     gm = capture_one(function, *args, **kwargs)
     sites = find_sites(gm.graph)
     tokens = find_tokens(gm.graph, sites)
-    names = [origin_of(n)[0] for n in gm.graph.find_nodes(op="placeholder")]
+    names = [input_name(n) for n in gm.graph.find_nodes(op="placeholder")]
     found = find_token_ids(gm.graph, tokens, sites)
     places = {place for places in found.values() for place in places}
     assert all(isinstance(place, TokenIds) for place in places)
@@ -68,7 +68,7 @@ def test_each_site_has_the_numbers_of_its_own_tokens():
     args = [torch.randn(2, 60, 8), torch.randn(2, 60, 8), torch.randn(60, 3), torch.randn(60)]
     gm = capture_one(model, *args, torch.randn(2, 7, 8))
     sites = find_sites(gm.graph)
-    names = [origin_of(n)[0] for n in gm.graph.find_nodes(op="placeholder")]
+    names = [input_name(n) for n in gm.graph.find_nodes(op="placeholder")]
     found = find_token_ids(gm.graph, find_tokens(gm.graph, sites), sites)
     assert [{names[p.index] for p in found.get(s.node, ())} for s in sites] == [
         {"video", "ids"},

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 
-from dit_opt.facts.layouts import Grid, SegmentKind, SiteKind, declare_grid
-from dit_opt.facts.nodes import origin_of
+from dit_opt.facts.layouts import SegmentKind, SiteKind, TokenGrid, declare_grid
+from dit_opt.facts.nodes import input_name
 from dit_opt.facts.sites import Form, find_sites
 from dit_opt.facts.tokens import find_tokens
 from tests import tiny_models
@@ -130,7 +130,7 @@ def _values_of_symbols(gm, inputs):
     values = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         example = node.meta["example_value"]
-        name, _ = origin_of(node)
+        name = input_name(node)
         if isinstance(example, torch.SymInt) and name in named:
             values.setdefault(example.node.expr, named[name])
             values["environment"] = example.node.shape_env
@@ -164,7 +164,7 @@ def test_decomposed_attention_has_the_same_layout():
     (gm,) = capture(tiny.model, **tiny.inputs)
     assert [s.form for s in find_sites(gm.graph)] == [Form.DECOMPOSED] * tiny.n_sites
     for layout in layouts_of(gm):
-        assert layout.kind is SiteKind.SELF and layout.grid == Grid((1, 6, 6), "latents")
+        assert layout.kind is SiteKind.SELF and layout.grid == TokenGrid((1, 6, 6), "latents")
 
 
 def capture_block(tiny, path):
@@ -187,7 +187,7 @@ def test_a_block_alone_has_no_grid_until_the_user_says_so():
     assert cross.kind is SiteKind.CROSS and describe(cross.key)[0][:3] == PROMPT[:3]
     assert own.grid is None and "packed" in own.reason and 'options={"grid"' in own.reason
     declared = declare_grid(own, (3, 4, 5))
-    assert declared.grid == Grid((3, 4, 5), "option") and declared.reason == ""
+    assert declared.grid == TokenGrid((3, 4, 5), "option") and declared.reason == ""
 
 
 def test_a_joint_block_alone_does_not_tell_text_from_latents():
@@ -205,7 +205,7 @@ def test_pictures_of_one_size_are_frames_of_one_grid():
     (layout,) = layouts(tiny.model, **tiny.inputs)
     assert layout.kind is SiteKind.JOINT and layout.key == layout.query
     assert describe(layout.query) == [PROMPT, (LATENTS, 7, 47, "hidden_states")]
-    assert layout.grid == Grid((2, 4, 5), "tables")
+    assert layout.grid == TokenGrid((2, 4, 5), "tables")
 
 
 def test_pictures_of_several_sizes_are_latents_without_a_grid():
@@ -222,7 +222,7 @@ def test_a_first_frame_apart_is_a_frame_of_the_clip(frames):
     assert len(found) == 2
     for layout in found:
         assert [s.kind for s in layout.query] == [LATENTS, TEXT]
-        assert layout.grid == Grid((frames, 4, 5), "latents")
+        assert layout.grid == TokenGrid((frames, 4, 5), "latents")
 
 
 @pytest.mark.parametrize(("batch", "texts"), [(1, (7,)), (2, (7, 40))])
@@ -235,7 +235,7 @@ def test_samples_in_lists_are_padded_behind_their_tokens(batch, texts):
         latents, padding, *_ = layout.query
         assert (latents.kind, int(latents.start), int(latents.stop)) == (LATENTS, 0, 20)
         assert (padding.kind, int(padding.stop)) == (OTHER, 32)
-        assert layout.grid == Grid((1, 4, 5), "latents") and layout.key == layout.query
+        assert layout.grid == TokenGrid((1, 4, 5), "latents") and layout.key == layout.query
     assert text.latents is None
     kept = [s.kind for s in joint.query[2:]]
     assert LATENTS not in kept and (TEXT in kept) == (batch == 1)
@@ -249,7 +249,7 @@ def test_only_segments_with_a_grid_are_latents_where_text_reaches_the_output_too
 
     (layout,) = layouts(block, torch.randn(2, 8, 3, 4, 5), torch.randn(2, 7, 8))
     assert describe(layout.query) == [(LATENTS, 0, 60, "video"), (OTHER, 60, 67, "text")]
-    assert layout.grid == Grid((3, 4, 5), "latents")
+    assert layout.grid == TokenGrid((3, 4, 5), "latents")
 
 
 def test_the_same_tokens_twice_are_not_two_clips():
@@ -325,7 +325,7 @@ def test_position_tables_of_packed_tokens_prove_the_grid():
         return attend(x + grid_table(3, 4, 5).flatten(1).sum(0)[None, :, None])
 
     (layout,) = layouts(model, torch.randn(2, 60, 8))
-    assert layout.grid == Grid((3, 4, 5), "tables")
+    assert layout.grid == TokenGrid((3, 4, 5), "tables")
 
 
 def test_tables_of_two_factors_prove_the_cut_and_no_frames():
@@ -334,8 +334,8 @@ def test_tables_of_two_factors_prove_the_cut_and_no_frames():
         return attend(x + (frames + places).flatten()[None, :, None])
 
     (layout,) = layouts(model, torch.randn(2, 60, 8))
-    assert layout.grid == Grid((1, 3, 20), "tables", assumed=True)
-    assert layout.grid != Grid((1, 3, 20), "tables")
+    assert layout.grid == TokenGrid((1, 3, 20), "tables", assumed=True)
+    assert layout.grid != TokenGrid((1, 3, 20), "tables")
 
 
 def test_tables_that_contradict_each_other_prove_nothing():

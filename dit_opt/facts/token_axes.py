@@ -13,10 +13,10 @@ import sympy
 
 from dit_opt.facts.axes import Axis, Dim, leaves, resolve, segments, size
 
-__all__ = ["TokenRun"]
+__all__ = ["TokenAxes"]
 
 
-class TokenRun:
+class TokenAxes:
     """The axes of a token dimension, outermost first, and where else they are found.
 
     Axes are compared by identity, never by size; a concatenation inside of the run by its segments.
@@ -28,7 +28,7 @@ class TokenRun:
         self.length = size(resolve(dim))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TokenRun) and self._key == other._key
+        return isinstance(other, TokenAxes) and self._key == other._key
 
     __hash__ = None  # type: ignore[assignment]
 

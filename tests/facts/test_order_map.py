@@ -4,32 +4,32 @@ import torch
 import torch.nn.functional as F
 
 from dit_opt.facts.axes import segments
-from dit_opt.facts.order_modes import Modes, OrderReason
+from dit_opt.facts.order_map import OrderMap, OrderReason
 from dit_opt.facts.rules import label_axes
-from dit_opt.facts.runs import TokenRun
 from dit_opt.facts.sites import find_sites
+from dit_opt.facts.token_axes import TokenAxes
 from tests.orders import N, attend, latents, patchify, randn, trace, unpatchify
 
 
-def modes_of(function, *inputs):
-    """The modes by the tokens of the first attention call."""
+def orders_of(function, *inputs):
+    """The orders by the tokens of the first attention call."""
     gm = trace(function, *inputs)
     labels = label_axes(gm.graph)
     query = find_sites(gm.graph)[0].query
-    run = TokenRun(segments(labels[query][-2])[-1])
-    modes = Modes(gm.graph, labels, run)
-    return modes, {n.name: reason for n, reason in modes.plain.items()}
+    run = TokenAxes(segments(labels[query][-2])[-1])
+    orders = OrderMap(gm.graph, labels, run)
+    return orders, {n.name: reason for n, reason in orders.pinned.items()}
 
 
 def test_begins_at_the_flatten_and_ends_at_the_reshape():
-    modes, plain = modes_of(lambda x: unpatchify(attend(patchify(x))), latents())
+    orders, plain = orders_of(lambda x: unpatchify(attend(patchify(x))), latents())
     assert plain == {"flatten": OrderReason.BEGINS, "reshape": OrderReason.REGROUPS}
-    assert modes.find_crossing() is None
-    nodes = {n.name: n for n in modes.nodes}
-    assert modes.is_entry(nodes["flatten"]) and not modes.is_ordered(nodes["flatten"])
-    assert modes.is_ordered(nodes["transpose"]) and not modes.holds(nodes["x"])
-    assert modes.undone_inputs(nodes["reshape"]) == [nodes["transpose_1"]]
-    assert modes.undone_inputs(nodes["transpose"]) == []
+    assert orders.find_crossing() is None
+    nodes = {n.name: n for n in orders.nodes}
+    assert orders.is_entry(nodes["flatten"]) and not orders.is_ordered(nodes["flatten"])
+    assert orders.is_ordered(nodes["transpose"]) and not orders.holds(nodes["x"])
+    assert orders.undone_inputs(nodes["reshape"]) == [nodes["transpose_1"]]
+    assert orders.undone_inputs(nodes["transpose"]) == []
 
 
 def test_constants_are_alike_in_every_order():
@@ -38,7 +38,7 @@ def test_constants_are_alike_in_every_order():
         ones = torch.ones_like(tokens) + tokens.new_zeros(N)[:, None]
         return unpatchify(attend(tokens * ones)), ones
 
-    _, plain = modes_of(model, latents())
+    _, plain = orders_of(model, latents())
     assert set(plain) == {"flatten", "reshape", "output"}
 
 
@@ -46,7 +46,7 @@ def test_a_repeated_row_is_alike_in_every_order():
     def model(x, row):
         return unpatchify(attend(patchify(x) + row.expand(1, N, 4)))
 
-    _, plain = modes_of(model, latents(), randn(1, 1, 4))
+    _, plain = orders_of(model, latents(), randn(1, 1, 4))
     assert set(plain) == {"flatten", "reshape"}
 
 
@@ -55,23 +55,23 @@ def test_values_that_leave_the_graph_are_plain():
         tokens = attend(patchify(x))
         return unpatchify(attend(tokens)), tokens.tolist()
 
-    modes, plain = modes_of(model, latents())
+    orders, plain = orders_of(model, latents())
     assert plain["tolist"] is OrderReason.VALUES
-    assert modes.find_crossing() is None
+    assert orders.find_crossing() is None
 
 
 def test_dropout_in_eval_mode_is_no_obstacle():
     def model(x):
         return unpatchify(attend(F.dropout(patchify(x), 0.5, False)))
 
-    _, plain = modes_of(model, latents())
+    _, plain = orders_of(model, latents())
     assert "dropout" not in plain
 
 
 def test_an_input_without_a_fake_tensor_is_unknown():
     gm = trace(lambda x, y: unpatchify(attend(patchify(x) + 1) * y), latents(), torch.tensor(2.0))
     labels_before = label_axes(gm.graph)
-    run = TokenRun(labels_before[find_sites(gm.graph)[0].query][-2])
+    run = TokenAxes(labels_before[find_sites(gm.graph)[0].query][-2])
     assert run.length == N
     (multiplied,) = (n for n in gm.graph.nodes if n.name == "mul")
     tokens = next(n for n in gm.graph.nodes if n.name == "transpose")
@@ -80,7 +80,7 @@ def test_an_input_without_a_fake_tensor_is_unknown():
     (add,) = (n for n in gm.graph.nodes if n.name == "add")
     add.args = (tokens, hidden)
     labels = label_axes(gm.graph)
-    modes = Modes(gm.graph, labels, TokenRun(labels[find_sites(gm.graph)[0].query][-2]))
-    assert modes.plain[hidden] is OrderReason.VALUES
-    assert modes.plain[add] is OrderReason.UNKNOWN_OP
-    assert multiplied not in modes.plain
+    orders = OrderMap(gm.graph, labels, TokenAxes(labels[find_sites(gm.graph)[0].query][-2]))
+    assert orders.pinned[hidden] is OrderReason.VALUES
+    assert orders.pinned[add] is OrderReason.UNKNOWN_OP
+    assert multiplied not in orders.pinned

@@ -18,9 +18,9 @@ from torch.fx import Graph, Node
 from dit_opt.facts.axes import Dim
 from dit_opt.facts.labels import Labels
 from dit_opt.facts.nodes import op_name
-from dit_opt.facts.runs import TokenRun
+from dit_opt.facts.token_axes import TokenAxes
 
-__all__ = ["Modes", "OrderReason"]
+__all__ = ["OrderMap", "OrderReason"]
 
 
 @unique
@@ -73,7 +73,7 @@ _RESHAPES = set("reshape view flatten unflatten ravel squeeze view_as_complex".s
 _INPUTS = ("placeholder", "get_attr")
 
 
-class Modes:
+class OrderMap:
     """Which nodes need tokens in the model's own order.
 
     Args:
@@ -86,16 +86,16 @@ class Modes:
             model's own order. All others act alike at every token.
     """
 
-    def __init__(self, graph: Graph, labels: Labels, run: TokenRun) -> None:
+    def __init__(self, graph: Graph, labels: Labels, run: TokenAxes) -> None:
         self.labels = labels
-        self.run = run
+        self.tokens = run
         self.nodes = tuple(graph.nodes)
         self._held = {n: max(map(self._count, self._parts(n)), default=0) for n in self.nodes}
-        self.plain: dict[Node, OrderReason] = {}
+        self.pinned: dict[Node, OrderReason] = {}
         for node in self.nodes:
             reason = self._classify(node)
             if reason is not None:
-                self.plain[node] = reason
+                self.pinned[node] = reason
 
     def holds(self, node: Node) -> bool:
         """Whether a value has the whole run in one of its dimensions."""
@@ -103,15 +103,17 @@ class Modes:
 
     def is_entry(self, node: Node) -> bool:
         """Whether the order begins at a value: a plain node makes it."""
-        return node in self.plain and self.holds(node)
+        return node in self.pinned and self.holds(node)
 
     def is_ordered(self, node: Node) -> bool:
         """Whether a value stands in the order from the start."""
-        return self.holds(node) and node not in self.plain
+        return self.holds(node) and node not in self.pinned
 
     def undone_inputs(self, node: Node) -> list[Node]:
         """The ordered values that a plain node reads; empty for any other node."""
-        return [a for a in node.all_input_nodes if self.is_ordered(a)] if node in self.plain else []
+        return (
+            [a for a in node.all_input_nodes if self.is_ordered(a)] if node in self.pinned else []
+        )
 
     def find_crossing(self) -> Node | None:
         """The first node that takes tokens out of the order only for them to enter it again.
@@ -138,7 +140,7 @@ class Modes:
         return [] if label is None else [label]
 
     def _count(self, dims: list[Dim]) -> int:
-        return sum(map(self.run.count, dims))
+        return sum(map(self.tokens.count, dims))
 
     def _classify(self, node: Node) -> OrderReason | None:
         """Why a node is plain, or None."""
@@ -153,7 +155,7 @@ class Modes:
             return None
         part_of = node.args[0] if name == "getitem" else None
         if isinstance(part_of, Node) and isinstance(self.labels.label_of(part_of), tuple):
-            return self.plain.get(part_of) if holds else None
+            return self.pinned.get(part_of) if holds else None
         if self.labels.label_of(node) is None and name != "setitem":
             return None if _reads_shape(node, name) else OrderReason.VALUES
         if node in self.labels.unknown or any(map(_is_unseen, sources)):
@@ -162,10 +164,12 @@ class Modes:
             return None
         if _is_random(node, name):
             return OrderReason.RANDOM
-        if any(map(self.run.touches, self.labels.ends.get(node, ()))):
+        if any(map(self.tokens.touches, self.labels.ends.get(node, ()))):
             return _why_ended(node, name)
-        made = name not in _REPEATS and any(map(self.run.touches, self.labels.makes.get(node, ())))
-        if any(map(self.run.is_torn, self._around(node))):
+        made = name not in _REPEATS and any(
+            map(self.tokens.touches, self.labels.makes.get(node, ()))
+        )
+        if any(map(self.tokens.is_torn, self._around(node))):
             return _why_torn(name) if reads else OrderReason.BEGINS
         if holds and not reads:
             return None if name in _REPEATS else OrderReason.BEGINS

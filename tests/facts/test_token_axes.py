@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_opt.facts.axes import axis_of, join, unify
-from dit_opt.facts.runs import TokenRun
+from dit_opt.facts.token_axes import TokenAxes
 
 
 def axis(n):
@@ -17,7 +17,7 @@ VIDEO = T + H + W
 
 
 def test_a_run_is_found_whole_and_in_order_only():
-    run = TokenRun(VIDEO)
+    run = TokenAxes(VIDEO)
     assert run.length == 30
     assert run.count(VIDEO) == 1 and not run.is_torn(VIDEO)
     for torn in (T, H + W, T + W + H, W + H + T):
@@ -28,13 +28,13 @@ def test_a_run_is_found_whole_and_in_order_only():
 
 
 def test_a_run_with_a_piece_of_another_is_torn():
-    run = TokenRun(VIDEO)
+    run = TokenAxes(VIDEO)
     assert run.count(VIDEO + W) == 1 and run.is_torn(VIDEO + W)
     assert run.count(axis(4) + VIDEO) == 1 and not run.is_torn(axis(4) + VIDEO)
 
 
 def test_a_run_in_a_concatenation():
-    run, text = TokenRun(VIDEO), axis(7)
+    run, text = TokenAxes(VIDEO), axis(7)
     joint = join([text, VIDEO])
     assert run.count(joint) == 1 and not run.is_torn(joint)
     assert run.starts(joint) == (7,)
@@ -44,30 +44,30 @@ def test_a_run_in_a_concatenation():
 
 
 def test_a_run_among_other_factors_has_no_start():
-    run = TokenRun(VIDEO)
+    run = TokenAxes(VIDEO)
     assert run.starts(axis(4) + VIDEO) is None
     assert run.starts(join([axis(7), axis(4) + VIDEO])) is None
 
 
 def test_a_concatenation_inside_of_the_run_is_compared_by_its_parts():
     first, rest = axis(1 + 1), axis(4)
-    run = TokenRun(join([first, rest]) + W)
+    run = TokenAxes(join([first, rest]) + W)
     assert run.count(join([first, rest]) + W) == 1
     assert run.count(join([first, axis(4)]) + W) == 0
 
 
 def test_runs_are_equal_by_identity_of_axes_after_unification():
     packed = axis(30)
-    assert TokenRun(packed) != TokenRun(VIDEO)
+    assert TokenAxes(packed) != TokenAxes(VIDEO)
     twin = axis(2) + axis(3) + axis(5)
     flat = axis(30)
     assert unify(flat, twin)
-    assert TokenRun(flat) == TokenRun(twin) != TokenRun(VIDEO)
+    assert TokenAxes(flat) == TokenAxes(twin) != TokenAxes(VIDEO)
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=6))
 def test_starts_are_where_the_segments_are(kinds):
-    run = TokenRun(VIDEO)
+    run = TokenAxes(VIDEO)
     parts, wanted, at = [], [], 0
     for video in kinds:
         parts.append(VIDEO if video else axis(3))

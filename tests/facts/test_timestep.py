@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dit_opt.facts.provenance import find_timestep, layer_anchor, model_anchor
-from dit_opt.facts.sites import find_sites
+from dit_opt.facts.timestep import find_timestep
 from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
 
@@ -33,25 +32,12 @@ def test_models(make):
     timestep = find_timestep(gm.graph)
     assert timestep is not None
     assert names(timestep) == EXPECTED[tiny.name]
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    assert placeholders[timestep.index] is timestep.placeholder
-    assert not timestep.per_token
-
-    sites = find_sites(gm.graph)
-    anchors = [layer_anchor(s, gm.graph) for s in sites]
-    assert len(set(anchors)) == len(sites)
-    for site, anchor in zip(sites, anchors, strict=True):
-        own = {tuple(p.shape) for p in tiny.model.get_submodule(site.module).parameters()}
-        assert tuple(anchor.meta["example_value"].shape) in own
-        assert site.module.split(".")[-1] in anchor.name
-    assert isinstance(model_anchor(gm.graph).meta["example_value"], nn.Parameter)
 
 
 def test_timestep_for_each_token():
     tiny = tiny_models.wan()
     inputs = {**tiny.inputs, "timestep": torch.full((1, 60), 500)}
-    timestep = find_timestep(capture_one(tiny.model, **inputs).graph)
-    assert names(timestep) == ["timestep"] and timestep.per_token
+    assert names(find_timestep(capture_one(tiny.model, **inputs).graph)) == ["timestep"]
 
 
 def embed(t: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
@@ -113,33 +99,8 @@ def test_a_table_of_the_model_is_no_timestep():
     assert find_timestep(capture_one(Model(), torch.randn(3, 8)).graph) is None
 
 
-def lone_block():
+def test_a_lone_block_has_no_timestep():
     block = tiny_models.wan().model.blocks[1]
     rotary = tuple(torch.randn(1, 60, 1, 24) for _ in range(2))
     inputs = (torch.randn(1, 60, 48), torch.randn(1, 7, 48), torch.randn(1, 6, 48), rotary)
-    return capture_one(block, *inputs)
-
-
-def test_a_lone_block_has_no_timestep_but_anchors():
-    gm = lone_block()
-    assert find_timestep(gm.graph) is None
-    sites = find_sites(gm.graph)
-    anchors = [layer_anchor(s, gm.graph) for s in sites]
-    assert ["attn1" in anchors[0].name, "attn2" in anchors[1].name] == [True, True]
-
-
-def attend(x):
-    return nn.functional.scaled_dot_product_attention(x, x, x)
-
-
-def test_anchor_outside_of_modules_is_the_nearest_parameter():
-    near, far = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
-    gm = capture_one(lambda x: attend(near(far(x))), torch.randn(1, 2, 8, 4))
-    (site,) = find_sites(gm.graph)
-    assert "near" in layer_anchor(site, gm.graph).name
-
-
-def test_no_parameters_no_anchor():
-    gm = capture_one(attend, torch.randn(1, 2, 8, 4))
-    (site,) = find_sites(gm.graph)
-    assert layer_anchor(site, gm.graph) is None and model_anchor(gm.graph) is None
+    assert find_timestep(capture_one(block, *inputs).graph) is None
