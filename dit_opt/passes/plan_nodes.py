@@ -24,8 +24,6 @@ ROW_STEP = 16
 HEADWISE_CELL = 16
 # `subblock`: tokens in a cell.
 CELL = 16
-# The least mean square of what rows drop: peaked rows leave room for flat ones.
-SPREAD = "even"
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,7 @@ def write_plan(place: Place) -> Routed:
 def _write_full(place: Place) -> Routed:
     graph, (q, k, v) = place.graph, place.qkv
     length = _length(graph, k)
-    plan = graph.call_function(
-        torch.ops.ditopt.dense_plan_v1.default, (q, length, BLOCK_Q, BLOCK_K)
-    )
+    plan = graph.call_function(torch.ops.ditopt.keep_all_v1.default, (q, length, BLOCK_Q, BLOCK_K))
     return Routed(q, k, v, place.bias, *unpack(graph, plan, 2), (), (), None, None)
 
 
@@ -219,17 +215,17 @@ def _write_headwise(place: Place) -> Routed:
     statistics: tuple[Node, ...] = ()
     goal = (sparse.scale, sparse.target, sparse.by_density)
     cell = 1 if sparse.router == "oracle" else HEADWISE_CELL
-    search = (q, k, bias, *goal, *where, cell, SPREAD)
+    search = (q, k, bias, *goal, *where, cell)
     if place.form.reuse:
         words, counts, indices = _read_lists(place)
         order = place.add_input("order")
     elif place.form.asks:
         told = (place.add_flag("fresh"), _add_words(place), place.add_input("order"))
-        found = call(ops.headwise_refresh_v1.default, (*told, *search))
+        found = call(ops.headwise_search_or_reuse_v1.default, (*told, *search))
         counts, indices, order, words, *rest = unpack(graph, found, 6)
         statistics = tuple(rest)
     else:
-        found = call(ops.headwise_plan_v1.default, (*search, place.add_boost()))
+        found = call(ops.headwise_plan_v2.default, (*search, place.add_boost()))
         counts, indices, order, *rest = unpack(graph, found, 5)
         words, statistics = _write_lists(place, counts, indices), tuple(rest)
     moves = call(ops.headwise_rows_v1.default, (order, _length(graph, q), *where))
@@ -301,14 +297,12 @@ def _name_search(
 
     `where`: start and length of the video among the tokens, then both block sizes.
     """
-    ops, goal = torch.ops.ditopt, (sparse.scale, sparse.target)
+    ops, goal = torch.ops.ditopt, (sparse.scale, sparse.target, sparse.by_density, *where)
     if sparse.router == "sol":
-        by = "density" if sparse.by_density else "quality"
-        return ops.sol_plan_v1.default, (q, k, bias, *goal, by, *where, SPREAD)
-    goal = (*goal, sparse.by_density, *where)
+        return ops.subblock_plan_v2.default, (q, k, bias, *goal, BLOCK_Q, BLOCK_K)
     if sparse.router == "subblock":
-        return ops.subblock_plan_v1.default, (q, k, bias, *goal, CELL, SPREAD)
-    return ops.adaspa_plan_v1.default, (q, k, bias, None, *goal, ROW_STEP, SPREAD)
+        return ops.subblock_plan_v2.default, (q, k, bias, *goal, CELL, CELL)
+    return ops.adaspa_plan_v2.default, (q, k, bias, *goal, ROW_STEP)
 
 
 def unpack(graph: Graph, node: Node, count: int) -> list[Node]:

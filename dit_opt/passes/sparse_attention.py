@@ -59,7 +59,7 @@ def sparse_attention(
 
     Under `form.asks` an input says in each call which of the two it is::
 
-        %counts, %indices, %order, %words, ... = headwise_refresh_v1(%fresh, %words, %order, ...)
+        %counts, %indices, %order, %words, ... = headwise_search_or_reuse_v1(%fresh, %words, ...)
 
     A site without a grid stays in the model's own order. Under `form.guard` the lists pass a check
     first::
