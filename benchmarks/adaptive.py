@@ -29,14 +29,14 @@ from dit_opt.demo import clips
 from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.kernels.block_sparse_attention.op import block_sparse_attention
-from dit_opt.kernels.routers import head_orders, headwise
+from dit_opt.kernels.routers import head_orders
 from dit_opt.kernels.routers.block_mass import measure_block_mass
 from dit_opt.kernels.routers.budgets import Spread, allot_blocks
 from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.kernels.routers.plan import lay_blocks
 from dit_opt.kernels.token_order import gather_tokens
 from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES, DEFAULT_REFRESH_EVERY
-from dit_opt.passes.plan_nodes import HEADWISE_CELL, SPREAD
+from dit_opt.passes.plan_nodes import HEADWISE_CELL
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
 
 TOKENS = GRID[0] * GRID[1] * GRID[2]
@@ -80,7 +80,7 @@ def order_tokens(call: Call, name: str | None = None) -> Call:
     orders = head_orders.build_orders(layout, BLOCK_Q, BLOCK_K, HEADWISE_CELL, q.device)
     if name is None:
         density = DEFAULT_DENSITIES[AUTO_ROUTER]
-        _, order = headwise.plan(q, k, q.shape[-1] ** -0.5, orders, density=density)
+        order = list_searches(q, k, GRID, density)[AUTO_ROUTER]()[2]
     else:
         order = torch.full(q.shape[:2], head_orders.ORDER_NAMES.index(name))
     return Call(call.layer, *(gather_tokens(x, orders.orders[order.long()]) for x in (q, k, v)))
@@ -112,7 +112,7 @@ def measure_recalls(calls: list[Call], density: float) -> dict[str, dict[str, fl
     for call in calls:
         mass = _measure_mass(call)
         for spread in SPREADS:
-            plan = allot_blocks(mass, blocks=blocks, density=density, spread=spread)
+            plan = allot_blocks(mass, blocks, density, True, spread=spread)
             kept = _mark(plan.counts, plan.indices)
             recalls[spread].append((mass * kept).sum(-1).flatten())
     return {
@@ -130,7 +130,7 @@ def measure_tails(calls: list[Call], density: float) -> list[dict[str, Any]]:
     blocks = lay_blocks(TOKENS, 0, TOKENS, BLOCK_Q, BLOCK_K, torch.device("cpu"))
     found: dict[int, dict[str, list[float]]] = {}
     for call in calls:
-        plan = allot_blocks(_measure_mass(call), blocks=blocks, density=density, spread=SPREAD)
+        plan = allot_blocks(_measure_mass(call), blocks, density, True)
         dense = F.scaled_dot_product_attention(call.q, call.k, call.v)
         row = found.setdefault(call.layer, {"drop": [], "centroid": []})
         for tail in row:
@@ -199,8 +199,7 @@ def _spend(search: float, every: int, kept: dict[str, float]) -> float:
 
 
 def _measure_mass(call: Call) -> torch.Tensor:
-    mass, _ = measure_block_mass(call.q, call.k, call.q.shape[-1] ** -0.5, BLOCK_Q, BLOCK_K)
-    return mass
+    return measure_block_mass(call.q, call.k, call.q.shape[-1] ** -0.5, BLOCK_Q, BLOCK_K)
 
 
 def _mark(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

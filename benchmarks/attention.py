@@ -128,7 +128,7 @@ def measure_router(
         rivals: dict[str, Callable[[], object]] = dict(list_kernels(problem, with_flex=False))
         del rivals[OURS]
         rivals["recognize"] = lambda p=problem, t=tables: rainfusion.recognize(
-            p.q, p.k, t, p.scale, RECOGNITION_TARGET
+            p.q, p.k, None, p.scale, RECOGNITION_TARGET, False, t
         )
         times = time_in_turns(rivals, seconds, problem.q.device, warm_up=1)
         share = times["recognize"].median / min(

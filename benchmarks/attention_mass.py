@@ -34,7 +34,7 @@ def best_share_mass(q: torch.Tensor, k: torch.Tensor, share: float = 0.25) -> to
     """
     order = order_cubes(VideoLayout(*GRID, 0, q.shape[1]))
     q, k = (x[None, :, order].float() for x in (q, k))
-    mass, _ = measure_block_mass(q, k, q.shape[-1] ** -0.5, BLOCK, BLOCK)
+    mass = measure_block_mass(q, k, q.shape[-1] ** -0.5, BLOCK, BLOCK)
     kept = max(1, round(share * mass.shape[-1]))
     return mass[0].topk(kept, dim=-1).values.sum(-1).mean(-1)
 

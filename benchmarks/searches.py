@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dit_opt.backend  # noqa: F401 - registers the operators
-from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP, SPREAD
+from dit_opt.passes.plan_nodes import CELL, HEADWISE_CELL, ROW_STEP
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
 
 
@@ -18,18 +18,14 @@ def list_searches(
 ) -> dict[str, Callable[[], Any]]:
     """By router: a call that searches a plan for q, k `[B, H, N, D]` whose tokens are all video."""
     ops, tokens = torch.ops.ditopt, q.shape[2]
-    goal = (q.shape[-1] ** -0.5, density)
+    goal = (None, q.shape[-1] ** -0.5, density, True)
     place, where = (0, tokens, BLOCK_Q, BLOCK_K), (*grid, 0, BLOCK_Q, BLOCK_K)
     return {
-        "headwise": lambda: ops.headwise_plan_v1(
-            q, k, None, *goal, True, *where, HEADWISE_CELL, SPREAD
-        ),
-        "adaspa": lambda: ops.adaspa_plan_v1(
-            q, k, None, None, *goal, True, *place, ROW_STEP, SPREAD
-        ),
-        "subblock": lambda: ops.subblock_plan_v1(q, k, None, *goal, True, *place, CELL, SPREAD),
-        "sol": lambda: ops.sol_plan_v1(q, k, None, *goal, "density", *place, SPREAD),
-        "rainfusion": lambda: ops.rainfusion_recognize_v1(q, k, None, *goal, True, *where),
+        "headwise": lambda: ops.headwise_plan_v2(q, k, *goal, *where, HEADWISE_CELL),
+        "adaspa": lambda: ops.adaspa_plan_v2(q, k, *goal, *place, ROW_STEP),
+        "subblock": lambda: ops.subblock_plan_v2(q, k, *goal, *place, CELL, CELL),
+        "sol": lambda: ops.subblock_plan_v2(q, k, *goal, *place, BLOCK_Q, BLOCK_K),
+        "rainfusion": lambda: ops.rainfusion_recognize_v1(q, k, *goal, *where),
     }
 
 

@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from dit_opt.kernels.launch import Launch
 from dit_opt.kernels.machine_code import KernelReport, lint
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,30 @@ class Build:
     options: Mapping[str, Any] = field(default_factory=dict)
     expects_wgmma: bool = False
     expects_roles: bool = False
+
+
+def make_build(
+    target: str,
+    launch: Launch,
+    config: str,
+    *,
+    expects_wgmma: bool = False,
+    expects_roles: bool = False,
+) -> Build:
+    """The build of a launch, whose tensors may be meta tensors, for a target."""
+    found = launch.specialize()
+    function = launch.kernel.fn
+    return Build(
+        config=config,
+        target=target,
+        kernel=f"{function.__module__}:{function.__name__}",
+        signature=found.signature,
+        constexprs=found.constexprs,
+        attrs=found.attrs,
+        options=launch.options,
+        expects_wgmma=expects_wgmma,
+        expects_roles=expects_roles,
+    )
 
 
 def compile_ahead(

@@ -18,8 +18,6 @@ from dit_opt.program.slots import Slot, SlotRef
 # Queries need 128 rows a tile (L2 bandwidth on GPUs); keys may be finer.
 BLOCK_Q = 128
 BLOCK_K = 64
-# The least mean square of what rows drop: peaked rows leave room for flat ones.
-SPREAD = "even"
 
 SizeArg: TypeAlias = "int | Node"
 

@@ -15,7 +15,6 @@ from dit_opt.program.slots import Slot
 from dit_opt.routers.base import (
     BLOCK_K,
     BLOCK_Q,
-    SPREAD,
     Goal,
     Routed,
     Router,
@@ -48,7 +47,7 @@ class Headwise(Router):
 
     def search(self, site: SiteWriter) -> Routed:
         arguments = (*self._describe(site), site.read_boost())
-        found = site.emit.call(torch.ops.ditopt.headwise_plan_v1.default, *arguments)
+        found = site.emit.call(torch.ops.ditopt.headwise_plan_v2.default, *arguments)
         counts, indices, order, recall, density = site.emit.unpack(found, 5)
         words = write_words(site, counts, indices)
         return self._route(site, counts, indices, words, order, recall, density)
@@ -60,7 +59,7 @@ class Headwise(Router):
     def search_or_restore(self, site: SiteWriter, searches: Node) -> Routed:
         kept = (read_words(site, WORDS), site.read(ORDER))
         arguments = (searches, *kept, *self._describe(site))
-        found = site.emit.call(torch.ops.ditopt.headwise_refresh_v1.default, *arguments)
+        found = site.emit.call(torch.ops.ditopt.headwise_search_or_reuse_v1.default, *arguments)
         counts, indices, order, words, recall, density = site.emit.unpack(found, 6)
         return self._route(site, counts, indices, words, order, recall, density)
 
@@ -76,7 +75,7 @@ class Headwise(Router):
     def _describe(self, site: SiteWriter) -> tuple[Any, ...]:
         """The arguments of a search."""
         goal = (site.scale, site.goal.target, site.goal.by_density)
-        blocks = (BLOCK_Q, BLOCK_K, self.cell, SPREAD)
+        blocks = (BLOCK_Q, BLOCK_K, self.cell)
         return (site.q, site.k, site.bias, *goal, *site.grid, *blocks)
 
     def _route(

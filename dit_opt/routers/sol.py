@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from dit_opt.program.slots import Slot
-from dit_opt.routers.base import BLOCK_K, BLOCK_Q, SPREAD, SiteWriter
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q, SiteWriter
 from dit_opt.routers.block_router import BlockRouter
 
 # tokens in a cell
@@ -29,7 +29,6 @@ class Sol(BlockRouter):
     def call_search(
         self, site: SiteWriter, q: Node, k: Node, bias: Node | None
     ) -> tuple[Any, tuple[Any, ...]]:
-        by = "density" if site.goal.by_density else "quality"
-        goal = (site.scale, site.goal.target, by)
-        blocks = (site.grid[3], site.video, BLOCK_Q, BLOCK_K, SPREAD)
-        return torch.ops.ditopt.sol_plan_v1.default, (q, k, bias, *goal, *blocks)
+        goal = (site.scale, site.goal.target, site.goal.by_density)
+        blocks = (site.grid[3], site.video, BLOCK_Q, BLOCK_K, BLOCK_Q, BLOCK_K)
+        return torch.ops.ditopt.subblock_plan_v2.default, (q, k, bias, *goal, *blocks)

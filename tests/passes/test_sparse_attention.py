@@ -93,7 +93,7 @@ def test_orders_of_heads_become_plan_gather_attention_scatter():
 def test_a_variant_can_be_told_to_search_or_to_reuse():
     _, gm = capture_tiny(wan)
     new, _ = rewrite(gm, SparseForm(asks=True), router="headwise")
-    assert count(new, OPS.headwise_refresh_v1.default) == 2
+    assert count(new, OPS.headwise_search_or_reuse_v1.default) == 2
     for op in (OPS.headwise_plan_v1, OPS.pack_plan_v1, OPS.unpack_plan_v1):
         assert count(new, op.default) == 0
     added = new.graph.find_nodes(op="placeholder")[-3:]
@@ -103,7 +103,7 @@ def test_a_variant_can_be_told_to_search_or_to_reuse():
     assert flag.shape == () and flag.dtype == torch.bool and flag.device.type == "cpu"
     # what stands for a plan before there is one has the shapes of one
     batch, heads, tokens, _ = (
-        new.graph.find_nodes(op="call_function", target=OPS.headwise_refresh_v1.default)[0]
+        new.graph.find_nodes(op="call_function", target=OPS.headwise_search_or_reuse_v1.default)[0]
         .args[3]
         .meta["example_value"]
         .shape
@@ -116,7 +116,7 @@ def test_a_variant_can_be_told_to_search_or_to_reuse():
 def test_keeping_everything_moves_no_tokens():
     _, gm = capture_tiny(wan)
     new, _ = rewrite(gm, density=1)
-    assert count(new, OPS.dense_plan_v1.default) == 2
+    assert count(new, OPS.keep_all_v1.default) == 2
     assert count(new, OPS.gather_tokens_v1.default) == 0
     assert len(outputs(new)) == len(outputs(gm))
 

@@ -1,70 +1,28 @@
-"""Every configuration of the routers' kernels that ships, ready for compilation ahead of time.
-
-Mirrors what `block_mass_triton`, `sampled_mass_triton`, `packing_triton` and `thresholds_triton`
-would compile.
-"""
+"""Every configuration of the searches' kernels that ships, ready for compilation ahead of time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
-from typing import Any
 
 import torch
-from triton.runtime import JITFunction
+from torch import Tensor
 
-from dit_opt.kernels.aot import Build
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_precision, pad_dim
-from dit_opt.kernels.routers import block_mass_triton as _launcher
-from dit_opt.kernels.routers import packing_triton as _packing
-from dit_opt.kernels.routers import sampled_mass_triton as _sampled
-from dit_opt.kernels.routers import thresholds_triton as _thresholds
-from dit_opt.kernels.routers.block_mass import STALE_LIMIT
+from dit_opt.kernels.aot import Build, make_build
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.routers import packing_triton, sampled_mass_triton, thresholds_triton
+from dit_opt.kernels.routers.sampled_mass import RowMeans
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# Items, query heads and key heads; sizes that are no multiples of 16 are compiled for any size.
+_BATCH, _HEADS, _KEY_HEADS = 2, 6, 2
 
 
-def make_build(
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def make_share_build(
     target: str,
-    dim: int,
-    dtype: torch.dtype,
-    block_q: int = 128,
-    block_k: int = 64,
-    *,
-    ragged: bool = True,
-    bias: bool = False,
-    cached: bool = False,
-) -> Build:
-    """One configuration; `cached` is the one pass of a search with an earlier log-sum-exp."""
-    kernel = _launcher.block_mass_kernel
-    padded_dim = pad_dim(dim)
-    tiling = _launcher.choose_mass_tiling(
-        target, padded_dim, dtype.itemsize, block_q, block_k, crowded=bias and cached
-    )
-    constexprs = {
-        "DIM": dim,
-        "PADDED_DIM": padded_dim,
-        "BLOCK_Q": block_q,
-        "TILE_Q": tiling.tile_q,
-        "TILE_K": tiling.tile_k,
-        "HAS_BIAS": bias,
-        "HAS_LSE": cached,
-        "RAGGED": ragged,
-        "STALE_LIMIT": STALE_LIMIT,
-        "PRECISION": choose_precision(target, padded_dim, dtype.itemsize),
-    }
-    config = (
-        f"block mass D={dim} {_NAMES[dtype]} block {block_q}x{block_k} {_describe(tiling)}"
-        + (" ragged" if ragged else "")
-        + (" bias" if bias else "")
-        + (" cached" if cached else "")
-    )
-    return _make(config, target, _launcher, kernel, constexprs, tiling, dtype)
-
-
-def make_sample_build(
-    target: str,
-    kernel: JITFunction[Any],
     dim: int,
     dtype: torch.dtype,
     block_k: int = 64,
@@ -72,174 +30,93 @@ def make_sample_build(
     ragged: bool = True,
     bias: bool = False,
 ) -> Build:
-    """One configuration of either kernel of `sampled_mass_triton`."""
-    padded_dim = pad_dim(dim)
-    tiling = _sampled.choose_sample_tiling(target, padded_dim, dtype.itemsize, block_k, bias)
-    constexprs = {
-        "DIM": dim,
-        "PADDED_DIM": padded_dim,
-        "TILE_Q": tiling.tile_q,
-        "TILE_K": tiling.tile_k,
-        "HAS_BIAS": bias,
-        "RAGGED": ragged,
-        "PRECISION": choose_precision(target, padded_dim, dtype.itemsize),
-    }
-    config = (
-        f"{kernel.__name__.removesuffix('_kernel').replace('_', ' ')} D={dim} {_NAMES[dtype]} "
-        f"block {block_k} {_describe(tiling)}"
-        + (" ragged" if ragged else "")
-        + (" bias" if bias else "")
+    """One configuration of the kernel of sampled rows."""
+    keys, rows, kinds = 1024 if not ragged else 1001, 75, 3
+    q, k = (_empty(_BATCH, n, keys, dim, dtype=dtype) for n in (_HEADS, _KEY_HEADS))
+    key_bias = _empty(_BATCH, _HEADS, keys) if bias else None
+    tiling = sampled_mass_triton.choose_sample_tiling(
+        target, sampled_mass_triton.pad_dim(dim), dtype.itemsize, block_k, bias
     )
-    return _make(config, target, _sampled, kernel, constexprs, tiling, dtype)
-
-
-def _describe(tiling: Tiling) -> str:
+    tiles = ceil_div(keys, block_k) * (block_k // tiling.tile_k)
+    launch = sampled_mass_triton.launch_shares(
+        q,
+        k,
+        key_bias,
+        0.5,
+        _empty(kinds, rows, dtype=torch.int64),
+        _empty(kinds, keys, dtype=torch.int64),
+        block_k,
+        0,
+        _empty(_HEADS, kinds, tiles, rows),
+        _empty(_HEADS, kinds, rows),
+        target,
+    )
     tile = f"tile {tiling.tile_q}x{tiling.tile_k}"
-    return f"{tile} warps {tiling.num_warps} stages {tiling.num_stages}"
-
-
-def _make(
-    config: str,
-    target: str,
-    module: ModuleType,
-    kernel: JITFunction[Any],
-    constexprs: dict[str, object],
-    tiling: Tiling,
-    dtype: torch.dtype,
-) -> Build:
-    """The build of a kernel that reads aligned queries and keys."""
-    # The launcher turns an integer argument of 1 into a constant.
-    constexprs = constexprs | {"stride_qd": 1, "stride_kd": 1}
-    signature = {
-        argument: _type_of(argument, _NAMES[dtype], constexprs) for argument in kernel.arg_names
-    }
-    attrs = {
-        (position,): [["tt.divisibility", 16]]
-        for position, argument in enumerate(kernel.arg_names)
-        if signature[argument].startswith("*")
-        or (argument.startswith("stride_") and argument not in constexprs)
-    }
-    return Build(
-        config=config,
-        target=target,
-        kernel=f"{module.__name__}:{kernel.__name__}",
-        signature=signature,
-        constexprs=constexprs,
-        attrs=attrs,
-        options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages},
+    config = (
+        f"sampled mass D={dim} {_NAMES[dtype]} block {block_k} {tile} warps {tiling.num_warps} "
+        f"stages {tiling.num_stages}" + (" ragged" if ragged else "") + (" bias" if bias else "")
     )
+    return make_build(target, launch, config)
 
 
-def make_average_build(target: str, tiles: int) -> Build:
+def make_mean_build(target: str, tiles: int) -> Build:
     """The kernel of means over sampled rows."""
-    kernel = _sampled.average_rows_kernel
-    constexprs = {"TILES": tiles, "COLUMNS": _sampled.COLUMNS, "RUN": _sampled.RUN}
-    pointers = dict.fromkeys(("p_first", "p_last"), "*i32")
-    pointers |= dict.fromkeys(("p_shares", "p_mass"), "*fp32")
-    return Build(
-        config=f"average rows {tiles} tiles",
-        target=target,
-        kernel=f"{_sampled.__name__}:{kernel.__name__}",
-        signature={
-            name: "constexpr" if name in constexprs else pointers.get(name, "i32")
-            for name in kernel.arg_names
-        },
-        constexprs=constexprs,
-        attrs={
-            (position,): [["tt.divisibility", 16]]
-            for position, name in enumerate(kernel.arg_names)
-            if name in ("p_shares", "p_first", "p_last")
-        },
-        options={"num_warps": 4},
+    kinds, rows, query_blocks, key_blocks = 3, 75, 9, 17
+    launch = sampled_mass_triton.launch_means(
+        _empty(_HEADS, kinds, key_blocks * tiles, rows),
+        _empty(_HEADS, kinds, rows),
+        RowMeans(
+            _empty(kinds, rows, dtype=torch.int64),
+            _empty(kinds, query_blocks, dtype=torch.int32),
+            _empty(kinds, query_blocks, dtype=torch.int32),
+        ),
+        _empty(_HEADS, kinds, query_blocks, key_blocks),
     )
+    return make_build(target, launch, f"average rows {tiles} tiles")
 
 
 def make_list_build(target: str, packed: bool) -> Build:
     """The kernel that makes lists of packed plans, or of block masks."""
-    kernel = _packing.list_blocks_kernel
-    kept = {"p_kept": "*i32" if packed else "*u8"}
-    pointers = kept | dict.fromkeys(("p_counts", "p_indices"), "*i32")
-    constexprs = {"PACKED": packed, "CHUNK": _packing.CHUNK}
-    return Build(
-        config=f"list {'packed' if packed else 'masked'} blocks chunk {_packing.CHUNK}",
-        target=target,
-        kernel=f"{_packing.__name__}:{kernel.__name__}",
-        signature=pointers
-        | dict.fromkeys(("blocks", "width", "capacity"), "i32")
-        | dict.fromkeys(constexprs, "constexpr"),
-        constexprs=constexprs,
-        attrs={(position,): [["tt.divisibility", 16]] for position in range(len(pointers))},
+    rows, blocks = (_BATCH, _HEADS, 9), 70
+    kept = (
+        _empty(*rows, ceil_div(blocks, 32), dtype=torch.int32)
+        if packed
+        else _empty(*rows, blocks, dtype=torch.uint8)
     )
+    counts, indices = (_empty(*shape, dtype=torch.int32) for shape in (rows, (*rows, blocks)))
+    launch = packing_triton.launch_lists(kept, counts, indices)
+    name = f"list {'packed' if packed else 'masked'} blocks chunk {packing_triton.CHUNK}"
+    return make_build(target, launch, name)
 
 
 def make_threshold_build(target: str, place: str, within: bool, repeats: bool) -> Build:
     """One launch of a search for a threshold: the "first", a "middle" or the "last" one."""
-    kernel = _thresholds.sum_above_kernel
-    constexprs = {
-        "IS_FIRST": place == "first",
-        "IS_LAST": place == "last",
-        "WITHIN": within,
-        "REPEATS": repeats,
-        "PARTS": _thresholds.PARTS,
-        "CHUNK": _thresholds.CHUNK,
-    }
-    pointers = dict.fromkeys(("p_low", "p_next"), "*i32") | dict.fromkeys(
-        ("p_scores", "p_gains", "p_target", "p_parts", "p_sums"), "*fp32"
+    groups, size, parts, steps = 6, 9 * 1001, 9, 29
+    gains = _empty(1001) if repeats else _empty(groups, size)
+    bounds = [_empty(groups, dtype=torch.int32) for _ in range(2)]
+    sums = [_empty(groups, parts) for _ in range(2)]
+    step = {"first": steps - 1, "middle": 7, "last": -1}[place]
+    launch = thresholds_triton.launch_step(
+        _empty(groups, size), gains, _empty(groups), *bounds, *sums, step, steps, within
     )
-    signature = {
-        name: "constexpr" if name in constexprs else pointers.get(name, "i32")
-        for name in kernel.arg_names
-    }
-    return Build(
-        config=f"threshold {place}{' within' if within else ''}{' repeats' if repeats else ''}",
-        target=target,
-        kernel=f"{_thresholds.__name__}:{kernel.__name__}",
-        signature=signature,
-        constexprs=constexprs,
-        # Rows of two: the second one starts anywhere.
-        attrs={
-            (position,): [["tt.divisibility", 16]]
-            for position, name in enumerate(kernel.arg_names)
-            if name in ("p_scores", "p_gains", "p_target")
-        },
-    )
+    name = f"threshold {place}{' within' if within else ''}{' repeats' if repeats else ''}"
+    return make_build(target, launch, name)
 
 
 def list_builds(target: str) -> Iterator[Build]:
-    """The shipped configurations for one target: every tiling, and every branch of the kernel."""
+    """The shipped configurations for one target: every tiling, and every branch of the kernels."""
     bf16, fp32 = torch.bfloat16, torch.float32
     for dim in (32, 64, 128, 256):
-        yield make_build(target, dim, bf16)
-        yield make_build(target, dim, fp32)
-    yield make_build(target, 128, bf16, bias=True)
-    yield make_build(target, 128, bf16, cached=True, ragged=False)
-    yield make_build(target, 128, bf16, block_k=128, cached=True, bias=True)
-    yield make_build(target, 80, torch.float16)
-    yield make_build(target, 128, bf16, block_q=8)
-    for kernel in (_sampled.row_sums_kernel, _sampled.sampled_mass_kernel):
-        for dim in (32, 64, 128, 256):
-            yield make_sample_build(target, kernel, dim, bf16)
-            yield make_sample_build(target, kernel, dim, fp32)
-            yield make_sample_build(target, kernel, dim, bf16, bias=True)
-        yield make_sample_build(target, kernel, 128, bf16, block_k=128, bias=True)
-        yield make_sample_build(target, kernel, 128, bf16, ragged=False)
-        yield make_sample_build(target, kernel, 128, bf16, ragged=False, bias=True)
-        yield make_sample_build(target, kernel, 80, torch.float16)
-    yield make_average_build(target, 1)
-    yield make_average_build(target, 2)
+        yield make_share_build(target, dim, bf16)
+        yield make_share_build(target, dim, fp32)
+        yield make_share_build(target, dim, bf16, bias=True)
+    yield make_share_build(target, 128, bf16, block_k=128, bias=True)
+    yield make_share_build(target, 128, bf16, ragged=False)
+    yield make_share_build(target, 128, bf16, ragged=False, bias=True)
+    yield make_share_build(target, 80, torch.float16)
+    yield make_mean_build(target, 1)
+    yield make_mean_build(target, 2)
     yield make_list_build(target, packed=True)
     yield make_list_build(target, packed=False)
     for place, within in (("first", False), ("middle", True), ("last", True)):
         yield make_threshold_build(target, place, within, repeats=within)
-
-
-def _type_of(argument: str, name: str, constexprs: dict[str, object]) -> str:
-    if argument in constexprs:
-        return "constexpr"
-    if argument in ("p_q", "p_k"):
-        return f"*{name}"
-    if argument in ("p_rows", "p_orders"):
-        return "*i64"
-    if argument.startswith("p_"):
-        return "*fp32"
-    return "fp32" if argument == "scale_log2" else "i32"

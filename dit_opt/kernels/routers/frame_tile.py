@@ -1,7 +1,8 @@
 """Efficient-vDiT's tiles: each frame attends to itself and to a few reference frames.
 
-The lists follow from shapes alone and grow linearly with the number of frames. Source:
-Efficient-vDiT, arXiv 2502.06155, whose layer-wise choice among such masks is left to the density.
+The lists depend on shapes alone and grow linearly with the number of frames. Source:
+Efficient-vDiT, arXiv 2502.06155, which chooses among such masks for each layer; here the density
+does.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.kernels.routers.patterns import Boxes, HeadKind, Pattern, box_blocks
-from dit_opt.kernels.routers.plan import Plan, lay_blocks, list_kept
+from dit_opt.kernels.routers.plan import lay_blocks, list_kept, new_plan
 
 _DIAGONAL = Pattern(HeadKind.SPATIAL, reach=(0, None, None))
 
@@ -47,9 +47,9 @@ def build_tiles(
 ) -> FrameTiles:
     """The tiles with the most reference frames that keep no more than `density`; cached.
 
-    In the model's own token order, text where it stands: all queries keep blocks with text, and
-    blocks of queries with text keep all. Where frames and text alone keep more than `density`,
-    there is no reference frame. Raises ValueError for a density outside (0, 1] or an empty block.
+    In the model's own token order: all queries keep the key blocks with text, and query blocks with
+    text keep all. There are no reference frames where own frames and text alone keep more than
+    `density`. Raises ValueError for a density outside (0, 1] or an empty block.
     """
     if not 0 < density <= 1:
         raise ValueError(f"The target density is {density}; it must lie in (0, 1].")
@@ -68,35 +68,6 @@ def build_tiles(
     return FrameTiles(references, realised, counts, indices)
 
 
-def plan(
-    layout: VideoLayout,
-    heads: int,
-    density: float,
-    block_q: int,
-    block_k: int,
-    device: torch.device,
-    boost: Tensor | None = None,
-) -> Plan:
-    """The same lists for every head and item: counts [1, heads, nq]; the recall is not known (NaN).
-
-    With a boost, float32 [B, heads], of each item, and every block for the heads where it is
-    infinite; a finite one adds nothing. Raises as `build_tiles` does.
-    """
-    tiles = build_tiles(layout, density, block_q, block_k, device)
-    batch = 1 if boost is None else boost.shape[0]
-    # Copies, because whoever gets a plan may write over it.
-    counts, indices = tiles.counts.repeat(batch, heads, 1), tiles.indices.repeat(batch, heads, 1, 1)
-    recall = torch.full((batch, heads), torch.nan, device=device)
-    kept = torch.full((batch, heads), tiles.density, device=device)
-    if boost is not None:
-        dense, key_blocks = boost == torch.inf, indices.shape[-1]
-        every = torch.arange(key_blocks, dtype=torch.int32, device=device)
-        counts = torch.where(dense[..., None], key_blocks, counts).int()
-        indices = torch.where(dense[..., None, None], every, indices)
-        kept = kept.masked_fill(dense, 1.0)
-    return Plan(counts, indices, recall, kept)
-
-
 def _touch_references(keys: Boxes, frames: int, references: int) -> Tensor:
     """Which blocks hold keys of the reference frames, spread evenly over the video: bool [nk]."""
     chosen = torch.tensor([(2 * i + 1) * frames // (2 * references) for i in range(references)])
@@ -105,7 +76,7 @@ def _touch_references(keys: Boxes, frames: int, references: int) -> Tensor:
 
 
 @torch.library.impl(_library, "frame_tile_plan_v1", "CompositeExplicitAutograd")
-def _plan(
+def plan(
     like_q: Tensor,
     density: float,
     T: int,
@@ -116,29 +87,28 @@ def _plan(
     block_k: int,
     boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same lists for every head of queries [B, H, N, D], with B = 1; their recall is unknown.
+
+    With a boost, float32 [B, H], the lists of each item: heads whose boost is infinite keep every
+    block, others what they had. Raises as `build_tiles` does.
+    """
     layout = VideoLayout(T, H, W, video_start, like_q.shape[2])
-    heads, device = like_q.shape[1], like_q.device
-    return plan(layout, heads, density, block_q, block_k, device, boost).tensors
+    tiles = build_tiles(layout, density, block_q, block_k, like_q.device)
+    batch, heads = 1 if boost is None else boost.shape[0], like_q.shape[1]
+    # Copies, because the caller may write to its plan.
+    counts, indices = tiles.counts.repeat(batch, heads, 1), tiles.indices.repeat(batch, heads, 1, 1)
+    recall = like_q.new_full((batch, heads), torch.nan, dtype=torch.float32)
+    kept = torch.full_like(recall, tiles.density)
+    if boost is not None:
+        dense, key_blocks = boost == torch.inf, indices.shape[-1]
+        every = torch.arange(key_blocks, dtype=torch.int32, device=like_q.device)
+        counts = torch.where(dense[..., None], key_blocks, counts).int()
+        indices = torch.where(dense[..., None, None], every, indices)
+        kept = kept.masked_fill(dense, 1.0)
+    return counts, indices, recall, kept
 
 
 @torch.library.register_fake("ditopt::frame_tile_plan_v1", lib=_library)
-def _describe(
-    like_q: Tensor,
-    density: float,
-    T: int,
-    H: int,
-    W: int,
-    video_start: int,
-    block_q: int,
-    block_k: int,
-    boost: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads, tokens = like_q.shape[1:3]
-    batch = 1 if boost is None else boost.shape[0]
-    rows = (batch, heads, ceil_div(tokens, block_q))
-    return (
-        like_q.new_empty(rows, dtype=torch.int32),
-        like_q.new_empty((*rows, ceil_div(tokens, block_k)), dtype=torch.int32),
-        like_q.new_empty((batch, heads), dtype=torch.float32),
-        like_q.new_empty((batch, heads), dtype=torch.float32),
-    )
+def _fake(like_q, density, T, H, W, video_start, block_q, block_k, boost=None):
+    batch = like_q[:1] if boost is None else like_q.expand(boost.shape[0], -1, -1, -1)
+    return new_plan(batch, like_q, block_q, block_k)

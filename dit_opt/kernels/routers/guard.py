@@ -1,7 +1,7 @@
 """The guard: what a plan keeps of the true attention, on a few rows, before the plan is used.
 
-A plan that was searched some steps ago, or by an estimate, may have become wrong. One row of
-each query block is attended to densely; heads whose plan keeps too little of it run dense.
+A plan that was searched some steps ago, or by an estimate, may have become wrong. Dense attention
+is computed for one row of each query block; heads whose plan keeps too little of it run dense.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 
-# Rows cost a dense share of count / N each.
+# The check costs rows / N of a dense call.
 MAX_ROWS = 64
-# A prime step through the rows of blocks, so that samples fall on all places in a block.
+# A prime step through the rows of blocks, so that samples fall on all positions in a block.
 _ROW_STEP = 37
 # Scores held at once.
-_LIMIT = 1 << 22
+_SCORES = 1 << 22
 
 _library = torch.library.Library("ditopt", "FRAGMENT")
 _library.define(
@@ -31,8 +31,9 @@ _library.define("compare_heads_v1(Tensor out, Tensor dense) -> Tensor")
 def sample_rows(queries: int, block_q: int, device: torch.device) -> Tensor:
     """Query rows to check, ascending: one of every block, or of `MAX_ROWS` blocks; int64 [m].
 
-    Always the same ones: what a plan keeps is compared with what it kept when it was made, and
-    other rows would differ without having changed. Of longer sequences other blocks are never seen.
+    Always the same ones: what a plan keeps is compared with what it kept when it was made, and on
+    other rows that would differ without any change. Long sequences have blocks that are never
+    checked.
     """
     blocks = ceil_div(queries, block_q)
     count = min(blocks, MAX_ROWS)
@@ -55,9 +56,9 @@ def check_plan(
 ) -> tuple[Tensor, Tensor]:
     """The kept softmax mass and the relative L2 error of each head, float32 [B, H] both.
 
-    Means over sampled rows, by a float32 softmax over all keys. The error is that of dropping what
-    the lists leave out, without a tail; heads without any key keep everything. Both are NaN where
-    a score is.
+    Means over sampled rows, by a float32 softmax over all keys. The error is that of dropping the
+    blocks that are not listed, without a tail; heads without any key keep everything. Both are NaN
+    where a score is NaN.
 
     Args:
         q, k, v: [B, H, N, D] and [B, Hk, N, D]. counts, indices: a plan, [B or 1, H, ...].
@@ -71,7 +72,7 @@ def check_plan(
     sampled = q.index_select(2, rows).float() * scale
     group = heads // k.shape[1]
     kept, error = [], []
-    step = max(1, _LIMIT // (tokens * rows.numel()))
+    step = max(1, _SCORES // (tokens * rows.numel()))
     for first in range(0, heads, step):
         part = slice(first, min(first + step, heads))
         shared = torch.arange(first, part.stop, device=q.device) // group
@@ -102,7 +103,7 @@ def _mark_listed(counts: Tensor, indices: Tensor, blocks: Tensor, key_blocks: in
     """Which key blocks the rows' lists name, bool [B, H, m, nk]."""
     counts, indices = counts.index_select(2, blocks), indices.index_select(2, blocks)
     slots = torch.arange(indices.shape[-1], device=indices.device)
-    # what is not used goes to a column of its own
+    # unused entries go to one more column, which is cut off
     named = torch.where(slots < counts.unsqueeze(-1), indices.long(), key_blocks)
     marks = torch.zeros((*named.shape[:-1], key_blocks + 1), dtype=torch.bool, device=named.device)
     return marks.scatter_(-1, named, True)[..., :key_blocks]
@@ -125,8 +126,8 @@ def guard_plan(
     """The plan with every block for the heads that were caught; see `check_plan`.
 
     Args:
-        expected: the mass that a plan should keep, float32 [B, H]; None catches those heads only
-            whose mass is not a number, which are always caught.
+        expected: the mass that a plan should keep, float32 [B, H]; None catches only heads whose
+            mass is NaN, which are always caught.
         slack: how much less it may keep.
 
     Returns:
@@ -147,34 +148,22 @@ def guard_plan(
 
 
 @torch.library.register_fake("ditopt::guard_plan_v1", lib=_library)
-def _describe(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    expected: Tensor | None,
-    slack: float,
-    block_q: int,
-    block_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lists = (q.shape[0], *counts.shape[1:])
-    figures = [q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3)]
+def _fake(q, k, v, counts, *arguments):
+    rows, block_k = (q.shape[0], *counts.shape[1:]), arguments[-1]
+    kept, error, caught = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
     return (
-        q.new_empty(lists, dtype=torch.int32),
-        q.new_empty((*lists, ceil_div(k.shape[2], block_k)), dtype=torch.int32),
-        figures[0],
-        figures[1],
-        figures[2],
+        q.new_empty(rows, dtype=torch.int32),
+        q.new_empty((*rows, ceil_div(k.shape[2], block_k)), dtype=torch.int32),
+        kept,
+        error,
+        caught,
     )
 
 
 @torch.library.impl(_library, "compare_heads_v1", "CompositeImplicitAutograd")
 def compare_heads(out: Tensor, dense: Tensor) -> Tensor:
     """The relative L2 difference of each head, float32 [B, H], of outputs [B, H, N, D] or
-    [B * H, N, D] (as [B * H, 1]); rows that are not a number in `dense` do not count."""
+    [B * H, N, D] (as [B * H, 1]), without elements that are NaN in `dense`."""
     if out.dim() == 3:
         out, dense = out.unsqueeze(1), dense.unsqueeze(1)
     known = ~dense.isnan()

@@ -1,7 +1,7 @@
 """Plans as they are kept between calls: one bit for each block.
 
-Attention of 24 heads over 115k tokens has 39 million blocks: 156 MB of lists with room for all of
-them, 5 MB of bits, in each layer and guidance branch. Calls that use a plan make lists of it again.
+Attention of 24 heads over 115k tokens has 39 million blocks: 156 MB as lists, 5 MB as bits, for
+each layer and guidance branch. A call that reuses a plan unpacks its lists again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pack_plan(counts: Tensor, indices: Tensor, tokens: int, block_k: int) -> Ten
     """Lists over the blocks of `tokens` keys as int32 words `[..., nq, ceil(nk / 32)]`.
 
     Bit j % 32 of word j // 32 stands for block j. `counts` int32 `[..., nq]`, `indices` int32
-    `[..., nq, capacity]`.
+    `[..., nq, length]` with any length that holds the counts.
     """
     blocks = ceil_div(tokens, block_k)
     found = pack_lists(counts, indices, blocks) if counts.device.type == "cpu" else None
@@ -40,8 +40,8 @@ def pack_plan(counts: Tensor, indices: Tensor, tokens: int, block_k: int) -> Ten
         return found
     kept = expand_lists(counts, indices, blocks)
     kept = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % WORD))
-    bits = kept.unflatten(-1, (-1, WORD)).int() << _places(counts.device)
-    # No two bits of a word are the same, so their sum never carries, not even into the sign.
+    bits = kept.unflatten(-1, (-1, WORD)).int() << _list_shifts(counts.device)
+    # All bits of a word differ, so their sum never carries, not even into the sign.
     return bits.sum(-1, dtype=torch.int32)
 
 
@@ -51,11 +51,11 @@ def unpack_plan(words: Tensor, tokens: int, block_k: int) -> tuple[Tensor, Tenso
     found = unpack_lists(words, blocks) if words.device.type == "cpu" else None
     if found is not None:
         return found
-    bits = (words.unsqueeze(-1) >> _places(words.device)) & 1
+    bits = (words.unsqueeze(-1) >> _list_shifts(words.device)) & 1
     return list_kept(bits.flatten(-2)[..., :blocks].bool())
 
 
-def _places(device: torch.device) -> Tensor:
+def _list_shifts(device: torch.device) -> Tensor:
     return torch.arange(WORD, dtype=torch.int32, device=device)
 
 
@@ -79,11 +79,11 @@ def _unpack_on_gpu(words: Tensor, tokens: int, block_k: int) -> tuple[Tensor, Te
 
 
 @torch.library.register_fake("ditopt::pack_plan_v1", lib=_library)
-def _describe_words(counts: Tensor, indices: Tensor, N: int, block_k: int) -> Tensor:
+def _fake_pack(counts, indices, N, block_k):
     return counts.new_empty((*counts.shape, ceil_div(ceil_div(N, block_k), WORD)))
 
 
 @torch.library.register_fake("ditopt::unpack_plan_v1", lib=_library)
-def _describe_lists(words: Tensor, N: int, block_k: int) -> tuple[Tensor, Tensor]:
+def _fake_unpack(words, N, block_k):
     shape = words.shape[:-1]
     return words.new_empty(shape), words.new_empty((*shape, ceil_div(N, block_k)))

@@ -1,4 +1,4 @@
-"""What routers share: the plan that they return and the blocks that they choose from."""
+"""What searches share: the plan that they return and the blocks that they choose from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dit_opt.kernels.native import lists as native
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The key blocks that each query block keeps, for the B items and H heads of one layer.
+    """The key blocks that each query block keeps, for B items and H heads of one layer.
 
-    `counts` int32 [B, H, nq]; `indices` int32 [B, H, nq, capacity], ascending in the first `counts`
+    `counts` int32 [B, H, nq]; `indices` int32 [B, H, nq, nk], ascending in the first `counts`
     entries and zero after them. `recall` float32 [B, H]: the share of softmax mass that the lists
-    keep, over the query blocks that are not dense by rule; NaN where a router does not know it.
-    `density` float32 [B, H]: the kept share of the score matrix in real tokens, all rows.
+    keep, over the query blocks that are not dense by rule; NaN where a search does not know it.
+    `density` float32 [B, H]: the kept share of the score matrix, in real tokens, over all rows.
 
-    A plan for all items alike has B = 1. The lists take 4 * B * H * nq * capacity bytes.
+    A plan that all items share has B = 1. The lists take 4 * B * H * nq * nk bytes.
     """
 
     counts: Tensor
@@ -41,8 +41,7 @@ class BlockLayout:
 
     `query_sizes` float32 [nq], `key_sizes` float32 [nk]: real tokens in each block.
     `always_kept` bool [nq, nk]: what every plan keeps, whatever its mass: blocks with text keys,
-    every block of queries with text, and the blocks of the queries' own tokens.
-    `longest` is the most of them in any row, and so the least capacity that holds a plan.
+    all blocks of a query block with text, and the blocks that hold the queries' own tokens.
     """
 
     tokens: int
@@ -51,7 +50,6 @@ class BlockLayout:
     query_sizes: Tensor
     key_sizes: Tensor
     always_kept: Tensor
-    longest: int
 
 
 @functools.lru_cache(maxsize=8)
@@ -63,11 +61,11 @@ def lay_blocks(
     block_k: int,
     device: torch.device,
 ) -> BlockLayout:
-    """The blocks of a sequence whose video stands at [video_start, video_start + video_tokens).
+    """The blocks of a sequence whose video is at [video_start, video_start + video_tokens).
 
-    Positions are those of the queries and keys as they are handed to the router, so after a token
-    order the video starts at 0. All other tokens are text. Cached. Raises ValueError when the video
-    does not fit into the sequence or a block is empty.
+    Positions are those in the queries and keys that are searched: behind a token order the video
+    starts at 0. All other tokens are text. Cached. Raises ValueError when the video does not fit
+    into the sequence or a block is empty.
     """
     if min(block_q, block_k) < 1:
         raise ValueError(f"Blocks of {block_q} x {block_k} tokens are empty; use 1 or more.")
@@ -75,7 +73,7 @@ def lay_blocks(
     if not 0 <= video_start <= end <= tokens:
         raise ValueError(
             f"A video of {video_tokens} tokens from token {video_start} on does not fit into a "
-            f"sequence of {tokens}; give its place in the order of the queries and keys."
+            f"sequence of {tokens}; give its position in the order of the queries and keys."
         )
     text = torch.ones(tokens, dtype=torch.bool)
     text[video_start:end] = False
@@ -93,62 +91,53 @@ def lay_blocks(
         query_sizes=(last_q - first_q).float().to(device),
         key_sizes=(last_k - first_k).float().to(device),
         always_kept=kept.to(device),
-        longest=int(kept.sum(-1).max()),
     )
 
 
-def check_request(q: Tensor, k: Tensor, blocks: BlockLayout, capacity: int | None) -> None:
-    """Raise ValueError when queries [B, H, N, D], keys or a capacity do not fit the blocks."""
+def check_request(q: Tensor, k: Tensor, blocks: BlockLayout) -> None:
+    """Raise ValueError when queries [B, H, N, D] or keys do not fit the blocks."""
     if q.shape[2] != blocks.tokens or k.shape[2] != blocks.tokens:
         raise ValueError(
-            f"The router plans self-attention over {blocks.tokens} tokens, but got {q.shape[2]} "
+            f"The search plans self-attention over {blocks.tokens} tokens, but got {q.shape[2]} "
             f"queries and {k.shape[2]} keys; leave cross-attention dense."
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly.")
-    if capacity is not None and capacity < blocks.longest:
-        raise ValueError(
-            f"A capacity of {capacity} blocks does not hold the {blocks.longest} that are always "
-            f"kept (text and own blocks); give at least {blocks.longest}, or None for all."
-        )
 
 
-def list_kept(mask: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
-    """A block mask bool [..., nq, nk] as counts int32 [..., nq] and indices int32 [..., capacity].
+def list_kept(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A block mask bool [..., nq, nk] as counts int32 [..., nq] and indices int32 [..., nq, nk].
 
-    Indices are ascending in the first `counts` entries and zero after them; what does not fit into
-    the capacity (all nk blocks if None) is left out from the end.
+    Indices are ascending in the first `counts` entries and zero after them.
     """
-    capacity = mask.shape[-1] if capacity is None else capacity
     if mask.is_cuda:
         # Imported here because Triton is absent where there is no GPU to run it on.
         from dit_opt.kernels.routers import packing_triton
 
-        return packing_triton.list_kept(mask, capacity)
-    if mask.device.type == "cpu" and capacity == mask.shape[-1]:
+        return packing_triton.list_kept(mask)
+    if mask.device.type == "cpu":
         found = native.list_blocks(mask)
         if found is not None:
             return found
-    place = mask.cumsum(-1, dtype=torch.int32)
-    # The last of these slots takes what is not kept, and what does not fit.
-    slots = torch.where(mask, place - 1, capacity).clamp_(max=capacity).long()
-    blocks = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    indices = blocks.new_zeros(*mask.shape[:-1], capacity + 1)
+    key_blocks = mask.shape[-1]
+    position = mask.cumsum(-1, dtype=torch.int32)
+    # What is not kept goes to one more slot, which is cut off.
+    slots = torch.where(mask, position - 1, key_blocks).long()
+    blocks = torch.arange(key_blocks, dtype=torch.int32, device=mask.device)
+    indices = blocks.new_zeros(*mask.shape[:-1], key_blocks + 1)
     indices.scatter_(-1, slots, blocks.expand_as(slots))
-    counts = place[..., -1].clamp(max=capacity).contiguous()
-    return counts, indices[..., :-1].contiguous()
+    return position[..., -1].contiguous(), indices[..., :-1].contiguous()
 
 
-def describe_plan(
-    q: Tensor, k: Tensor, block_q: int, block_k: int, capacity: int | None
+def new_plan(
+    q: Tensor, k: Tensor, block_q: int, block_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised tensors with the shapes of a plan, for the fakes of operators."""
+    """Uninitialised tensors with the shapes of a plan, for the fakes of searches."""
     batch, heads, queries, _ = q.shape
     rows = (batch, heads, ceil_div(queries, block_q))
-    width = ceil_div(k.shape[2], block_k) if capacity is None else capacity
     return (
         q.new_empty(rows, dtype=torch.int32),
-        q.new_empty((*rows, width), dtype=torch.int32),
+        q.new_empty((*rows, ceil_div(k.shape[2], block_k)), dtype=torch.int32),
         q.new_empty((batch, heads), dtype=torch.float32),
         q.new_empty((batch, heads), dtype=torch.float32),
     )

@@ -1,19 +1,17 @@
-"""RainFusion's router: each head gets the sparsest pattern that keeps its softmax mass.
+"""RainFusion's search: each head gets the sparsest pattern that keeps its softmax mass.
 
 Heads differ (local in space, local in time, or a texture over the frame) and change with the
-prompt, so the choice is made per head in every forward, from a few exact softmax rows, and stays a
-tensor on the device. Source: the Adaptive Recognition Module of RainFusion, arXiv 2505.21036; here
-the recall is of the executed block lists, in their own token order.
+prompt, so the choice is made for each head, from a few exact softmax rows, and stays a tensor on
+the device. Source: the Adaptive Recognition Module of RainFusion, arXiv 2505.21036; here the recall
+is that of the executed block lists, in their own token order.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.routers.patterns import HeadKind
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 from dit_opt.kernels.routers.sample import count_rows, draw_sample
 from dit_opt.kernels.routers.sampled_mass import measure_sampled_mass
 from dit_opt.kernels.routers.tables import Tables, build_tables
@@ -34,23 +32,17 @@ _library.define(
 
 
 def measure_recall(
-    q: Tensor,
-    k: Tensor,
-    tables: Tables,
-    scale: float,
-    key_bias: Tensor | None = None,
-    rows: int | None = None,
+    q: Tensor, k: Tensor, key_bias: Tensor | None, scale: float, tables: Tables
 ) -> Tensor:
     """The softmax mass that each candidate's block lists hold for sampled queries, [B, H, C, m].
 
     By a float32 softmax over all keys, of scores in the dtype of the keys; a row without any key
     counts as fully kept. q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides H;
-    key_bias is additive, [B or 1, H or 1, N]; `rows` overrides m. Raises ValueError for shapes that
-    do not fit.
+    key_bias is additive, [B or 1, H or 1, N]. Raises ValueError for shapes that do not fit.
     """
     batch, heads = q.shape[:2]
     _check_shapes(q, k, tables)
-    sample = draw_sample(tables, count_rows(tables.layout) if rows is None else rows)
+    sample = draw_sample(tables, count_rows(tables.layout))
     count, blocks = sample.rows.numel(), sample.kept.shape[-1]
     by_row = q.new_empty(
         (count, blocks, batch, k.shape[1], heads // k.shape[1]), dtype=torch.float32
@@ -59,7 +51,7 @@ def measure_recall(
         by_row[part.rows, :, part.item, part.keys, part.group] = part.mass.permute(3, 1, 0, 2)
     by_row = by_row.flatten(2)
     kept = torch.bmm(sample.kept, by_row).unflatten(2, (batch, heads)).permute(2, 3, 1, 0)
-    # The dense candidate stands last and keeps everything.
+    # The dense candidate is the last one and keeps everything.
     total = kept[:, :, -1:]
     return torch.where(total > 0, kept / total, 1.0)
 
@@ -67,41 +59,41 @@ def measure_recall(
 def recognize(
     q: Tensor,
     k: Tensor,
-    tables: Tables,
+    key_bias: Tensor | None,
     scale: float,
     target: float,
-    by: Literal["quality", "density"] = "quality",
-    key_bias: Tensor | None = None,
-    rows: int | None = None,
+    by_density: bool,
+    tables: Tables,
     boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The candidate of each head, int32 [B, H], and the mean recall of all, float32 [B, H, C].
 
     By quality: the sparsest candidate whose mean recall, less one standard error of that mean,
-    reaches `target`. The margin pays for having picked the sparsest of several noisy estimates, and
-    asks more of a head whose rows disagree. Dense always serves. By density: the best mean recall
-    among the candidates of density <= `target`; the sparsest candidate where none is. Arguments as
-    in `measure_recall`; `boost`, float32 [B, H], 1 or more: a head may drop 1 / boost of what the
-    quality leaves it, or be boost times as dense; at infinity it is dense. Raises ValueError for a
-    target outside (0, 1].
+    reaches `target`. The margin corrects for choosing the sparsest of several noisy estimates, and
+    is larger for a head whose rows disagree. Dense always qualifies. By density: the best mean
+    recall among the candidates of density <= `target`, or the sparsest candidate if there is none.
+    Arguments as in `measure_recall`. `boost`, float32 [B, H], 1 or more: a quality lets the head
+    drop 1 / boost as much, a density lets it be boost times as dense; an infinite one makes it
+    dense. Raises ValueError for a target outside (0, 1].
     """
     if not 0 < target <= 1:
-        raise ValueError(f"The target {by} is {target}; it must lie in (0, 1].")
-    by_row = measure_recall(q, k, tables, scale, key_bias, rows)
+        name = "density" if by_density else "quality"
+        raise ValueError(f"The target {name} is {target}; it must lie in (0, 1].")
+    by_row = measure_recall(q, k, key_bias, scale, tables)
     recall = by_row.mean(-1)
     if boost is None:
         boost = recall.new_ones(1)
     boost = boost.unsqueeze(-1)
-    if by == "density":
+    if by_density:
         affordable = tables.density <= target * boost
         choice = torch.where(affordable, recall, -1.0).argmax(-1)
     else:
         error = by_row.std(-1, correction=0) / by_row.shape[-1] ** 0.5
-        serves = recall - error >= 1 - (1 - target) / boost
-        # Rounding must not cost dense its recall of 1: without any match argmax names the sparsest.
-        serves[..., -1] = True
-        choice = serves.int().argmax(-1)
-    # The sampled rows may lose nothing to a sparser candidate, and the others do.
+        qualifies = recall - error >= 1 - (1 - target) / boost
+        # Rounding may leave dense under a target of 1, and argmax would then name the sparsest.
+        qualifies[..., -1] = True
+        choice = qualifies.int().argmax(-1)
+    # A sparser candidate may lose nothing on the sampled rows, and something on the others.
     choice = torch.where(boost.squeeze(-1) == torch.inf, len(tables.density) - 1, choice)
     return choice.int(), recall
 
@@ -111,11 +103,6 @@ def candidate_names(
 ) -> tuple[str, ...]:
     """What each value of `choice` means on this grid: "temporal 1x1", "textural 4", "dense"..."""
     return build_tables(T, H, W, video_start, N, block_q, block_k, torch.device("cpu")).names
-
-
-def kind_of(choice: int, tables: Tables) -> HeadKind:
-    """The kind of head that a value of `choice` stands for."""
-    return tables.patterns[choice].kind
 
 
 @torch.library.impl(_library, "rainfusion_recognize_v1", "CompositeExplicitAutograd")
@@ -135,22 +122,15 @@ def _recognize(
     boost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tables = build_tables(T, H, W, video_start, q.shape[2], block_q, block_k, q.device)
-    by: Literal["quality", "density"] = "density" if by_density else "quality"
-    choice, recall = recognize(q, k, tables, scale, target, by, key_bias, boost=boost)
+    choice, recall = recognize(q, k, key_bias, scale, target, by_density, tables, boost)
     chosen = choice.long().unsqueeze(-1)
     return choice, recall.gather(-1, chosen).squeeze(-1), tables.density[choice]
 
 
 @torch.library.register_fake("ditopt::rainfusion_recognize_v1", lib=_library)
-def _describe_recognition(
-    q: Tensor, k: Tensor, key_bias: Tensor | None, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = q.shape[:2]
-    return (
-        q.new_empty(shape, dtype=torch.int32),
-        q.new_empty(shape, dtype=torch.float32),
-        q.new_empty(shape, dtype=torch.float32),
-    )
+def _fake_recognize(q, *_):
+    dtypes = (torch.int32, torch.float32, torch.float32)
+    return tuple(q.new_empty(q.shape[:2], dtype=dtype) for dtype in dtypes)
 
 
 @torch.library.impl(_library, "rainfusion_plan_v1", "CompositeExplicitAutograd")
@@ -171,13 +151,11 @@ def _plan(
 
 
 @torch.library.register_fake("ditopt::rainfusion_plan_v1", lib=_library)
-def _describe_plan(
-    choice: Tensor, N: int, T: int, H: int, W: int, video_start: int, block_q: int, block_k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query_blocks, key_blocks = (N + block_q - 1) // block_q, (N + block_k - 1) // block_k
+def _fake_plan(choice, N, T, H, W, video_start, block_q, block_k):
+    rows = (*choice.shape, ceil_div(N, block_q))
     return (
-        choice.new_empty((*choice.shape, query_blocks), dtype=torch.int32),
-        choice.new_empty((*choice.shape, query_blocks, key_blocks), dtype=torch.int32),
+        choice.new_empty(rows, dtype=torch.int32),
+        choice.new_empty((*rows, ceil_div(N, block_k)), dtype=torch.int32),
         choice.new_empty((*choice.shape, N), dtype=torch.int64),
         choice.new_empty((*choice.shape, N), dtype=torch.int64),
     )

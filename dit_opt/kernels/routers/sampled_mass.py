@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -17,14 +18,16 @@ from dit_opt.kernels.scores import LOG2_E, SCORE_BOUND, bound_scores
 _CPU_SCORE_BYTES = 1 << 22
 _DEVICE_SCORE_BYTES = 1 << 28
 
-# To look at the length of every key costs what a softmax of so many rows does.
+# Bounding the scores reads all keys, which costs as much as a softmax of so many rows.
 _MANY_ROWS = 100
+
+Softmax = Literal["torch", "exp2", "shift"]
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Sums of some values: `gather` int64 names what goes into each of them, one sum after the
-    other, and `offsets` int64 where each begins.
+    """Which values are summed, as an embedding bag takes it: `gather` int64 lists the values of one
+    sum after the other, `offsets` int64 where each sum begins.
     """
 
     gather: Tensor
@@ -33,10 +36,10 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class RowMeans:
-    """Means over sampled rows, one for each query block of each order.
+    """Which sampled rows each query block of each order is the mean of.
 
-    `rows` int64 [O, m]: the sampled queries as they come in each order. `first` and `last` int32
-    [O, nq]: which of these a block is the mean of, without the last.
+    `rows` int64 [O, m]: the sampled queries, sorted by each order. `first` and `last` int32
+    [O, nq]: the range of `rows` that belongs to a block, `last` excluded.
     """
 
     rows: Tensor
@@ -49,7 +52,7 @@ class RowMeans:
 
 
 @dataclass(frozen=True)
-class Part:
+class MassPart:
     """The mass of some rows of some heads.
 
     `item` of the batch; `keys`, `group` and `rows`: slices of the key heads, of the query heads of
@@ -64,11 +67,11 @@ class Part:
 
 
 def lay_sums(orders: Tensor, block: int, device: torch.device) -> tuple[Sums, ...]:
-    """How N values on a device are summed over the blocks of every order, int64 [O, N] on the CPU;
-    block j of order o is sum o * nk + j.
+    """How N values are summed over the blocks of every order (`orders` int64 [O, N] on the CPU);
+    block j of order o is sum o * nk + j. The result is on `device`.
 
-    Tokens that share their block in all orders are summed first and once for all, where that reads
-    less than each block on its own would; the second sums are then over those.
+    Two levels where they read less than one: tokens that share their block in all orders are summed
+    once, and blocks are then sums of these.
     """
     kinds, tokens = orders.shape
     starts = torch.arange(0, tokens, block)
@@ -86,7 +89,7 @@ def lay_sums(orders: Tensor, block: int, device: torch.device) -> tuple[Sums, ..
 
 
 def _find_starts(owners: Tensor) -> Tensor:
-    """Where the entries of each owner begin, once sorted by owner."""
+    """Where the entries of each owner begin when they are sorted by owner."""
     counts = owners.bincount()
     return counts.cumsum(0) - counts
 
@@ -98,109 +101,124 @@ def measure_sampled_mass(
     sums: tuple[Sums, ...],
     scale: float,
     key_bias: Tensor | None = None,
-) -> Iterator[Part]:
+) -> Iterator[MassPart]:
     """The mass of each of `rows` [m] in each block of keys, a few rows or heads at a time.
 
     By a float32 softmax over all keys, of scores in the dtype of the keys; a row without any key
-    has none. `sums` are those of `lay_sums`: each is of the sums before it, the first of tokens.
-    q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides H; key_bias is additive,
-    [B or 1, H or 1, N].
+    has no mass. `sums` are those of `lay_sums`: each level sums what the level before it gave, the
+    first one tokens. q [B, H, N, D] and k [B, Hk, N, D] may have any strides, Hk divides H;
+    key_bias is additive, [B or 1, H or 1, N].
     """
     batch, heads, _, dim = q.shape
-    key_heads, tokens = k.shape[1:3]
+    key_heads = k.shape[1]
     count, shared = rows.numel(), heads // key_heads
-    # Half-precision products run in their own dtype: converting all keys would cost more than they
-    # do. Processors have no fast float16.
-    exact = torch.float32 if q.device.type == "cpu" and k.dtype == torch.float16 else k.dtype
     queries = q.index_select(2, rows).float() * scale
     if key_bias is None and can_sample(k):
         laid = (queries * LOG2_E).view(batch, key_heads, shared * count, dim).mT
         mass = sample_mass(laid, k, sums).unflatten(-1, (shared, count))
         whole = (slice(0, key_heads), slice(0, shared), slice(0, count))
-        yield from (Part(item, *whole, mass[item]) for item in range(batch))
+        yield from (MassPart(item, *whole, mass[item]) for item in range(batch))
         return
-    way = _choose_softmax(queries, k, key_bias)
-    queries = (queries * LOG2_E if way == "exp2" else queries).to(exact)
-    # Query heads that share a key head stand side by side, as columns of one matmul. Contiguous
-    # factors, or the products run one by one, each on a copy.
+    softmax = _choose_softmax(queries, k, key_bias)
+    # Half-precision products run in their own dtype, since converting all keys would cost more than
+    # the products do; but CPUs have no fast float16.
+    dtype = torch.float32 if q.device.type == "cpu" and k.dtype == torch.float16 else k.dtype
+    queries = (queries * LOG2_E if softmax == "exp2" else queries).to(dtype)
+    # Query heads that share a key head are columns of one product. Its factors are contiguous, or
+    # the batched product would run one by one, each on a copy.
     queries = queries.view(batch, key_heads, shared, count, dim).permute(0, 1, 4, 2, 3).contiguous()
+    yield from _measure_by_torch(queries, k, sums, key_bias, softmax)
+
+
+def _measure_by_torch(
+    queries: Tensor, k: Tensor, sums: tuple[Sums, ...], key_bias: Tensor | None, softmax: Softmax
+) -> Iterator[MassPart]:
+    """As `measure_sampled_mass`, for scaled queries [B, Hk, D, H / Hk, m] in the dtype of the
+    products."""
+    batch, key_heads, _, shared, count = queries.shape
+    tokens = k.shape[2]
     bare = None
     if key_bias is not None:
-        # [B, Hk, 1, H / Hk, 1]: a softmax over no key is not a number
-        bare = (key_bias == -torch.inf).all(-1).expand(batch, heads)
+        # [B, Hk, 1, H / Hk, 1]: rows without any key, whose softmax is NaN
+        bare = (key_bias == -torch.inf).all(-1).expand(batch, key_heads * shared)
         bare = bare.unflatten(1, (key_heads, 1, -1)).unsqueeze(-1)
-        key_bias = key_bias.float().expand(batch, heads, tokens).unflatten(1, (key_heads, -1))
-
-    limit = _CPU_SCORE_BYTES if q.device.type == "cpu" else _DEVICE_SCORE_BYTES
+        key_bias = key_bias.float().expand(batch, key_heads * shared, tokens)
+        key_bias = key_bias.unflatten(1, (key_heads, -1))
+    limit = _CPU_SCORE_BYTES if k.device.type == "cpu" else _DEVICE_SCORE_BYTES
     columns = max(1, limit // (4 * tokens))
     groups, chunks = [slice(0, shared)], [slice(0, count)]
     if shared * count > columns:
         groups = [slice(g, g + 1) for g in range(shared)]
         chunks = [slice(r, min(r + columns, count)) for r in range(0, count, columns)]
-    step = max(1, columns // (shared * count))
+    step = min(max(1, columns // (shared * count)), key_heads)
     # One buffer for all parts: fresh memory costs a page fault for every 4 KiB.
-    size = min(step, key_heads) * tokens * min(columns, shared * count)
-    buffer = q.new_empty(size, dtype=torch.float32)
-    # Each token stands in the first sums as often.
-    times = sums[0].gather.numel() // tokens
+    size = step * tokens * min(columns, shared * count)
+    buffer = k.new_empty(size, dtype=torch.float32)
     levels, length = [], tokens
     for level in sums:
-        levels.append(_repeat(level, length, min(step, key_heads)))
+        levels.append(_repeat(level, length, step))
         length = level.offsets.numel()
-    for item in range(batch):
-        for first in range(0, key_heads, step):
-            part = slice(first, min(first + step, key_heads))
-            keys = k[item, part].to(exact)
-            for group in groups:
-                for chunk in chunks:
-                    chosen = queries[item, part, :, group, chunk]
-                    scores = buffer[: len(keys) * tokens * chosen[0, 0].numel()]
-                    scores = scores.view(len(keys), tokens, -1)
-                    if exact == torch.float32:
-                        torch.bmm(keys, chosen.flatten(2), out=scores)
-                    else:
-                        scores.copy_(torch.bmm(keys, chosen.flatten(2)))
-                    if key_bias is not None:
-                        bias = key_bias[item, part, group].transpose(1, 2).unsqueeze(-1)
-                        scores.unflatten(2, (bias.shape[2], -1)).add_(bias)
-                    if way == "softmax":
-                        torch.softmax(scores, 1, out=scores)
-                    elif way == "exp2":
-                        scores.exp2_()
-                    else:
-                        scores.sub_(scores.amax(1, keepdim=True)).exp_()
-                    found = mass = _sum(scores, levels[0])
-                    for level in levels[1:]:
-                        mass = _sum(mass, level)
-                    if way != "softmax":
-                        mass = mass * (times / found.sum(1, keepdim=True))
-                    mass = mass.unflatten(2, chosen.shape[2:])
-                    if bare is not None:
-                        mass = mass.masked_fill(bare[item, part, :, group], 0.0)
-                    yield Part(item, part, group, chunk, mass)
+    # How often the first level counts each token.
+    times = sums[0].gather.numel() // tokens
+    for item, first in itertools.product(range(batch), range(0, key_heads, step)):
+        part = slice(first, min(first + step, key_heads))
+        keys = k[item, part].to(queries.dtype)
+        for group, chunk in itertools.product(groups, chunks):
+            chosen = queries[item, part, :, group, chunk]
+            bias = None if key_bias is None else key_bias[item, part, group]
+            found = mass = _sum(_weigh(keys, chosen, bias, softmax, buffer), levels[0])
+            for level in levels[1:]:
+                mass = _sum(mass, level)
+            if softmax != "torch":
+                mass = mass * (times / found.sum(1, keepdim=True))
+            mass = mass.unflatten(2, chosen.shape[2:])
+            if bare is not None:
+                mass = mass.masked_fill(bare[item, part, :, group], 0.0)
+            yield MassPart(item, part, group, chunk, mass)
 
 
-def _choose_softmax(
-    queries: Tensor, k: Tensor, key_bias: Tensor | None
-) -> Literal["softmax", "exp2", "shift"]:
-    """How weights are made of scores: by torch's softmax, or not divided by their sums, of which
-    there are fewer; "exp2" takes scores as they are, "shift" less the greatest of each row."""
+def _weigh(
+    keys: Tensor, queries: Tensor, bias: Tensor | None, softmax: Softmax, buffer: Tensor
+) -> Tensor:
+    """The softmax weights, in the buffer, of keys [n, N, D] for queries [n, D, group, m], without
+    the division by their sums but by "torch": float32 [n, N, group * m]."""
+    count, tokens, _ = keys.shape
+    scores = buffer[: count * tokens * queries[0, 0].numel()].view(count, tokens, -1)
+    if keys.dtype == torch.float32:
+        torch.bmm(keys, queries.flatten(2), out=scores)
+    else:
+        scores.copy_(torch.bmm(keys, queries.flatten(2)))
+    if bias is not None:
+        bias = bias.transpose(1, 2).unsqueeze(-1)
+        scores.unflatten(2, (bias.shape[2], -1)).add_(bias)
+    if softmax == "torch":
+        torch.softmax(scores, 1, out=scores)
+    elif softmax == "exp2":
+        scores.exp2_()
+    else:
+        scores.sub_(scores.amax(1, keepdim=True)).exp_()
+    return scores
+
+
+def _choose_softmax(queries: Tensor, k: Tensor, key_bias: Tensor | None) -> Softmax:
+    """How weights are computed from scores. "exp2" and "shift" leave the division to the sums over
+    blocks, of which there are fewer; "exp2" needs scores that are bounded, in units of log2."""
     if queries.device.type != "cpu":
-        # torch's softmax over columns gives all keys of a few rows to a single block of threads
+        # torch's softmax over columns gives all keys of a few rows to one block of threads
         return "shift"
     many = queries.shape[:3].numel() >= _MANY_ROWS
     bounded = key_bias is None and many and bound_scores(queries, k, 1.0) <= SCORE_BOUND
-    return "exp2" if bounded else "softmax"
+    return "exp2" if bounded else "torch"
 
 
 def _repeat(sums: Sums, length: int, count: int) -> Sums:
-    """The same sums of each of `count` matrices of `length` values, which follow each other."""
+    """The same sums for each of `count` consecutive matrices of `length` values."""
     number = torch.arange(count, device=sums.gather.device)[:, None]
     return Sums(sums.gather + number * length, sums.offsets + number * sums.gather.numel())
 
 
 def _sum(values: Tensor, sums: Sums) -> Tensor:
-    """Sums [n, sums, columns] of values [n, N, columns], by `_repeat` for n matrices or more."""
+    """Sums [n, sums, columns] of values [n, N, columns]; `sums` are repeated for n or more."""
     count = values.shape[0]
     gather, offsets = sums.gather[:count].flatten(), sums.offsets[:count].flatten()
     # An embedding bag gathers and sums in one pass, without the permuted copy.

@@ -1,13 +1,14 @@
-"""The mass of blocks by sampled rows on GPUs: two Triton kernels and their launcher.
+"""The mass of blocks by sampled rows on GPUs: two Triton kernels and their launches.
 
-One pass over the keys finds what each sampled row sums to, and one more for every order how much of
-that each block of keys holds. Keys are gathered as they are read; neither scores nor copies of the
-keys reach memory, only one number for each row and block.
+One pass over the keys for each order. It writes, for each row and tile of keys, the logarithm of
+the sum of weights, and the row's own log-sum-exp at its end; means over rows then need no other
+pass. Keys are gathered as they are read; neither scores nor copies of the keys reach memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -22,87 +23,77 @@ from dit_opt.kernels.block_sparse_attention.tilings import (
     is_amd,
     pad_dim,
 )
-from dit_opt.kernels.block_sparse_attention.triton import read_architecture
-from dit_opt.kernels.own_device import on_own_device
+from dit_opt.kernels.launch import Launch, read_architecture
 from dit_opt.kernels.routers.sampled_mass import RowMeans
-from dit_opt.kernels.routers.score_tiles_triton import score_tile, sum_rows
 from dit_opt.kernels.scores import LOG2_E
 
-# Bytes of numbers for rows and blocks that are held at once.
-_MASS_BYTES = 1 << 30
+# Bytes of numbers for rows and tiles that are held at once.
+_SHARE_BYTES = 1 << 30
 
-# Rows of a program: keys that are read from the second-level cache serve so many, which halves what
-# 128 would read of it. Scores alone leave registers for them in 16 bits.
+# Rows of a program: twice those of attention halve what is read of the keys from the second-level
+# cache. In 16 bits scores alone leave registers for them.
 _ROWS = 256
 
-# Of a mean: blocks of keys that a program takes, and rows that it reads of each at once.
+# Of a mean: blocks of keys in a program, and rows that it reads of each at once.
 COLUMNS, RUN = 64, 16
 
 
 @triton.jit
-def _load_rows(
-    p_q, o_q, is_row, stride_n, stride_d, DIM: tl.constexpr, PADDED_DIM: tl.constexpr
+def _score_tile(
+    b_q, p_k, p_bias, o_k, is_key, scale_log2, stride_n, stride_d,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Scores of a tile of queries against the keys `o_k`, in units of log2; where RAGGED, -inf
+    without `is_key`."""
     o_d = tl.arange(0, PADDED_DIM)
-    p_tile = p_q + o_q[:, None] * stride_n + o_d[None, :] * stride_d
-    return tl.load(p_tile, mask=is_row[:, None] & (o_d < DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def row_sums_kernel(
-    p_q, p_k, p_bias, p_rows, p_lse,
-    scale_log2, num_rows, num_keys, num_heads, group,
-    stride_qb, stride_qh, stride_qn, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_bias_b, stride_bias_h,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The log-sum-exp, in units of log2, of a tile of sampled rows (grid axis 0) of one head (axis
-    1), put where the query of each row stands; 0 for rows without any key."""
-    row = tl.program_id(1)
-    batch = row // num_heads
-    head = row % num_heads
-    p_q += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    p_k += batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
+    p_tile = p_k + o_k.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
+    if RAGGED:
+        b_k = tl.load(p_tile, mask=is_key[:, None] & (o_d < DIM)[None, :], other=0.0)
+    else:
+        b_k = tl.load(p_tile, mask=(o_d < DIM)[None, :], other=0.0)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
     if HAS_BIAS:
-        p_bias += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
-    o_row = tl.program_id(0) * TILE_Q + tl.arange(0, TILE_Q)
-    is_row = o_row < num_rows
-    o_q = tl.load(p_rows + o_row, mask=is_row, other=0)
-    b_q = _load_rows(p_q, o_q, is_row, stride_qn, stride_qd, DIM, PADDED_DIM)
-    b_lse = sum_rows(
-        b_q, p_k, p_bias, num_keys, scale_log2, stride_kn, stride_kd,
-        TILE_Q, TILE_K, DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
-    )  # fmt: skip
-    tl.store(p_lse + row.to(tl.int64) * num_keys + o_q, b_lse, mask=is_row)
+        if RAGGED:
+            b_bias = tl.load(p_bias + o_k, mask=is_key, other=0.0)
+        else:
+            b_bias = tl.load(p_bias + o_k)
+        b_s += (b_bias * 1.4426950408889634)[None, :]
+    if RAGGED:
+        b_s = tl.where(is_key[None, :], b_s, -float("inf"))
+    return b_s
 
 
 @triton.jit
-def _write_tile(
-    b_q, b_lse, p_k, p_bias, p_order, p_mass, o_row, is_row, tile, num_keys, scale_log2,
+def _add_tile(
+    b_q, b_max, b_sum, p_k, p_bias, p_order, p_shares, is_row, tile, num_keys, scale_log2,
     stride_n, stride_d,
     TILE_K: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HAS_BIAS: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gather a tile of keys and write what it holds of the softmax of each row."""
+    """Gather a tile of keys, write the log2 of each row's sum of weights in it, and add it to the
+    row's greatest score and sum."""
     o_place = tile * TILE_K + tl.arange(0, TILE_K)
     is_key = o_place < num_keys
     if RAGGED:
         o_k = tl.load(p_order + o_place, mask=is_key, other=0)
     else:
         o_k = tl.load(p_order + o_place)
-    b_s = score_tile(
+    b_s = _score_tile(
         b_q, p_k, p_bias, o_k, is_key, scale_log2, stride_n, stride_d,
         DIM, PADDED_DIM, HAS_BIAS, RAGGED, PRECISION,
     )  # fmt: skip
-    b_mass = tl.sum(tl.math.exp2(b_s - b_lse[:, None]), 1)
-    tl.store(p_mass + o_row, b_mass, mask=is_row)
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    # Rows without any key so far, where inf - inf would be NaN.
+    b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_part = tl.sum(tl.math.exp2(b_s - b_ref[:, None]), 1)
+    tl.store(p_shares, b_ref + tl.math.log2(b_part), mask=is_row)
+    return b_new, b_sum * tl.math.exp2(b_max - b_ref) + b_part
 
 
 @triton.jit(do_not_specialize=["first_head"])
 def sampled_mass_kernel(
-    p_q, p_k, p_bias, p_rows, p_orders, p_lse, p_mass,
+    p_q, p_k, p_bias, p_rows, p_orders, p_shares, p_sums,
     first_head, scale_log2, num_rows, num_keys, num_heads, group, key_tiles,
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -110,10 +101,11 @@ def sampled_mass_kernel(
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The share that every tile of keys in one order (grid axis 2) has of the softmax of a tile of
-    sampled rows (axis 0) of one head (axis 1, from `first_head` on): [heads, O, tiles, rows].
+    """The log2 of the sum of weights of every tile of keys in one order (grid axis 2), for a tile
+    of sampled rows (axis 0) of one head (axis 1, from `first_head` on): `p_shares` [heads, O,
+    tiles, rows]; and that of all keys, `p_sums` [heads, O, rows], 0 for rows without any key.
 
-    Rows stand in the order, too, so that those of a query block are neighbours in memory.
+    Rows are sorted by the order, too, so that those of a query block are neighbours in memory.
     """
     row = first_head + tl.program_id(1)
     batch = row // num_heads
@@ -126,35 +118,42 @@ def sampled_mass_kernel(
     is_row = o_row < num_rows
     order = tl.program_id(2).to(tl.int64)
     o_q = tl.load(p_rows + order * num_rows + o_row, mask=is_row, other=0)
-    b_q = _load_rows(p_q, o_q, is_row, stride_qn, stride_qd, DIM, PADDED_DIM)
-    b_lse = tl.load(p_lse + row.to(tl.int64) * num_keys + o_q, mask=is_row, other=0.0)
+    o_d = tl.arange(0, PADDED_DIM)
+    p_tile = p_q + o_q[:, None] * stride_qn + o_d[None, :] * stride_qd
+    b_q = tl.load(p_tile, mask=is_row[:, None] & (o_d < DIM)[None, :], other=0.0)
+    line = tl.program_id(1) * tl.num_programs(2) + order
     p_orders += order * num_keys
-    p_mass += (tl.program_id(1) * tl.num_programs(2) + order) * key_tiles * num_rows
+    p_shares += line * key_tiles * num_rows + o_row
+    b_max = tl.full([TILE_Q], -float("inf"), tl.float32)
+    b_sum = tl.zeros([TILE_Q], tl.float32)
+    # Only the last tiles may be ragged: masks would cost all others a third of their time.
     full = num_keys // TILE_K
     for tile in tl.range(0, full):
-        _write_tile(
-            b_q, b_lse, p_k, p_bias, p_orders, p_mass, o_row, is_row, tile, num_keys, scale_log2,
+        b_max, b_sum = _add_tile(
+            b_q, b_max, b_sum, p_k, p_bias, p_orders, p_shares, is_row, tile, num_keys, scale_log2,
             stride_kn, stride_kd,
             TILE_K, DIM, PADDED_DIM, HAS_BIAS, False, PRECISION,
         )  # fmt: skip
-        p_mass += num_rows
+        p_shares += num_rows
     if RAGGED:
         for tile in tl.range(full, key_tiles, num_stages=1):
-            _write_tile(
-                b_q, b_lse, p_k, p_bias, p_orders, p_mass, o_row, is_row, tile, num_keys,
+            b_max, b_sum = _add_tile(
+                b_q, b_max, b_sum, p_k, p_bias, p_orders, p_shares, is_row, tile, num_keys,
                 scale_log2, stride_kn, stride_kd,
                 TILE_K, DIM, PADDED_DIM, HAS_BIAS, True, PRECISION,
             )  # fmt: skip
-            p_mass += num_rows
+            p_shares += num_rows
+    b_total = tl.where(b_sum > 0.0, b_max + tl.math.log2(b_sum), 0.0)
+    tl.store(p_sums + line * num_rows + o_row, b_total, mask=is_row)
 
 
 @triton.jit
 def average_rows_kernel(
-    p_shares, p_first, p_last, p_mass, kinds, num_rows, key_blocks,
+    p_shares, p_sums, p_first, p_last, p_mass, kinds, num_rows, key_blocks,
     TILES: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """The mean over the rows of one query block (grid axis 0) of what some blocks of keys (axis 1)
-    hold, in one order of one head (axis 2): [heads, O, tiles, rows] to [heads, O, nq, nk]."""
+    """The mean over the rows of one query block (grid axis 0) of their softmax mass in some blocks
+    of keys (axis 1), in one order of one head (axis 2): `p_mass` [heads, O, nq, nk]."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     line, order = tl.program_id(2).to(tl.int64), tl.program_id(2) % kinds
     o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -162,14 +161,17 @@ def average_rows_kernel(
     first = tl.load(p_first + order * blocks + block)
     last = tl.load(p_last + order * blocks + block)
     p_shares += line * key_blocks * TILES * num_rows
+    p_sums += line * num_rows
     b_sum = tl.zeros([COLUMNS], tl.float32)
     for start in tl.range(first, last, RUN):
         o_row = start + tl.arange(0, RUN)
+        b_total = tl.load(p_sums + o_row, mask=o_row < last, other=0.0)
         mask = is_column[:, None] & (o_row < last)[None, :]
         for part in tl.static_range(TILES):
             o_tile = (o_column * TILES + part).to(tl.int64)
             p_tile = p_shares + o_tile[:, None] * num_rows + o_row[None, :]
-            b_sum += tl.sum(tl.load(p_tile, mask=mask, other=0.0), 1)
+            b_share = tl.load(p_tile, mask=mask, other=-float("inf"))
+            b_sum += tl.sum(tl.math.exp2(b_share - b_total[None, :]), 1)
     p_mass += (line * blocks + block) * key_blocks
     tl.store(p_mass + o_column, b_sum / (last - first), mask=is_column)
 
@@ -178,10 +180,10 @@ def choose_sample_tiling(
     architecture: str, padded_dim: int, itemsize: int, block_k: int, bias: bool
 ) -> Tiling:
     """Attention's tiling with more rows where they fit, or with a bias the smaller one of unaligned
-    loads: keys that are gathered are loaded through pointers, and so is their bias.
+    loads: gathered keys are loaded through pointers, and so is their bias.
 
-    Warps are as many as leave ptxas no reason to spill with either Triton: it holds the wide heads
-    of four warps, and the bias of eight, to a step of registers that is a few too small.
+    The number of warps is one at which ptxas does not spill under either Triton: it caps registers
+    a little too low for wide heads on four warps, and for the bias on eight.
     """
     tiling = choose_tiling(architecture, padded_dim, itemsize, _ROWS, block_k, aligned=not bias)
     if is_amd(architecture) or itemsize != 2:
@@ -193,8 +195,7 @@ def choose_sample_tiling(
     return dataclasses.replace(tiling, tile_q=_ROWS)
 
 
-@on_own_device
-def launch(
+def measure_orders(
     q: Tensor,
     k: Tensor,
     orders: Tensor,
@@ -209,24 +210,72 @@ def launch(
     TRITON_INTERPRET=1.
 
     Args:
-        q: [B, H, N, D], any strides.
-        k: [B, Hk, N, D] of the same dtype, Hk a divisor of H.
-        orders: int64 [O, N], contiguous.
+        q: [B, H, Nq, D], any strides.
+        k: [B, Hk, Nk, D] of the same dtype, Hk a divisor of H.
+        orders: int64 [O, Nk], contiguous.
         means: of the rows that stand for each query block.
-        key_bias: additive float32 [B or 1, H or 1, N], or None.
+        key_bias: additive float32 [B or 1, H or 1, Nk], or None.
         block_k: keys in a block, a power of two of 16 or more.
 
-    Returns float32 [B, H, O, nq, ceil(N / block_k)].
+    Returns float32 [B, H, O, nq, ceil(Nk / block_k)].
     """
-    batch, heads, _, dim = q.shape
-    keys, (kinds, rows), query_blocks = k.shape[2], means.rows.shape, means.first.shape[1]
-    architecture = read_architecture(q.device)
-    padded_dim = pad_dim(dim)
-    tiling = choose_sample_tiling(
-        architecture, padded_dim, q.element_size(), block_k, key_bias is not None
+    batch, heads = q.shape[:2]
+    lines, (kinds, rows), key_blocks = (
+        batch * heads,
+        means.rows.shape,
+        ceil_div(k.shape[2], block_k),
     )
-    key_blocks, tiles = ceil_div(keys, block_k), block_k // tiling.tile_k
-    row_tiles = ceil_div(rows, tiling.tile_q)
+    mass = q.new_empty((lines, kinds, means.first.shape[1], key_blocks), dtype=torch.float32)
+    architecture = read_architecture(q.device)
+    tiling = _choose_tiling(q, key_bias, block_k, architecture)
+    tiles = block_k // tiling.tile_k
+    step = min(lines, max(1, _SHARE_BYTES // (4 * kinds * rows * key_blocks * tiles)))
+    shares = q.new_empty((step, kinds, key_blocks * tiles, rows), dtype=torch.float32)
+    sums = q.new_empty((step, kinds, rows), dtype=torch.float32)
+    for first in range(0, lines, step):
+        part = slice(first, min(first + step, lines))
+        count = part.stop - first
+        launch_shares(
+            q, k, key_bias, scale, means.rows, orders, block_k, first, shares[:count], sums[:count],
+            architecture,
+        ).run()  # fmt: skip
+        launch_means(shares[:count], sums[:count], means, mass[part]).run()
+    return mass.unflatten(0, (batch, heads))
+
+
+def measure_blocks(
+    q: Tensor, k: Tensor, scale: float, block_q: int, block_k: int, key_bias: Tensor | None
+) -> Tensor:
+    """As `measure_block_mass`: every row, in one order. Raises ValueError for a block_k that tiles
+    cannot cover."""
+    if block_k < 16 or block_k & (block_k - 1):
+        raise ValueError(f"block_k={block_k} must be a power of two, 16 or more.")
+    queries = q.shape[2]
+    rows = torch.arange(queries, device=q.device)[None]
+    first = torch.arange(0, queries, block_q, dtype=torch.int32, device=q.device)[None]
+    means = RowMeans(rows, first, (first + block_q).clamp(max=queries))
+    orders = torch.arange(k.shape[2], device=q.device)[None]
+    return measure_orders(q, k, orders, means, scale, key_bias, block_k).squeeze(2)
+
+
+def launch_shares(
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    rows: Tensor,
+    orders: Tensor,
+    block_k: int,
+    first_head: int,
+    shares: Tensor,
+    sums: Tensor,
+    architecture: str,
+) -> Launch:
+    """`sampled_mass_kernel` for as many heads of all items, from `first_head` on, as `shares` and
+    `sums` have room for."""
+    (heads, dim), keys = q.shape[1::2], k.shape[2]
+    count, kinds, key_tiles, num_rows = shares.shape
+    tiling = _choose_tiling(q, key_bias, block_k, architecture)
     bias_strides = (0, 0)
     if key_bias is not None:
         key_bias = key_bias.float().contiguous()
@@ -234,12 +283,29 @@ def launch(
             stride if size > 1 else 0
             for size, stride in zip(key_bias.shape[:2], key_bias.stride()[:2], strict=True)
         )
-    lse = q.new_empty((batch * heads, keys), dtype=torch.float32)
-    # A pointer must be given; it is never read without HAS_BIAS.
-    tensors = (q, k, lse if key_bias is None else key_bias, means.rows)
-    sizes = (scale * LOG2_E, rows, keys, heads, heads // k.shape[1])
-    strides = (*q.stride(), *k.stride(), *bias_strides)
-    options = {
+    args = {
+        "p_q": q,
+        "p_k": k,
+        # A pointer must be given; it is never read without HAS_BIAS.
+        "p_bias": sums if key_bias is None else key_bias,
+        "p_rows": rows,
+        "p_orders": orders,
+        "p_shares": shares,
+        "p_sums": sums,
+        "first_head": first_head,
+        "scale_log2": scale * LOG2_E,
+        "num_rows": num_rows,
+        "num_keys": keys,
+        "num_heads": heads,
+        "group": heads // k.shape[1],
+        "key_tiles": key_tiles,
+        **name_strides("q", q),
+        **name_strides("k", k),
+        "stride_bias_b": bias_strides[0],
+        "stride_bias_h": bias_strides[1],
+    }
+    padded_dim = pad_dim(dim)
+    constexprs = {
         "DIM": dim,
         "PADDED_DIM": padded_dim,
         "TILE_Q": tiling.tile_q,
@@ -247,30 +313,36 @@ def launch(
         "HAS_BIAS": key_bias is not None,
         "RAGGED": keys % block_k != 0,
         "PRECISION": choose_precision(architecture, padded_dim, q.element_size()),
-        "num_warps": tiling.num_warps,
-        "num_stages": tiling.num_stages,
     }
-    row_sums_kernel[row_tiles, batch * heads](*tensors, lse, *sizes, *strides, **options)
+    grid = (ceil_div(num_rows, tiling.tile_q), count, kinds)
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    return Launch(sampled_mass_kernel, grid, args, constexprs, options)
 
-    mass = q.new_empty((batch * heads, kinds, query_blocks, key_blocks), dtype=torch.float32)
-    step = min(batch * heads, max(1, _MASS_BYTES // (4 * kinds * rows * key_blocks * tiles)))
-    shares = q.new_empty((step, kinds, key_blocks * tiles, rows), dtype=torch.float32)
-    for first in range(0, batch * heads, step):
-        count = min(step, batch * heads - first)
-        sampled_mass_kernel[row_tiles, count, kinds](
-            *tensors, orders, lse, shares, first, *sizes, key_blocks * tiles, *strides, **options
-        )
-        average_rows_kernel[query_blocks, ceil_div(key_blocks, COLUMNS), count * kinds](
-            shares,
-            means.first,
-            means.last,
-            mass[first],
-            kinds,
-            rows,
-            key_blocks,
-            TILES=tiles,
-            COLUMNS=COLUMNS,
-            RUN=RUN,
-            num_warps=4,
-        )
-    return mass.unflatten(0, (batch, heads))
+
+def launch_means(shares: Tensor, sums: Tensor, means: RowMeans, mass: Tensor) -> Launch:
+    """`average_rows_kernel` for the heads of `mass` [heads, O, nq, nk]."""
+    count, kinds, key_tiles, num_rows = shares.shape
+    query_blocks, key_blocks = mass.shape[2:]
+    args = {
+        "p_shares": shares,
+        "p_sums": sums,
+        "p_first": means.first,
+        "p_last": means.last,
+        "p_mass": mass,
+        "kinds": kinds,
+        "num_rows": num_rows,
+        "key_blocks": key_blocks,
+    }
+    constexprs = {"TILES": key_tiles // key_blocks, "COLUMNS": COLUMNS, "RUN": RUN}
+    grid = (query_blocks, ceil_div(key_blocks, COLUMNS), count * kinds)
+    return Launch(average_rows_kernel, grid, args, constexprs, {"num_warps": 4})
+
+
+def name_strides(name: str, x: Tensor) -> dict[str, Any]:
+    """The strides of [B, H, N, D] as kernels name them."""
+    return {f"stride_{name}{axis}": n for axis, n in zip("bhnd", x.stride(), strict=True)}
+
+
+def _choose_tiling(q: Tensor, key_bias: Tensor | None, block_k: int, architecture: str) -> Tiling:
+    padded_dim, itemsize = pad_dim(q.shape[3]), q.element_size()
+    return choose_sample_tiling(architecture, padded_dim, itemsize, block_k, key_bias is not None)

@@ -1,7 +1,7 @@
 """Thresholds on GPUs: one launch for each bit, where PyTorch needs seven.
 
-Each launch sums the gains above the next candidate in parts. The parts of the launch before tell
-every program whether that candidate held, so nothing has to wait for all parts in between.
+Each launch sums the gains above the next candidate in parts. Every program adds up the parts of the
+launch before to know whether that candidate held, so no launch of its own has to.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_opt.kernels.own_device import on_own_device
+from dit_opt.kernels.launch import Launch
 
 # Parts of a sum, and values that a program adds at a time.
 PARTS, CHUNK = 1024, 1024
@@ -55,43 +55,64 @@ def sum_above_kernel(
         tl.store(p_sums + group * parts + part, tl.sum(b_sum, 0))
 
 
-@on_own_device
 def search_bits(
     scores: Tensor, gains: Tensor, target: Tensor, lowest: int, steps: int, within: bool
 ) -> Tensor:
-    """The bits of the last candidate that holds, int32 [G]: from `lowest` on, `steps` bits of it.
+    """The bits of the last threshold that holds, int32 [G]: `lowest` plus a number of `steps` bits.
 
     Args:
-        scores: float32 [G, M]; gains: float32, as many, or as a divisor of M, which repeat.
+        scores: float32 [G, M].
+        gains: float32, as many, or a divisor of M; these repeat.
         target: float32 [G].
     """
     groups, size = scores.shape
     parts = min(PARTS, triton.cdiv(size, CHUNK))
-    span = triton.cdiv(triton.cdiv(size, parts), CHUNK) * CHUNK
     low = torch.full((2, groups), lowest, dtype=torch.int32, device=scores.device)
     sums = scores.new_empty((2, groups, parts))
     (low, last), (sums, next_sums) = low.unbind(), sums.unbind()
     for step in reversed(range(-1, steps)):
-        # of groups there may be more than the second axis of a grid takes
-        sum_above_kernel[(groups, parts)](
-            scores,
-            gains,
-            target,
-            low,
-            last,
-            sums,
-            next_sums,
-            size,
-            span,
-            gains.numel(),
-            parts,
-            step,
-            IS_FIRST=step == steps - 1,
-            IS_LAST=step < 0,
-            WITHIN=within,
-            REPEATS=gains.numel() < scores.numel(),
-            PARTS=PARTS,
-            CHUNK=CHUNK,
-        )
+        buffers = (low, last, sums, next_sums)
+        launch_step(scores, gains, target, *buffers, step, steps, within).run()
         low, last, sums, next_sums = last, low, next_sums, sums
     return low
+
+
+def launch_step(
+    scores: Tensor,
+    gains: Tensor,
+    target: Tensor,
+    low: Tensor,
+    next_low: Tensor,
+    sums: Tensor,
+    next_sums: Tensor,
+    step: int,
+    steps: int,
+    within: bool,
+) -> Launch:
+    """`sum_above_kernel` for one bit: bounds int32 [G] and sums float32 [G, parts] of the launch
+    before, and where to write the next ones."""
+    (groups, size), parts = scores.shape, sums.shape[1]
+    args = {
+        "p_scores": scores,
+        "p_gains": gains,
+        "p_target": target,
+        "p_low": low,
+        "p_next": next_low,
+        "p_parts": sums,
+        "p_sums": next_sums,
+        "size": size,
+        "span": triton.cdiv(triton.cdiv(size, parts), CHUNK) * CHUNK,
+        "period": gains.numel(),
+        "parts": parts,
+        "step": step,
+    }
+    constexprs = {
+        "IS_FIRST": step == steps - 1,
+        "IS_LAST": step < 0,
+        "WITHIN": within,
+        "REPEATS": gains.numel() < scores.numel(),
+        "PARTS": PARTS,
+        "CHUNK": CHUNK,
+    }
+    # Groups are the first axis: there may be more than the second axis of a grid takes.
+    return Launch(sum_above_kernel, (groups, parts), args, constexprs)

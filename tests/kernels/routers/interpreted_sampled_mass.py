@@ -16,7 +16,7 @@ from dit_opt.kernels.routers import sampled_mass_triton
 from dit_opt.kernels.routers.head_orders import build_orders, list_orders, list_rows
 from dit_opt.kernels.routers.orders import VideoLayout
 
-from .scenes import CPU, Scene, make_inputs, weigh_tokens
+from .scenes import CPU, Scene, average_blocks, make_inputs, weigh_tokens
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -46,7 +46,7 @@ def measure(case, cell, dtype):
     means = means.to(torch.device(DEVICE))
     tensors = (x.to(DEVICE) for x in (q, k, orders.orders))
     bias_there = None if bias is None else bias.to(DEVICE)
-    found = sampled_mass_triton.launch(*tensors, means, scale, bias_there, case.block_k)
+    found = sampled_mass_triton.measure_orders(*tensors, means, scale, bias_there, case.block_k)
     weights = weigh_tokens(q, k, bias, scale).nan_to_num()[:, :, orders.rows]
     expected = []
     for order, mean in zip(orders.orders, orders.means, strict=True):
@@ -66,10 +66,43 @@ def test_matches_plain_arithmetic(case, cell, dtype):
         assert found[0].sum() > 0 and not found[1].any()
 
 
+ALL_ROWS = {
+    "ragged": Scene(tokens=75, heads=2, key_heads=2),
+    "even, grouped heads": Scene(tokens=64, heads=2, key_heads=1),
+    "bias, batch": Scene(tokens=70, batch=2, heads=1, key_heads=1, bias=True),
+    "blocks of eight rows": Scene(tokens=75, heads=2, key_heads=2, block_q=8),
+    "blocks of one row": Scene(tokens=35, heads=1, key_heads=1, block_q=1),
+    "several tiles per block": Scene(
+        tokens=150, heads=1, key_heads=1, dim=40, block_q=128, block_k=128
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("case", ALL_ROWS.values(), ids=ALL_ROWS.keys())
+def test_all_rows_give_the_mass_of_blocks(case, dtype):
+    q, k, bias, scale = make_inputs(case)
+    q, k = q[:, :, :-3].to(dtype), k.to(dtype)
+    if bias is not None:
+        bias[0] = -torch.inf
+    there = [None if x is None else x.to(DEVICE) for x in (q, k, bias)]
+    blocks = (case.block_q, case.block_k)
+    found = sampled_mass_triton.measure_blocks(*there[:2], scale, *blocks, there[2])
+    expected = average_blocks(weigh_tokens(q, k, bias, scale).nan_to_num(), *blocks).float()
+    torch.testing.assert_close(found.cpu(), expected, rtol=ERRORS[dtype], atol=ERRORS[dtype])
+
+
+def test_key_blocks_that_tiles_cannot_cover_are_refused():
+    q, k, _, scale = make_inputs(Scene(tokens=64))
+    for block_k in (24, 8):
+        with pytest.raises(ValueError, match=f"block_k={block_k} must be a power of two"):
+            sampled_mass_triton.measure_blocks(q, k, scale, 32, block_k, None)
+
+
 def test_heads_one_after_the_other_find_the_same(monkeypatch):
     case = CASES["bias, batch"]
     whole, _ = measure(case, 4, torch.float32)
-    monkeypatch.setattr(sampled_mass_triton, "_MASS_BYTES", 1)
+    monkeypatch.setattr(sampled_mass_triton, "_SHARE_BYTES", 1)
     found, _ = measure(case, 4, torch.float32)
     assert torch.equal(found, whole)
 

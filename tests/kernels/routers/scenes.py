@@ -1,13 +1,16 @@
-"""Small attention problems for the tests of routers, and what plain arithmetic says about them."""
+"""Small attention problems for the tests of searches, and what plain arithmetic says about them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.reference import expand_blocks, expand_lists
+from dit_opt.kernels.routers.block_mass import measure_block_mass
+from dit_opt.kernels.routers.budgets import allot_blocks
 from dit_opt.kernels.routers.plan import BlockLayout, Plan, lay_blocks
 
 CPU = torch.device("cpu")
@@ -72,6 +75,21 @@ def weigh_tokens(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Ten
     """The softmax over all keys, float64 [B, H, N, N]."""
     scores = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
     return (scores if bias is None else scores + bias.unsqueeze(-2)).softmax(-1)
+
+
+def plan_exactly(
+    scene: Scene,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    target: float,
+    by_density: bool,
+    **options: Any,
+) -> Plan:
+    """The plan by the exact mass of every row."""
+    mass = measure_block_mass(q, k, scale, scene.block_q, scene.block_k, bias)
+    return allot_blocks(mass, scene.blocks, target, by_density, **options)
 
 
 def average_blocks(weights: Tensor, block_q: int, block_k: int) -> Tensor:

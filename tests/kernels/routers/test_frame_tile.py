@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from dit_opt.kernels.block_sparse_attention.reference import expand_blocks, expand_lists
-from dit_opt.kernels.routers import frame_tile
 from dit_opt.kernels.routers.frame_tile import build_tiles
 from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.routers.plan import lay_blocks
+from dit_opt.kernels.routers.plan import Plan, lay_blocks
 
 from .scenes import CPU, check_plan
 
@@ -53,18 +52,15 @@ def test_blocks_are_those_that_the_tiles_touch_and_references_the_most(grid, den
 
 def test_every_head_gets_a_copy_of_the_same_lists():
     layout = VideoLayout(*GRIDS[1])
-    plan = frame_tile.plan(layout, 3, 0.7, 32, 16, CPU)
+    plan = Plan(*operator(torch.zeros(2, 3, 161, 8), 0.7, *GRIDS[1][:4], 32, 16))
     check_plan(plan, lay_blocks(161, 17, 135, 32, 16, CPU))
     assert plan.counts.shape == (1, 3, 6) and plan.recall.isnan().all()
     plan.indices.zero_()
     assert build_tiles(layout, 0.7, 32, 16, CPU).indices.any()
 
 
-def test_the_operator_returns_the_plan_and_passes_opcheck():
+def test_opcheck():
     arguments = (torch.zeros(2, 3, 161, 8), 0.7, *GRIDS[1][:4], 32, 16)
-    expected = frame_tile.plan(VideoLayout(*GRIDS[1]), 3, 0.7, 32, 16, CPU)
-    for x, y in zip(operator(*arguments), expected.tensors, strict=True):
-        torch.testing.assert_close(x, y, equal_nan=True)
     results = torch.library.opcheck(
         operator.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

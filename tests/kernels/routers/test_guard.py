@@ -58,7 +58,7 @@ def test_heads_in_parts_are_the_same(monkeypatch):
 
     q, k, v, mask = make()
     whole = check_plan(q, k, v, *list_kept(mask), None, 0.3, BLOCK_Q, BLOCK_K)
-    monkeypatch.setattr(guard, "_LIMIT", 1)
+    monkeypatch.setattr(guard, "_SCORES", 1)
     parts = check_plan(q, k, v, *list_kept(mask), None, 0.3, BLOCK_Q, BLOCK_K)
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)

@@ -22,7 +22,6 @@ def test_what_is_always_kept_is_what_the_rule_says_token_by_token(scene):
         for j, tile in enumerate(rows.split(scene.block_k, 1)):
             assert blocks.always_kept[i, j] == tile.any()
             assert (blocks.query_sizes[i], blocks.key_sizes[j]) == tile.shape
-    assert blocks.longest == blocks.always_kept.sum(-1).max()
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -46,15 +45,6 @@ def test_lists_are_ascending_int32_and_zero_after_their_count():
         assert not index[count:].any()
 
 
-def test_a_capacity_cuts_lists_from_the_end_or_leaves_room():
-    mask = torch.tensor([[True, False, True, True], [False, False, False, True]])
-    counts, indices = list_kept(mask, 2)
-    assert counts.tolist() == [2, 1] and indices.tolist() == [[0, 2], [3, 0]]
-    counts, indices = list_kept(mask, 6)
-    assert counts.tolist() == [3, 1]
-    assert indices.tolist() == [[0, 2, 3, 0, 0, 0], [3, 0, 0, 0, 0, 0]]
-
-
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="video of 9 tokens from token 2 on"):
         lay_blocks(10, 2, 9, 16, 16, CPU)
@@ -62,10 +52,8 @@ def test_what_does_not_fit_is_refused():
         lay_blocks(10, 0, 10, 16, 0, CPU)
     blocks = lay_blocks(64, 0, 64, 32, 16, CPU)
     x = torch.zeros(1, 2, 64, 8)
-    check_request(x, x, blocks, 2)
-    with pytest.raises(ValueError, match="capacity of 1 blocks does not hold the 2"):
-        check_request(x, x, blocks, 1)
+    check_request(x, x, blocks)
     with pytest.raises(ValueError, match="64 queries and 63 keys"):
-        check_request(x, x[:, :, 1:], blocks, None)
+        check_request(x, x[:, :, 1:], blocks)
     with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
-        check_request(torch.zeros(1, 3, 64, 8), x, blocks, None)
+        check_request(torch.zeros(1, 3, 64, 8), x, blocks)

@@ -9,13 +9,8 @@ import torch.nn.functional as F
 from dit_opt.kernels.block_sparse_attention.reference import attend, expand_blocks, expand_lists
 from dit_opt.kernels.routers.orders import locate_tokens
 from dit_opt.kernels.routers.patterns import HeadKind
-from dit_opt.kernels.routers.rainfusion import (
-    candidate_names,
-    kind_of,
-    measure_recall,
-    recognize,
-)
-from dit_opt.kernels.routers.sample import draw_sample
+from dit_opt.kernels.routers.rainfusion import candidate_names, measure_recall, recognize
+from dit_opt.kernels.routers.sample import count_rows, draw_sample
 from dit_opt.kernels.routers.tables import build_tables
 from dit_opt.kernels.token_order import gather_tokens, scatter_tokens
 
@@ -65,9 +60,9 @@ def expand_plan(plan, tokens):
 def test_planted_heads_are_recognised(grid):
     q, k = plant(grid)
     tables = build_tables(*grid, *BLOCKS, CPU)
-    choice, _ = recognize(q, k, tables, 1.0, 0.9)
+    choice, _ = recognize(q, k, None, 1.0, 0.9, False, tables)
     assert choice.dtype == torch.int32
-    assert [kind_of(c, tables) for c in choice[0].tolist()] == PLANTED
+    assert [tables.kinds[c] for c in choice[0].tolist()] == PLANTED
     # The checkerboard is of step 4; its subset of step 8 holds half of it.
     assert tables.names[choice[0, 2]] == "textural 4"
 
@@ -75,8 +70,8 @@ def test_planted_heads_are_recognised(grid):
 def test_one_frame_has_windows_and_checkerboards():
     q, k = plant(GRIDS[3])
     tables = build_tables(*GRIDS[3], *BLOCKS, CPU)
-    choice, _ = recognize(q[:, 1:], k[:, 1:], tables, 1.0, 0.9)
-    assert [kind_of(c, tables) for c in choice[0].tolist()] == PLANTED[1:]
+    choice, _ = recognize(q[:, 1:], k[:, 1:], None, 1.0, 0.9, False, tables)
+    assert [tables.kinds[c] for c in choice[0].tolist()] == PLANTED[1:]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -86,8 +81,8 @@ def test_recall_is_exact_for_each_sampled_row(grid):
     bias = torch.randn(2, 1, grid[-1])
     bias[1, :, -3:] = -torch.inf
     tables = build_tables(*grid, *BLOCKS, CPU)
-    recall = measure_recall(q, k, tables, 0.3, bias, rows=17)
-    rows = draw_sample(tables, 17).rows
+    recall = measure_recall(q, k, bias, 0.3, tables)
+    rows = draw_sample(tables, count_rows(tables.layout)).rows
     scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3 + bias[:, :, None]
     weights = scores.double().softmax(-1)
     for c in range(len(tables.names)):
@@ -115,7 +110,10 @@ def test_the_plan_keeps_the_mass_that_was_asked_for(grid, target):
 def test_a_higher_target_never_keeps_less():
     q, k = plant(GRIDS[0], 9.0, 1.5)
     tables = build_tables(*GRIDS[0], *BLOCKS, CPU)
-    choices = [recognize(q, k, tables, 1.0, target)[0] for target in (0.3, 0.6, 0.9, 0.99, 1.0)]
+    choices = [
+        recognize(q, k, None, 1.0, target, False, tables)[0]
+        for target in (0.3, 0.6, 0.9, 0.99, 1.0)
+    ]
     assert (torch.stack(choices).diff(dim=0) >= 0).all()
     assert (choices[0] < choices[-1]).any()
 
@@ -123,13 +121,13 @@ def test_a_higher_target_never_keeps_less():
 def test_a_density_budget_buys_the_best_recall():
     q, k = plant(GRIDS[0], 9.0, 1.5)
     tables = build_tables(*GRIDS[0], *BLOCKS, CPU)
-    choice, recall = recognize(q, k, tables, 1.0, 0.4, "density")
+    choice, recall = recognize(q, k, None, 1.0, 0.4, True, tables)
     affordable = tables.density <= 0.4
     assert 1 < affordable.sum() < len(affordable)
     assert affordable[choice].all()
     best = recall[..., affordable].amax(-1)
     assert torch.equal(recall.gather(-1, choice.long()[..., None]).squeeze(-1), best)
-    cheapest, _ = recognize(q, k, tables, 1.0, 1e-3, "density")
+    cheapest, _ = recognize(q, k, None, 1.0, 1e-3, True, tables)
     assert not cheapest.any()
 
 
@@ -141,8 +139,8 @@ def test_query_heads_of_a_group_choose_for_themselves():
     queries = [(q[:, :1], zero), (zero, q[:, 1:2]), (zero, zero)]
     grouped = torch.cat([torch.cat(pair, -1) for pair in queries], 1)
     tables = build_tables(*GRIDS[0], *BLOCKS, CPU)
-    choice, _ = recognize(grouped, key, tables, 1.0, 0.9)
-    kinds = [kind_of(c, tables) for c in choice[0].tolist()]
+    choice, _ = recognize(grouped, key, None, 1.0, 0.9, False, tables)
+    kinds = [tables.kinds[c] for c in choice[0].tolist()]
     assert kinds == [HeadKind.SPATIAL, HeadKind.TEMPORAL, HeadKind.DENSE]
 
 
@@ -153,10 +151,10 @@ def test_masked_keys_count_for_nothing():
     bias = torch.zeros(1, 1, grid[-1])
     bias[..., -4:] = -torch.inf
     tables = build_tables(*grid, *BLOCKS, CPU)
-    choice, recall = recognize(q, k, tables, 1.0, 0.9, key_bias=bias)
-    expected, _ = recognize(*plant(grid), tables, 1.0, 0.9)
+    choice, recall = recognize(q, k, bias, 1.0, 0.9, False, tables)
+    expected, _ = recognize(*plant(grid), None, 1.0, 0.9, False, tables)
     assert torch.equal(choice, expected)
-    _, empty = recognize(q, k, tables, 1.0, 0.9, key_bias=torch.full_like(bias, -torch.inf))
+    _, empty = recognize(q, k, torch.full_like(bias, -torch.inf), 1.0, 0.9, False, tables)
     assert (empty == 1).all() and recall.isfinite().all()
 
 
@@ -167,10 +165,12 @@ def test_strides_and_batches_change_nothing(dtype):
     q, k = torch.randn(2, 3, 4, grid[-1], 16).to(dtype)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     tables = build_tables(*grid, *BLOCKS, CPU)
-    whole = measure_recall(q, k, tables, 0.5)
-    torch.testing.assert_close(measure_recall(*strided, tables, 0.5), whole, rtol=1e-5, atol=1e-6)
+    whole = measure_recall(q, k, None, 0.5, tables)
+    torch.testing.assert_close(
+        measure_recall(*strided, None, 0.5, tables), whole, rtol=1e-5, atol=1e-6
+    )
     for item in range(3):
-        alone = measure_recall(q[item : item + 1], k[item : item + 1], tables, 0.5)
+        alone = measure_recall(q[item : item + 1], k[item : item + 1], None, 0.5, tables)
         torch.testing.assert_close(alone[0], whole[item], rtol=1e-5, atol=1e-6)
 
 
@@ -198,8 +198,8 @@ def test_nothing_in_recognition_reads_the_device():
     bias = torch.empty(1, 1, GRIDS[1][-1], device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
         q.sum().item()
-    for by in ("quality", "density"):
-        choice, recall = recognize(q, k, tables, 0.25, 0.5, by, bias)
+    for by_density in (False, True):
+        choice, recall = recognize(q, k, bias, 0.25, 0.5, by_density, tables)
         assert choice.shape == (2, 4) and recall.shape == (2, 4, len(tables.names))
 
 
@@ -247,23 +247,23 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="multiplies to 72 tokens"):
         recognize_op(q, q, None, 1.0, 0.9, False, 3, 4, 6, 0, *BLOCKS)
     with pytest.raises(ValueError, match="60 queries and 30 keys"):
-        measure_recall(q, q[:, :, :30], tables, 1.0)
+        measure_recall(q, q[:, :, :30], None, 1.0, tables)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads"):
-        measure_recall(q, q[:, :3], tables, 1.0)
+        measure_recall(q, q[:, :3], None, 1.0, tables)
     for target in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
-            recognize(q, q, tables, 1.0, target)
+            recognize(q, q, None, 1.0, target, False, tables)
 
 
-@pytest.mark.parametrize("by", ["quality", "density"])
-def test_a_head_without_anything_to_drop_is_dense(by):
+@pytest.mark.parametrize("by_density", [False, True])
+def test_a_head_without_anything_to_drop_is_dense(by_density):
     """Its sampled rows would lose nothing to a pattern of their own."""
     q, k = plant(GRIDS[0], strength=2000.0)
     tables = build_tables(*GRIDS[0], *BLOCKS, CPU)
-    plain, recall = recognize(q, k, tables, 1.0, 0.4, by)
+    plain, recall = recognize(q, k, None, 1.0, 0.4, by_density, tables)
     assert (recall[0, 0, :-1] == 1).any()
     boost = torch.ones(1, 4)
     boost[0, 0] = torch.inf
-    choice, _ = recognize(q, k, tables, 1.0, 0.4, by, boost=boost)
+    choice, _ = recognize(q, k, None, 1.0, 0.4, by_density, tables, boost)
     assert choice[0, 0] == len(tables.names) - 1
     assert torch.equal(choice[0, 1:], plain[0, 1:])
