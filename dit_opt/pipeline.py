@@ -97,7 +97,8 @@ def optimize(
                 *(model.register_forward_pre_hook(hook, with_kwargs=True) for hook in hooks),
                 model.register_forward_hook(_EndHook(), always_call=True),
             ]
-            model.compile_repeated_blocks(**settings)
+            compile_blocks: Any = model.compile_repeated_blocks
+            compile_blocks(**settings)
         else:
             model.compile(**settings)
         log.info("compiling %s with ditopt on its first call", type(model).__name__)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage] - lazy
 
 from dit_opt.demo import clips
 
@@ -38,7 +39,7 @@ def denoise(
 
     The two guidance branches are two calls, as the video pipelines of diffusers make them.
     """
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(steps, device=device)
     noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))
     latents = noise.to(device)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage] - lazy
 from torch.overrides import TorchFunctionMode
 
 import dit_opt
@@ -124,7 +124,8 @@ def load_contestants(
     Raises CheckpointError (see `load_model`) and OptionError.
     """
     parsed = Options.parse(options)
-    eager = load_model(checkpoint).to(device)
+    eager: Any = load_model(checkpoint)
+    eager.to(device)
     pipeline = compile_pipeline(checkpoint, steps, device, options)
     return Contestants(eager, torch.compile(eager), pipeline, parsed)
 
@@ -135,7 +136,8 @@ def compile_pipeline(
     """The demo model as a pipeline, set up for ditopt. Raises as `load_contestants` does."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(steps, device=device)
-    pipeline = Pipeline(load_model(checkpoint).to(device), scheduler)
+    transformer: torch.nn.Module = load_model(checkpoint)
+    pipeline = Pipeline(transformer.to(device), scheduler)
     return dit_opt.optimize(pipeline, **(options or {}))
 
 

@@ -60,8 +60,8 @@ class FuseQK(Pass):
         for sparse in find_sparse_sites(facts, options):
             _refuse_cpu(sparse)
             site = sparse.site
-            for name, node in (("query", site.query), ("key", site.key)):
-                if node is not None and node not in found:
+            for name, node in zip(("query", "key"), sparse.qkv):
+                if node not in found:
                     found[node] = _match(f"{name} of {site.module or site.index}", node, sparse)
         return list(found.values())
 
@@ -76,7 +76,7 @@ class FuseQK(Pass):
                 written[prologue.node] = _write(graph, prologue)
             seen += [prologue.node, *prologue.interior]
         for sparse in find_sparse_sites(program.facts, options):
-            for node in (sparse.site.query, sparse.site.key):
+            for node in sparse.qkv[:2]:
                 if node in written:
                     sparse.site.node.replace_input_with(node, written[node])
         _erase(graph, seen)

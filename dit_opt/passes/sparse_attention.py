@@ -204,8 +204,7 @@ class _SiteRewriter:
 
     def _describe(self, sparse: SparseSite, call: Node, emit: Emitter) -> SiteWriter:
         at = self._variant.at
-        nodes = (sparse.site.query, sparse.site.key, sparse.site.value)
-        qkv = [_cast(emit, at[node], call) for node in nodes]
+        qkv = [_cast(emit, at[node], call) for node in sparse.qkv]
         if sparse.example.dim() == 3:
             qkv = [emit.method("unsqueeze", x, 1) for x in qkv]
         mask = None if sparse.key_mask is None else at[sparse.key_mask]
@@ -241,8 +240,9 @@ class _SiteRewriter:
         if searches:
             for slot, node in routed.state.items():
                 self._graph.write(site.ref(slot), node)
-            density = _expand_heads(site, routed.density)
-            self._graph.write(site.ref(RECALL), routed.recall)
+            recall, found = routed.statistics
+            density = _expand_heads(site, found)
+            self._graph.write(site.ref(RECALL), recall)
             self._graph.write(site.ref(PLAN_DENSITY), density)
         else:
             density = site.read(PLAN_DENSITY, dtype=torch.float32)
@@ -259,9 +259,9 @@ class _SiteRewriter:
         for slot, node in routed.state.items():
             self._graph.write(site.ref(slot), node, only)
         before = site.read(PLAN_DENSITY, dtype=torch.float32)
-        found = _expand_heads(site, routed.density)
-        density = site.emit.call(torch.where, flag, found, before)
-        self._graph.write(site.ref(RECALL), routed.recall, only)
+        recall, found = routed.statistics
+        density = site.emit.call(torch.where, flag, _expand_heads(site, found), before)
+        self._graph.write(site.ref(RECALL), recall, only)
         self._graph.write(site.ref(PLAN_DENSITY), density, only)
         self._graph.write(site.ref(DENSITY), density)
         return routed

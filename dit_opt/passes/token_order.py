@@ -56,13 +56,13 @@ class TokenOrder(Pass):
         return routes and find_router(options.router).cube_order
 
     def find(self, facts: Facts, options: Options) -> list[Match]:
-        choices = [c for c in facts.get(find_choices, facts, options) if c.sparse and c.layout]
-        if not choices:
+        choices = facts.get(find_choices, facts, options)
+        sites = [(c.sparse.site, c.layout) for c in choices if c.sparse and c.layout]
+        if not sites:
             return []
-        sites = [(choice.sparse.site, choice.layout) for choice in choices]
         found = find_order_region(facts.graph, facts.tokens.labels, sites)
         if isinstance(found, OrderRegion):
-            device = choices[0].sparse.example.device
+            device = sites[0][0].node.meta["example_value"].device
             return [Match(Decision("", "", RewriteReason.REWRITTEN), None, (found, device))]
         reason = RewriteReason.NOT_PROVED
         return [Match(Decision(found.module, found.source, reason, str(found)))]

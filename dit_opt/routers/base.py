@@ -117,6 +117,16 @@ class Routed:
     inverse: Node | None = None
     per_head: bool = False
 
+    @property
+    def statistics(self) -> tuple[Node, Node]:
+        """Recall and density of a search. Raises ValueError where the router gave none."""
+        if self.recall is None or self.density is None:
+            raise ValueError(
+                "A search has to give recall and density (NaN where it knows none); this one's "
+                f"Routed has recall={self.recall} and density={self.density}."
+            )
+        return self.recall, self.density
+
     def restore(self, emit: Emitter, out: Node) -> Node:
         """The output of attention in the model's own order."""
         if self.inverse is None:

@@ -46,7 +46,8 @@ class RainFusion(Router):
             torch.ops.ditopt.rainfusion_recognize_v1.default,
             *(site.q, site.k, site.bias, *goal, *site.grid, BLOCK_Q, BLOCK_K, site.read_boost()),
         )
-        return _route(site, *site.emit.unpack(found, 3))
+        choice, recall, density = site.emit.unpack(found, 3)
+        return _route(site, choice, recall, density)
 
     def restore(self, site: SiteWriter) -> Routed:
         return _route(site, site.read(CHOICE))
@@ -59,7 +60,8 @@ class RainFusion(Router):
     def name_heads(
         self, sizes: Sequence[int], state: Mapping[str, torch.Tensor]
     ) -> list[str] | None:
-        names = candidate_names(*sizes, BLOCK_Q, BLOCK_K)
+        t, h, w, start, tokens = sizes
+        names = candidate_names(t, h, w, start, tokens, BLOCK_Q, BLOCK_K)
         return [names[c].split()[0] for c in state[CHOICE.name].flatten().tolist()]
 
 

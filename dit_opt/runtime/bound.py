@@ -176,7 +176,7 @@ class Bound:
         steps = {i: args[i] for i in self._signature.timesteps}
 
         def locate() -> StepIndex:
-            streams = self._streams.setdefault(owner, {})
+            streams: Any = self._streams.setdefault(owner, {})
             current = streams.get(stream) or Stream(self._signature.timesteps)
             remember(streams, stream, current)
             return current.locate(steps, link.timesteps() if link else None)

@@ -124,11 +124,12 @@ class Clock:
             1 - t / self._scale if self._rising else t / self._scale
             for t in (timestep, self._first)
         )
+        epoch = (self.run, self._given_up)
         if self._index is None or timesteps is None:
-            place = (self._step, self._branch, level, first > START_LEVEL)
-        else:
-            place = (self._index, self._branch, level, True, len(timesteps))
-        return StepIndex(self.run, (self.run, self._given_up), *place)
+            from_start = first > START_LEVEL
+            return StepIndex(self.run, epoch, self._step, self._branch, level, from_start)
+        total = len(timesteps)
+        return StepIndex(self.run, epoch, self._index, self._branch, level, True, total)
 
     def _continues(self, timestep: float) -> bool:
         """Whether a new timestep is the next step of the run (else a new run begins)."""
