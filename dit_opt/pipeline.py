@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+# importing it registers the options of passes
+import dit_opt.passes  # noqa: F401
 from dit_opt._compat import allow_recompiles
 from dit_opt.model_probe import ModelProbe, Path, walk_arguments
 from dit_opt.options import Options

@@ -49,7 +49,7 @@ ALLOWED = {
         "runtime",
     },
     "model_probe": {"facts"},
-    "pipeline": {"_compat", "model_probe", "options", "runtime"},
+    "pipeline": {"_compat", "model_probe", "options", "passes", "runtime"},
     "tuning": {"kernels"},
     "demo": {"_compat", "inspect", "options", "passes", "program", "runtime"},
     "cli": {"demo", "options", "tuning"},
