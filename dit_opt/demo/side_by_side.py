@@ -23,7 +23,7 @@ from dit_opt.demo import clips
 from dit_opt.demo.model import load_model
 from dit_opt.demo.sampler import SHIFT, STEPS, Step, denoise
 from dit_opt.options import Options
-from dit_opt.runtime.schedule import Phase, Position, choose_phase
+from dit_opt.runtime.schedule import Phase, Position, choose_phase, count_dense_steps
 
 Model = Callable[..., tuple[torch.Tensor, ...]]
 # told of the start and of every finished step: the name of the run, steps done, steps in all
@@ -98,8 +98,7 @@ class Contestants:
 
     def dense_steps(self, steps: int) -> int:
         """How many of `steps` ditopt runs dense at the start."""
-        asked = self.options.effective_dense_steps
-        return min(steps, asked if isinstance(asked, int) else round(asked * steps))
+        return count_dense_steps(self.options.effective_dense_steps, steps)
 
     def cold_steps(self, steps: int) -> int:
         """The first of `steps` steps, in which every graph variant that they need runs once.

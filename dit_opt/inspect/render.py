@@ -14,9 +14,17 @@ from tabulate import tabulate
 
 from dit_opt.decisions import Decision, GraphRecord, LayoutSummary, Reason, Size
 from dit_opt.inspect.differences import suggest_dense
+from dit_opt.runtime.bound import WITHOUT_STEP
+from dit_opt.runtime.schedule import Phase
 
 if TYPE_CHECKING:
     from dit_opt.inspect.report import GraphReport, GuardReport, LayerReport
+
+# Of a graph with replaced sites in which none has been sparse.
+ALL_DENSE = (
+    "Every call so far stayed dense: it was in the dense start of its trajectory (dense_steps), or "
+    "had fewer tokens than pay (min_tokens)."
+)
 
 _HEADERS = (
     "site",
@@ -79,6 +87,10 @@ def render_report(graphs: Sequence[GraphReport], density: float | None) -> str:
         cache = {True: "warm cache", False: "cold cache", None: "not compiled yet"}[graph.warm]
         title = f"{_title(number, len(graphs), graph.record)}; {cache}; calls: {phases}"
         parts.append(render_decisions(graph.record.decisions, title))
+        if graph.lacks_step:
+            parts.append(WITHOUT_STEP)
+        elif graph.record.replaced and set(graph.calls) == {Phase.OBSERVE.value}:
+            parts.append(ALL_DENSE)
         if graph.layers:
             parts.append(_render_layers(graph.layers))
             kept = sum(layer.plan_bytes for layer in graph.layers)

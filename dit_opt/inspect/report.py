@@ -73,12 +73,14 @@ class GraphReport:
 
     Attributes:
         warm: Inductor's artifacts came from its cache; None where nothing was compiled yet.
+        lacks_step: calls stayed dense because nothing told the step at which the dense start ends.
     """
 
     record: GraphRecord
     calls: dict[str, int]
     layers: tuple[LayerReport, ...]
     warm: bool | None
+    lacks_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Report:
                 **g.record.to_json(),
                 "calls": g.calls,
                 "warm": g.warm,
+                "lacks_step": g.lacks_step,
                 "layers": [asdict(row) for row in g.layers],
             }
             for g in self.graphs
@@ -149,6 +152,7 @@ def report(model: torch.nn.Module) -> Report:
                 calls=_sum_calls([bound.calls[owner] for owner in owners]),
                 layers=tuple(sorted(layers, key=lambda r: (_natural(r.layer), r.branch))),
                 warm=bound.warm,
+                lacks_step=bound.lacks_step,
             )
         )
     return Report(tuple(graphs))

@@ -28,6 +28,15 @@ log = logging.getLogger(__name__)
 # What a variant that is told by an input whether to search is told.
 _SEARCHES = {told: torch.tensor(told, device="cpu") for told in (False, True)}
 
+# What is said of a graph with a dense start that cannot know where it ends.
+WITHOUT_STEP = (
+    "Nothing tells this graph the denoising step, so it cannot know when its dense start (option "
+    "dense_steps, on by default) is over, and stays dense in every call: ditopt makes it no "
+    "faster. Compile it through dit_opt.optimize(model, regional=True), which reads the step from "
+    "an argument of the model that is called `timestep`, or set dense_steps=0 to be sparse from "
+    "the first step on, and compare the results with dense ones."
+)
+
 # Of plans that were made without any position.
 NO_RUN = (0, 0)
 
@@ -124,7 +133,8 @@ class Bound:
         self._streams: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._held: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()
-        self._warned = False
+        # whether a call stayed dense because nothing told its step
+        self.lacks_step = False
         # stands in for the model where a graph has no parameters
         self._nobody = torch.empty(0)
 
@@ -225,7 +235,9 @@ class Bound:
             return Phase.OBSERVE
         if position is None and self.schedule.dense_steps:
             # nothing tells the step: the promise of a dense start is kept by staying dense
-            self._warn_without_step()
+            if not self.lacks_step:
+                log.warning(WITHOUT_STEP)
+            self.lacks_step = True
             return Phase.OBSERVE
         run = position.plans if position else NO_RUN
         has_plans = None not in self._wiring.layers and all(
@@ -235,16 +247,6 @@ class Bound:
         # read beside the timestep, when the call that made it is over
         caught = flag is not None and bool(flag)
         return choose_phase(position, self.schedule, has_plans, caught)
-
-    def _warn_without_step(self) -> None:
-        if not self._warned:
-            log.warning(
-                "No input of this graph tells the denoising step, so its attention stays dense. "
-                "Compile the repeated blocks through ditopt.optimize(pipe, regional=True), which "
-                "reads the step around the model, or set "
-                "options={'dense_steps': 0} to be sparse from the first step on."
-            )
-        self._warned = True
 
     def _state_inputs(
         self,
