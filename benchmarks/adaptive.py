@@ -1,6 +1,6 @@
 """What budgets by need, the tail and the searches are worth, on the attention of the demo model.
 
-    python -m benchmarks.adaptive [--density 0.125] [--checkpoint F] [--seconds 5] [--json F]
+    python -m benchmarks.adaptive [--density 0.25] [--checkpoint F] [--seconds 5] [--json F]
 
 Queries, keys and values of every self-attention call are taken from dense forwards of noised clips,
 each head in the order that the default router picks for it. Recall is exact, per row of blocks, and
@@ -73,13 +73,12 @@ class RecordCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def order_tokens(call: Call, name: str | None = None) -> Call:
+def order_tokens(call: Call, density: float, name: str | None = None) -> Call:
     """A call whose tokens are in the order of that name, or in the one that suits each head."""
     q, k, v = call.q, call.k, call.v
     layout = VideoLayout(*GRID, 0, TOKENS)
     orders = head_orders.build_orders(layout, BLOCK_Q, BLOCK_K, HEADWISE_CELL, q.device)
     if name is None:
-        density = DEFAULT_DENSITIES[AUTO_ROUTER]
         order = list_searches(q, k, GRID, density)[AUTO_ROUTER]()[2]
     else:
         order = torch.full(q.shape[:2], head_orders.ORDER_NAMES.index(name))
@@ -247,12 +246,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     recorded = record_calls(load_model(args.checkpoint))
-    calls = [order_tokens(call) for call in recorded]
+    calls = [order_tokens(call, args.density) for call in recorded]
     result = {
         "density": args.density,
         "recall": measure_recalls(calls, args.density),
         "recall_in_one_order": {
-            name: measure_recalls([order_tokens(call, name) for call in recorded], args.density)
+            name: measure_recalls(
+                [order_tokens(call, args.density, name) for call in recorded], args.density
+            )
             for name in head_orders.ORDER_NAMES
         },
         "tail": measure_tails(calls, args.density),

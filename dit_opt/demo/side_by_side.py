@@ -24,7 +24,7 @@ from dit_opt.demo.sampler import SHIFT, STEPS, Step, denoise
 from dit_opt.options import Options
 from dit_opt.passes.sparse_attention import make_schedule
 from dit_opt.program.modes import Mode
-from dit_opt.runtime.clock import StepIndex, choose_mode
+from dit_opt.runtime.clock import StepIndex, choose_mode, count_dense_steps
 
 Model = Callable[..., tuple[torch.Tensor, ...]]
 # told of the start and of every finished step: the name of the run, steps done, steps in all
@@ -99,8 +99,7 @@ class Contestants:
 
     def dense_steps(self, steps: int) -> int:
         """How many of `steps` ditopt runs dense at the start."""
-        asked = self.options.effective_dense_steps
-        return min(steps, asked if isinstance(asked, int) else round(asked * steps))
+        return count_dense_steps(self.options.effective_dense_steps, steps)
 
     def cold_steps(self, steps: int) -> int:
         """The first of `steps` steps, in which every graph variant that they need runs once.

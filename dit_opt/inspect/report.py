@@ -62,6 +62,7 @@ class Report:
                 **g.record.to_json(),
                 "calls": g.calls,
                 "warm": g.warm,
+                "lacks_step": g.lacks_step,
                 "layers": [asdict(row) for row in g.layers],
                 "slot_bytes": g.slot_bytes,
             }
@@ -92,6 +93,7 @@ def report(model: torch.nn.Module) -> Report:
                 calls=_sum_calls([bound.calls[owner] for owner in owners]),
                 layers=tuple(sorted(layers, key=lambda r: (_natural(r.layer), r.branch))),
                 warm=bound.warm,
+                lacks_step=bound.lacks_step,
                 slot_bytes=bound.store.count_bytes(),
             )
         )

@@ -35,7 +35,7 @@ class Headwise(Router):
     """
 
     name = "headwise"
-    density = 0.125
+    density = 0.25
     switchable = True
     launches = 140
     slots = (WORDS, ORDER)

@@ -3,18 +3,21 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
 import sympy
 
 from dit_opt.decisions import GraphRecord, Reason
 from dit_opt.inspect.differences import suggest_dense
 from dit_opt.inspect.render import (
+    ALL_DENSE,
     render_decisions,
     render_json,
     render_records,
     render_report,
     summarise,
 )
-from dit_opt.inspect.report import GraphReport, LayerReport
+from dit_opt.inspect.report import GraphReport, LayerReport, Report
+from dit_opt.runtime.bound import WITHOUT_STEP
 from tests.test_decisions import make_decision
 
 CROSS = make_decision(
@@ -125,6 +128,23 @@ def test_report():
     for part in ("0.250", "0.960", "spatial 9, temporal 3", "spatial 0.200, temporal 0.400", "40"):
         assert part in row
     assert "take 2.5 MB" in text and text.endswith("Mean density over sparse steps: 0.250")
+
+
+@pytest.mark.parametrize(
+    ("decision", "calls", "lacks_step", "said"),
+    [
+        (make_decision(), {"observe": 4}, True, WITHOUT_STEP),
+        (make_decision(), {"observe": 4}, False, ALL_DENSE),
+        (make_decision(), {"observe": 4, "search": 1}, False, None),
+        (make_decision(), {}, False, None),
+        (CROSS, {"observe": 4}, False, None),
+    ],
+)
+def test_a_report_tells_why_no_call_was_sparse(decision, calls, lacks_step, said):
+    graph = GraphReport(GraphRecord((decision,)), calls, (), None, lacks_step)
+    text = render_report([graph], None)
+    assert [s for s in (WITHOUT_STEP, ALL_DENSE) if s in text] == ([said] if said else [])
+    assert json.loads(Report((graph,)).to_json())["graphs"][0]["lacks_step"] == lacks_step
 
 
 def make_layer(module, differences):

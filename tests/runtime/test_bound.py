@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from dit_opt.runtime.bound import Bound, GradientError, Wiring
+from dit_opt.runtime.bound import WITHOUT_STEP, Bound, GradientError, Wiring
 from dit_opt.runtime.schedule import Clock, Phase, Schedule
 from dit_opt.runtime.state import KEPT_STREAMS, Announcement, LayerState, announce
 
@@ -272,14 +272,15 @@ def test_without_a_timestep_a_dense_start_means_dense_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         run(bound, w, [1000, 800])
     assert graph.phases == ["observe", "observe"]
-    assert caplog.text.count("ditopt.optimize") == 1
+    assert caplog.text.count(WITHOUT_STEP) == 1 and "dense_steps=0" in WITHOUT_STEP
+    assert bound.lacks_step
 
 
 def test_without_a_timestep_and_a_dense_start_every_call_searches():
     graph = Graph()
     bound = bind(graph, timesteps=(), dense_steps=0)
     run(bound, weight(), [1000, 800])
-    assert graph.phases == ["search", "search"]
+    assert graph.phases == ["search", "search"] and not bound.lacks_step
 
 
 def test_an_announced_position_stands_in_for_a_missing_timestep():

@@ -89,11 +89,18 @@ def test_scheduler_timesteps_match_models_that_divide_by_a_thousand():
     assert seen[0].total == 2
 
 
-@pytest.mark.parametrize("dense_steps, dense", [(0, 0), (2, 2), (0.3, 3), (1.0, 10)])
+@pytest.mark.parametrize("dense_steps, dense", [(0, 0), (2, 2), (0.0, 0), (0.3, 3), (1.0, 10)])
 def test_dense_start_with_a_known_length(dense_steps, dense):
     timesteps = [1000.0 - 100 * i for i in range(10)]
     seen = positions(timesteps, timesteps=timesteps)
     assert [is_dense(p, dense_steps) for p in seen] == [i < dense for i in range(10)]
+
+
+@pytest.mark.parametrize(("steps", "dense"), [(1, 1), (2, 1), (4, 1), (8, 2)])
+def test_a_share_is_one_step_of_a_short_run_at_least(steps, dense):
+    timesteps = [1000.0 - 1000 / steps * i for i in range(steps)]
+    seen = positions(timesteps, timesteps=timesteps)
+    assert [is_dense(p, 0.2) for p in seen] == [i < dense for i in range(steps)]
 
 
 def test_a_share_of_an_unknown_length_is_a_share_of_the_noise_range():
