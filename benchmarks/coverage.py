@@ -26,12 +26,12 @@ import dit_opt
 from benchmarks.coverage_images import IMAGES
 from benchmarks.coverage_models import Builder, build
 from benchmarks.coverage_video import VIDEO
-from dit_opt.decisions import Reason
+from dit_opt.decisions import AttentionReason
 from dit_opt.demo.machine import describe_run
 
 BUILDERS: tuple[Builder, ...] = (*VIDEO, *IMAGES)
 # Sites that are as they should be.
-RIGHTLY_LEFT = (Reason.TEXT_ONLY, Reason.TOO_SHORT)
+RIGHTLY_LEFT = (AttentionReason.TEXT_ONLY, AttentionReason.TOO_SHORT)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def explain_model(builder: Builder, density: float) -> Row:
         kind,
         graphs=len(explanation.graphs),
         replaced=len(decisions) - left.total(),
-        sites=len(decisions) - left[Reason.CROSS_ATTENTION.name],
+        sites=len(decisions) - left[AttentionReason.CROSS_ATTENTION.name],
         grids=tuple(dict.fromkeys(f"({', '.join(map(str, grid))})" for grid in grids)),
         left=dict(left),
     )

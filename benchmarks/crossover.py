@@ -25,8 +25,8 @@ from benchmarks.searches import list_searches, make_mover
 from benchmarks.timing import time_in_turns
 from dit_opt.demo.machine import describe_run
 from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES, DEFAULT_REFRESH_EVERY, Options
-from dit_opt.passes.site_cost import predict_attention
-from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
+from dit_opt.policy.site_cost import predict_attention
+from dit_opt.policy.sparse_site import BLOCK_K, BLOCK_Q
 
 # A GPU's dense kernels, the fastest on Hopper first.
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]

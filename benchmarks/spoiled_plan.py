@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from dit_opt.backend import live_bounds
+from dit_opt.runtime.registry import live_bounds
 from dit_opt.demo import clips
 from dit_opt.demo.images import compare_clips
 from dit_opt.demo.machine import describe_run

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from dit_opt import backend
+from dit_opt.runtime import compiler
 
 # How long an example takes says more of who else uses the machine than of the code.
 settings.register_profile("shared machine", deadline=None)
@@ -24,4 +24,4 @@ def fresh_dynamo():
 @pytest.fixture
 def eager(monkeypatch, fresh_dynamo):
     """Runs the rewritten graphs as they are: the state is real, nothing is compiled."""
-    monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, inputs, patches: gm)
+    monkeypatch.setattr(compiler, "compile_with_inductor", lambda gm, inputs, patches: gm)

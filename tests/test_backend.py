@@ -13,7 +13,7 @@ import torch
 import dit_opt
 from dit_opt import backend as backend_module
 from dit_opt.backend import ditopt
-from dit_opt.inspect.announce import NothingReplaced
+from dit_opt.inspect.summary import NothingReplaced
 from dit_opt.options import OptionError
 from dit_opt.runtime.bound import GradientError
 from tests import tiny_models
@@ -99,7 +99,7 @@ def test_sparse_steps_drop_blocks_and_report_it(eager):
     assert relative_error(outs[0], dense[0]) < 1e-6
     assert 1e-4 < relative_error(outs[1], dense[1]) < 0.5
     report = dit_opt.report(tiny.model)
-    assert report.graphs[0].calls == {"observe": 1, "search": 2, "reuse": 1}
+    assert report.graphs[0].calls == {"dense": 1, "search": 2, "reuse": 1}
     assert 0 < report.density <= 0.6
     rows = report.graphs[0].layers
     assert [r.module for r in rows] == ["blocks.0.attn1", "blocks.1.attn1"]
@@ -130,7 +130,7 @@ def test_one_variant_serves_searches_and_reuse_and_computes_the_same(monkeypatch
         reports.append(dit_opt.report(tiny.model))
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
     (told,), (apart,) = (report.graphs for report in reports)
-    assert told.calls == apart.calls and set(told.calls) == {"observe", "search", "reuse"}
+    assert told.calls == apart.calls and set(told.calls) == {"dense", "search", "reuse"}
     assert told.layers == apart.layers
 
 
@@ -192,7 +192,7 @@ def test_a_dynamic_graph_is_told_to_search_or_to_reuse_at_every_resolution(eager
     torch.compiler.reset()
     shared = compiled(model, dynamic=True, **options)
     together = [[run_trajectory(shared, c.inputs, [t])[0] for c in cases] for t in TRAJECTORY]
-    assert dit_opt.report(model).graphs[0].calls == {"observe": 2, "search": 4, "reuse": 2}
+    assert dit_opt.report(model).graphs[0].calls == {"dense": 2, "search": 4, "reuse": 2}
     for i in range(len(cases)):
         assert_same([row[i] for row in together], alone[i])
 

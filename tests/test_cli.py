@@ -72,7 +72,7 @@ def test_tuning_needs_a_gpu(invoke, monkeypatch):
 @pytest.mark.parametrize("options", [[], ["--variants"]])
 def test_variants_are_tuned_on_request_only(invoke, monkeypatch, options):
     pytest.importorskip("triton")
-    from dit_opt import tune
+    from dit_opt.tuning import tune
     from dit_opt.kernels.block_sparse_attention.tilings import Tiling
     from dit_opt.kernels.block_sparse_attention.tuning import Trial
 

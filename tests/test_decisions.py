@@ -5,7 +5,7 @@ import json
 import pytest
 import sympy
 
-from dit_opt.decisions import Decision, GraphRecord, LayoutSummary, PassRecord, Reason
+from dit_opt.decisions import Decision, GraphRecord, LayoutSummary, PassRecord, AttentionReason
 
 S0 = sympy.Symbol("s0")
 
@@ -15,7 +15,7 @@ def make_decision(**changes) -> Decision:
         "site": 3,
         "module": "blocks.0.attn1",
         "source": "transformer_wan.py:143",
-        "reason": Reason.REPLACED,
+        "reason": AttentionReason.REPLACED,
         "shapes": ("[1, 2, s0, 24]", "[1, 2, s0, 24]"),
         "layout": LayoutSummary(
             "self", ("latents[0:s0]",), (S0 / 20, 4, sympy.Integer(5)), "latents"
@@ -28,7 +28,7 @@ def make_decision(**changes) -> Decision:
     return Decision(**{**fields, **changes})
 
 
-@pytest.mark.parametrize("reason", Reason)
+@pytest.mark.parametrize("reason", AttentionReason)
 def test_every_reason_is_a_sentence(reason):
     assert reason.message.endswith(".")
     assert reason.remedy == "" or reason.remedy.endswith(".")
@@ -37,7 +37,7 @@ def test_every_reason_is_a_sentence(reason):
 
 def test_replaced():
     assert make_decision().replaced
-    assert not make_decision(reason=Reason.CAUSAL).replaced
+    assert not make_decision(reason=AttentionReason.CAUSAL).replaced
 
 
 def test_json_keeps_everything():
@@ -61,7 +61,7 @@ def test_json_without_a_layout():
 
 
 def test_graph_record():
-    left = make_decision(site=4, reason=Reason.CROSS_ATTENTION)
+    left = make_decision(site=4, reason=AttentionReason.CROSS_ATTENTION)
     passes = (PassRecord("sparse", 1, 0.5),)
     record = GraphRecord((make_decision(), left), "timestep", "Ordered once.", passes)
     assert [d.site for d in record.replaced] == [3]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dit_opt
-from dit_opt.backend import live_bounds
+from dit_opt.runtime.registry import live_bounds
 from tests.trajectories import big_wan, compiled
 
 pytestmark = pytest.mark.usefixtures("eager")

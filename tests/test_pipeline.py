@@ -14,8 +14,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dit_opt
-from dit_opt import model_grid
-from dit_opt.backend import live_bounds
+from dit_opt import model_probe
+from dit_opt.runtime.registry import live_bounds
 from dit_opt.options import OptionError
 from dit_opt.pipeline import _Hook, _StepHook
 from dit_opt.runtime.bound import WITHOUT_STEP
@@ -56,7 +56,7 @@ def test_a_share_of_the_trajectory_is_counted_in_the_schedulers_steps(regional):
     assert dit_opt.optimize(pipe, regional=regional, **DENSE_START) is pipe
     run(pipe, inputs, 10)
     layers = 2 if regional else 1
-    assert calls(pipe.transformer) == {"observe": 2 * layers, "search": 8 * layers}
+    assert calls(pipe.transformer) == {"dense": 2 * layers, "search": 8 * layers}
 
 
 def test_a_second_transformer_takes_over_in_the_middle():
@@ -64,8 +64,8 @@ def test_a_second_transformer_takes_over_in_the_middle():
     dit_opt.optimize(pipe, **DENSE_START)
     run(pipe, inputs, 10, boundary=900)
     first, second = calls(pipe.transformer), calls(pipe.transformer_2)
-    assert first["observe"] == 2
-    assert "observe" not in second and first["search"] + second["search"] == 8
+    assert first["dense"] == 2
+    assert "dense" not in second and first["search"] + second["search"] == 8
 
 
 def test_a_module_can_be_compiled_alone():
@@ -164,7 +164,7 @@ def test_a_copy_of_a_regional_model_is_an_ordinary_model_and_leaves_the_original
         copied = copied or duplicate(tiny.model)
         for other in (timestep - 20, timestep - 50):
             torch.testing.assert_close(step(copied, other), step(untouched, other))
-    assert calls(tiny.model) == calls(alone) == {"observe": 4, "search": 4}
+    assert calls(tiny.model) == calls(alone) == {"dense": 4, "search": 4}
     assert not dit_opt.report(copied).graphs
     # whoever runs around the copy keeps the grid
     set_running_grid((1, 2, 3))
@@ -184,8 +184,8 @@ def test_a_copy_of_a_regional_model_can_be_compiled_itself():
         with torch.no_grad():
             for model in (whole, regional):
                 model(**{**tiny.inputs, "timestep": torch.tensor([timestep])})
-    assert calls(whole) == {"observe": 1, "search": 1}
-    assert calls(regional) == {"observe": 2, "search": 2}
+    assert calls(whole) == {"dense": 1, "search": 1}
+    assert calls(regional) == {"dense": 2, "search": 2}
     assert not dit_opt.report(tiny.model).graphs
 
 
@@ -208,8 +208,8 @@ def traces(monkeypatch):
         calls.append(kwargs)
         return original(model, args, kwargs)
 
-    original = model_grid.read_model
-    monkeypatch.setattr(model_grid, "read_model", read_model)
+    original = model_probe.read_model
+    monkeypatch.setattr(model_probe, "read_model", read_model)
     return calls
 
 
@@ -241,7 +241,7 @@ def test_the_step_is_found_wherever_it_is(grid):
     dit_opt.optimize(tiny.model, regional=True, grid=grid, **REUSING)
     inputs = {"x": tiny.inputs["hidden_states"], "texts": [tiny.inputs["encoder_hidden_states"]]}
     run_steps(tiny.model, inputs, "t", scale=torch.tensor([5.0]))
-    assert calls(tiny.model) == {"observe": 2, "search": 2, "reuse": 4}
+    assert calls(tiny.model) == {"dense": 2, "search": 2, "reuse": 4}
 
 
 def test_a_model_that_embeds_no_step_is_told_of_once(caplog):
@@ -340,4 +340,4 @@ def test_parameters_may_be_replaced():
     tiny.model.requires_grad_(False)
     dit_opt.reset()
     run_steps(tiny.model, tiny.inputs)
-    assert calls(tiny.model) == {"observe": 2, "search": 2, "reuse": 4}
+    assert calls(tiny.model) == {"dense": 2, "search": 2, "reuse": 4}

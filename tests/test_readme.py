@@ -9,7 +9,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from dit_opt.cli import app
-from dit_opt.decisions import Reason
+from dit_opt.decisions import AttentionReason
 from dit_opt.options import (
     AUTO_ROUTER,
     DEFAULT_DENSE_STEPS,
@@ -55,7 +55,7 @@ def list_first_column(table):
 
 def test_every_reason_named_exists():
     named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+|CAUSAL|DROPOUT|FLEX)`", README)) - {"DITOPT_DUMP"}
-    assert named and named <= set(Reason.__members__)
+    assert named and named <= set(AttentionReason.__members__)
 
 
 def test_flags_and_files_named_exist():

@@ -40,7 +40,7 @@ def test_plans_live_from_search_to_search(router, tail):
     assert relative_error(outs[0], dense[0]) < 1e-6
     assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
     (graph,) = dit_opt.report(tiny.model).graphs
-    assert graph.calls == {"observe": 1, "search": 2, "reuse": 1}
+    assert graph.calls == {"dense": 1, "search": 2, "reuse": 1}
     for row in graph.layers:
         assert 0.25 < row.density <= 0.5 + ROUNDING and row.density < row.recall <= 1
         assert row.heads == {router: 2} and (row.calls, row.searches) == (3, 2)
@@ -60,7 +60,7 @@ def test_orders_of_heads_live_from_search_to_search(router, tail):
     assert relative_error(outs[0], dense[0]) < 1e-6
     assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
     (graph,) = dit_opt.report(tiny.model).graphs
-    assert graph.calls == {"observe": 1, "search": 2, "reuse": 1} and graph.record.order == ""
+    assert graph.calls == {"dense": 1, "search": 2, "reuse": 1} and graph.record.order == ""
     for row in graph.layers:
         assert 0.25 < row.density <= 0.5 + ROUNDING and row.density < row.recall <= 1
         assert set(row.heads) <= set(ORDER_NAMES) and sum(row.heads.values()) == 2

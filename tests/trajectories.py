@@ -30,14 +30,22 @@ def run_trajectory(model, inputs, timesteps=TRAJECTORY):
         ]
 
 
+def layouts_of(model=None):
+    """(T, H, W, start, N) of the sites that have values of slots; of one model, or of all."""
+    owners = None if model is None else {id(p) for p in model.parameters()}
+    found = set()
+    for bound in live_bounds():
+        for owner, (_, place), (stream, *_), _ in bound.store:
+            if owners is None or id(owner) in owners:
+                sizes = bound.pin_sizes[stream[1]]
+                pins = zip(bound.plan.pins, sizes, strict=True)
+                found |= {tuple(of_pin) for pin, of_pin in pins if pin.place == place}
+    return found
+
+
 def grids_of(model):
     """The grids of the layers that have plans."""
-    return {
-        state.layout[:3]
-        for bound in live_bounds()
-        for owner, _, state in bound.states
-        if any(owner is p for p in model.parameters())
-    }
+    return {layout[:3] for layout in layouts_of(model)}
 
 
 def relative_error(out, reference):

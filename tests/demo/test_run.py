@@ -9,10 +9,10 @@ from PIL import Image
 
 import dit_opt
 from dit_opt._compat import BackendCompilerFailed
-from dit_opt.decisions import Decision, GraphRecord, Reason
+from dit_opt.decisions import Decision, GraphRecord, AttentionReason
 from dit_opt.demo import run
 from dit_opt.demo.run import DemoError, run_demo, write_outputs
-from dit_opt.inspect.announce import NothingReplaced
+from dit_opt.inspect.summary import NothingReplaced
 from dit_opt.inspect.report import GraphReport, Report
 from dit_opt.options import OptionError, Options
 from tests.demo.stubs import ignore, make_contestants, make_task, refuse_options
@@ -111,9 +111,9 @@ def test_the_cold_pass_is_as_long_as_the_options_need():
 @pytest.mark.parametrize(
     ("calls", "reason", "router", "density"),
     [
-        ({"search": 4}, Reason.REPLACED, "full", 1.0),
-        ({"observe": 4}, Reason.REPLACED, "full", None),
-        ({"observe": 4}, Reason.TOO_SHORT, "", None),
+        ({"search": 4}, AttentionReason.REPLACED, "full", 1.0),
+        ({"dense": 4}, AttentionReason.REPLACED, "full", None),
+        ({"dense": 4}, AttentionReason.TOO_SHORT, "", None),
     ],
 )
 def test_keeping_everything_is_a_density_of_one(monkeypatch, calls, reason, router, density):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.decisions import Reason
+from dit_opt.decisions import AttentionReason
 from dit_opt.facts.sites import find_sites
 from tests.graphs import capture_one
 
@@ -104,13 +104,13 @@ REFUSED = (
 @pytest.mark.parametrize("function", REFUSED, ids=lambda f: f.__name__)
 def test_a_write_before_the_last_product_refuses(function):
     site = find_one(function)
-    assert site.refusal is Reason.SHARED_INTERMEDIATE
+    assert site.refusal is AttentionReason.SHARED_INTERMEDIATE
     assert site.detail
 
 
 def test_a_write_to_a_cast_that_is_undone_refuses():
     site = find_one(cast_written, *(x.bfloat16() for x in (Q, K, V)))
-    assert site.refusal is Reason.SHARED_INTERMEDIATE and "mul_" in site.detail
+    assert site.refusal is AttentionReason.SHARED_INTERMEDIATE and "mul_" in site.detail
 
 
 def scaled_before(q, k, v, mask):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_opt.decisions import Reason
+from dit_opt.decisions import AttentionReason
 from dit_opt.facts.sites import Form, find_sites
 from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
@@ -60,7 +60,7 @@ def test_mask_gqa_and_default_scale():
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [({"is_causal": True}, Reason.CAUSAL), ({"dropout_p": 0.1}, Reason.DROPOUT)],
+    [({"is_causal": True}, AttentionReason.CAUSAL), ({"dropout_p": 0.1}, AttentionReason.DROPOUT)],
 )
 def test_calls_that_refuse_by_themselves(arguments, reason):
     site = find_one(lambda q: F.scaled_dot_product_attention(q, q, q, **arguments), Q)
@@ -71,7 +71,7 @@ def test_a_scale_computed_in_the_graph():
     def attend(q):
         return F.scaled_dot_product_attention(q, q, q, scale=q.shape[-2] ** -0.5)
 
-    assert find_one(attend, Q, dynamic=True).refusal is Reason.DYNAMIC_SCALE
+    assert find_one(attend, Q, dynamic=True).refusal is AttentionReason.DYNAMIC_SCALE
 
 
 def test_pinned_kernel():
@@ -84,14 +84,14 @@ def test_pinned_kernel():
         return F.scaled_dot_product_attention(c, q, q)
 
     sites = find_sites(capture_one(attend, Q).graph)
-    assert [s.refusal for s in sites] == [Reason.PINNED_BACKEND] * 3 + [None]
+    assert [s.refusal for s in sites] == [AttentionReason.PINNED_BACKEND] * 3 + [None]
     assert [s.detail for s in sites] == ["MATH", "FLASH_ATTENTION, MATH", "MATH", ""]
 
 
 def test_multihead_attention():
     module = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
     site = find_one(lambda x: module(x, x, x)[0], torch.randn(1, 5, 8))
-    assert site.form is Form.MULTIHEAD and site.refusal is Reason.OPAQUE_MHA
+    assert site.form is Form.MULTIHEAD and site.refusal is AttentionReason.OPAQUE_MHA
     assert site.query is not None
 
 
@@ -99,7 +99,7 @@ def test_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
     site = find_one(lambda q: flex_attention(q, q, q), torch.randn(1, 2, 128, 16))
-    assert site.form is Form.FLEX and site.refusal is Reason.FLEX
+    assert site.form is Form.FLEX and site.refusal is AttentionReason.FLEX
     assert site.query.op == "placeholder"
 
 
@@ -115,7 +115,7 @@ def _(q, k, v):
 
 def test_foreign_op():
     site = find_one(lambda q: flash(q, q + 1, q), Q)
-    assert site.form is Form.FOREIGN and site.refusal is Reason.FOREIGN_OP
+    assert site.form is Form.FOREIGN and site.refusal is AttentionReason.FOREIGN_OP
     assert site.detail == "tests_sites.flash_attn_forward"
     assert site.key is not site.query
 
@@ -176,7 +176,7 @@ def test_decomposed_upcast_of_q_and_k_is_undone():
 
     site = find_one(attend, Q.bfloat16())
     # the key is cast after its transpose, which one call cannot say
-    assert site.refusal is Reason.UNREADABLE_SCORES
+    assert site.refusal is AttentionReason.UNREADABLE_SCORES
 
     def attend_diffusers(q):
         query, key = q.float(), q.float()
@@ -206,7 +206,7 @@ def scores_written(q):
 @pytest.mark.parametrize("function", [scores_returned, weights_returned, scores_written])
 def test_shared_intermediates_refuse(function):
     site = find_one(function, Q)
-    assert site.form is Form.DECOMPOSED and site.refusal is Reason.SHARED_INTERMEDIATE
+    assert site.form is Form.DECOMPOSED and site.refusal is AttentionReason.SHARED_INTERMEDIATE
     assert site.detail
 
 
@@ -225,18 +225,18 @@ def boolean_added(q, mask):
 @pytest.mark.parametrize("function", [masked_fill, mask_scaled_too, boolean_added])
 def test_unreadable_scores_are_reported(function):
     site = find_one(function, Q, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
-    assert site.form is Form.DECOMPOSED and site.refusal is Reason.UNREADABLE_SCORES
+    assert site.form is Form.DECOMPOSED and site.refusal is AttentionReason.UNREADABLE_SCORES
     assert site.query is None
 
 
 def test_decomposed_dropout_refuses():
     site = find_one(lambda q: F.dropout((q @ q.mT).softmax(-1), 0.1) @ q, Q)
-    assert site.refusal is Reason.DROPOUT and site.dropout_p == 0.1
+    assert site.refusal is AttentionReason.DROPOUT and site.dropout_p == 0.1
 
 
 def test_decomposed_broadcast_batch_refuses():
     site = find_one(lambda q, k: (q @ k.mT).softmax(-1) @ k, Q, Q[:, :1])
-    assert site.refusal is Reason.UNSUPPORTED_SHAPE
+    assert site.refusal is AttentionReason.UNSUPPORTED_SHAPE
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def call_again(function, q):
 )
 def test_attention_inside_a_region_has_a_reason(region, name):
     inner, outer = find_sites(capture_one(Inside(region), Q).graph)
-    assert inner.refusal is Reason.INSIDE_REGION and inner.detail == name
+    assert inner.refusal is AttentionReason.INSIDE_REGION and inner.detail == name
     assert inner.node.graph is not outer.node.graph and inner.query is not None
     assert outer.refusal is None and (inner.index, outer.index) == (0, 1)
 
@@ -358,7 +358,7 @@ def test_each_call_of_a_region_counts():
         return region(region(q))
 
     found = find_sites(capture_one(model, Q).graph)
-    assert [site.refusal for site in found] == [Reason.INSIDE_REGION] * 2
+    assert [site.refusal for site in found] == [AttentionReason.INSIDE_REGION] * 2
     assert {site.detail for site in found} == {"invoke_subgraph"}
 
 

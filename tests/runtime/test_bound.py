@@ -6,33 +6,33 @@ import threading
 
 import pytest
 import torch
-
-from dit_opt.runtime.bound import WITHOUT_STEP, Bound, GradientError, Wiring
-from dit_opt.runtime.schedule import Clock, Phase, Schedule
 from dit_opt.runtime.state import KEPT_STREAMS, Announcement, LayerState, announce
 
+from dit_opt.runtime.bound import WITHOUT_STEP, Bound, GradientError, Wiring
+from dit_opt.runtime.clock import Clock, Mode, Schedule
+
 LAYOUT = (2, 2, 2, 0, 8)
-STATE = {Phase.SEARCH: ("plan", "recall", "density"), Phase.REUSE: ()}
+STATE = {Mode.SEARCH: ("plan", "recall", "density"), Mode.REUSE: ()}
 CHECK = ("kept", "error", "caught")
-GUARDED = {Phase.SEARCH: (*STATE[Phase.SEARCH], *CHECK), Phase.REUSE: (), Phase.VERIFY: CHECK}
+GUARDED = {Mode.SEARCH: (*STATE[Mode.SEARCH], *CHECK), Mode.REUSE: (), Mode.VERIFY: CHECK}
 
 
 class Graph:
     """Stands in for a compiled graph: arguments are weight, timestep and latents."""
 
     def __init__(self, heads: int = 3) -> None:
-        self.runs: list[tuple[Phase, tuple]] = []
+        self.runs: list[tuple[Mode, tuple]] = []
         self.heads = heads
 
-    def compile(self, phase: Phase):
+    def compile(self, phase: Mode):
         def run(weight, *rest):
             # plans change in place, at the address that a CUDA graph knows
             kept = tuple(r.clone() if isinstance(r, torch.Tensor) else r for r in rest)
             self.runs.append((phase, kept))
             out = (weight + 1,)
-            if phase is not Phase.SEARCH:
+            if phase is not Mode.SEARCH:
                 return out
-            count = sum(p is Phase.SEARCH for p, _ in self.runs)
+            count = sum(p is Mode.SEARCH for p, _ in self.runs)
             plan = torch.full((1, self.heads), count, dtype=torch.int32)
             return *out, plan, plan / 10, plan / 100
 
@@ -43,7 +43,7 @@ class Graph:
         return [p.value for p, _ in self.runs]
 
 
-def bind(graph, timesteps=(1,), phases=frozenset(Phase), dense_steps=1, refresh_every=2, **kwargs):
+def bind(graph, timesteps=(1,), phases=frozenset(Mode), dense_steps=1, refresh_every=2, **kwargs):
     wiring = Wiring(
         outputs=1,
         timesteps=timesteps,
@@ -73,7 +73,7 @@ def test_a_trajectory_observes_searches_and_reuses():
     graph = Graph()
     bound, w = bind(graph), weight()
     outs = run(bound, w, [1000, 800, 600, 400, 200])
-    assert graph.phases == ["observe", "search", "search", "reuse", "search"]
+    assert graph.phases == ["dense", "search", "search", "reuse", "search"]
     assert all(len(out) == 1 for out in outs)
     (plan,) = graph.runs[3][1][2:]
     assert plan.tolist() == [[2, 2, 2]]
@@ -84,7 +84,7 @@ def test_one_variant_that_is_told_searches_and_reuses():
 
     def compile_variant(phase):
         def run(weight, timestep, latents, *given):
-            if phase is Phase.OBSERVE:
+            if phase is Mode.DENSE:
                 return (weight,)
             told.append((bool(given[0]), given[1].tolist()))
             plan = torch.full((1, 3), len(told), dtype=torch.int32)
@@ -97,14 +97,14 @@ def test_one_variant_that_is_told_searches_and_reuses():
     wiring = bind(Graph())._wiring
     asks = dataclasses.replace(
         wiring,
-        state=dict.fromkeys((Phase.SEARCH, Phase.REUSE), STATE[Phase.SEARCH]),
+        state=dict.fromkeys((Mode.SEARCH, Mode.REUSE), STATE[Mode.SEARCH]),
         blank_plan=lambda batch, heads, tokens: (torch.zeros(batch, heads) - tokens,),
     )
-    phases = frozenset(Phase) - {Phase.VERIFY}
+    phases = frozenset(Mode) - {Mode.VERIFY}
     bound = Bound(compile_variant, phases, asks, Schedule(1, 3), None)
     w = weight()
     run(bound, w, [1000, 800, 600, 400, 200])
-    assert compiled == [Phase.OBSERVE, Phase.SEARCH]
+    assert compiled == [Mode.DENSE, Mode.SEARCH]
     # a blank plan of 8 tokens before a search; the kept plan otherwise
     blank = [[-8] * 3]
     assert told == [(True, blank), (False, [[1] * 3]), (True, blank), (False, [[3] * 3])]
@@ -119,9 +119,9 @@ def test_variants_are_compiled_once_and_only_when_needed():
     inner = bound._compile_variant
     bound._compile_variant = lambda phase: (compiled.append(phase), inner(phase))[1]
     run(bound, weight(), [1000])
-    assert compiled == [Phase.OBSERVE]
+    assert compiled == [Mode.DENSE]
     run(bound, weight(), [1000, 900, 800])
-    assert compiled == [Phase.OBSERVE, Phase.SEARCH]
+    assert compiled == [Mode.DENSE, Mode.SEARCH]
 
 
 def test_statistics_follow_searches_and_reuse():
@@ -140,7 +140,7 @@ def test_branches_keep_plans_of_their_own():
     graph = Graph()
     bound, w = bind(graph), weight()
     run(bound, w, [1000, 1000, 800, 800, 600, 600, 400, 400])
-    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Phase.REUSE]
+    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Mode.REUSE]
     assert plans == [3, 4]
 
 
@@ -150,8 +150,8 @@ def test_two_models_on_one_graph_keep_their_own_steps_and_plans():
     for t in (1000, 800, 600, 400):
         run(bound, a, [t])
         run(bound, b, [t])
-    assert graph.phases == [p for p in ("observe", "search", "search", "reuse") for _ in "ab"]
-    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Phase.REUSE]
+    assert graph.phases == [p for p in ("dense", "search", "search", "reuse") for _ in "ab"]
+    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Mode.REUSE]
     assert plans == [3, 4]
 
 
@@ -163,7 +163,7 @@ def test_threads_keep_their_own_steps():
     other.start()
     other.join()
     run(bound, w, [600])
-    assert graph.phases == ["observe", "search", "observe", "search"]
+    assert graph.phases == ["dense", "search", "dense", "search"]
 
 
 def test_sizes_of_a_dynamic_graph_keep_their_own_steps():
@@ -172,7 +172,7 @@ def test_sizes_of_a_dynamic_graph_keep_their_own_steps():
     for t in (1000, 800):
         for size in (16, 32):
             bound(w, torch.tensor([float(t)]), size)
-    assert graph.phases == ["observe", "observe", "search", "search"]
+    assert graph.phases == ["dense", "dense", "search", "search"]
 
 
 def test_a_new_trajectory_does_not_use_the_plans_of_the_last_one():
@@ -180,8 +180,8 @@ def test_a_new_trajectory_does_not_use_the_plans_of_the_last_one():
     bound, w = bind(graph, dense_steps=3, refresh_every=10), weight()
     for _ in range(2):
         run(bound, w, [1000, 900, 800, 700, 600])
-    assert graph.phases == ["observe", "observe", "observe", "search", "reuse"] * 2
-    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Phase.REUSE]
+    assert graph.phases == ["dense", "dense", "dense", "search", "reuse"] * 2
+    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Mode.REUSE]
     assert plans == [1, 2]
 
 
@@ -191,7 +191,7 @@ def test_plans_of_a_forgotten_stream_are_not_taken_for_its_own():
     for _ in range(2):
         run(bound, w, [1000, 900, 800, 700])
         bound._streams.clear()
-    assert graph.phases == ["observe", "observe", "observe", "search"] * 2
+    assert graph.phases == ["dense", "dense", "dense", "search"] * 2
 
 
 def test_a_second_transformer_searches_in_every_trajectory():
@@ -209,7 +209,7 @@ def test_a_timestep_given_as_an_int_begins_no_stream_of_its_own():
     bound, w = bind(graph), weight()
     for t in (1000, 800, 600, 400):
         bound(w, t, torch.zeros(1))
-    assert graph.phases == ["observe", "search", "search", "reuse"]
+    assert graph.phases == ["dense", "search", "search", "reuse"]
 
 
 def test_streams_that_were_not_used_for_long_are_forgotten():
@@ -239,7 +239,7 @@ def test_per_token_timesteps_tell_the_step_by_their_largest():
     bound, w = bind(graph), weight()
     for t in (1000.0, 800.0):
         bound(w, torch.tensor([[0.0, t, t]]), torch.zeros(1))
-    assert graph.phases == ["observe", "search"]
+    assert graph.phases == ["dense", "search"]
 
 
 def test_a_constant_guidance_input_is_not_the_timestep():
@@ -248,14 +248,14 @@ def test_a_constant_guidance_input_is_not_the_timestep():
     guidance = torch.tensor([3500.0])
     for t in (1000.0, 800.0, 600.0, 400.0):
         bound(w, torch.tensor([t]), guidance)
-    assert graph.phases == ["observe", "search", "search", "reuse"]
+    assert graph.phases == ["dense", "search", "search", "reuse"]
 
 
 def test_short_calls_stay_dense():
     graph = Graph()
     bound = bind(graph, lengths=lambda args: [3], dense_steps=0)
     run(bound, weight(), [1000, 800])
-    assert graph.phases == ["observe", "observe"]
+    assert graph.phases == ["dense", "dense"]
 
 
 def test_each_site_has_its_own_least_length():
@@ -263,7 +263,7 @@ def test_each_site_has_its_own_least_length():
     state = {"layers": (0,), "lengths": lambda args: [20, 27], "min_tokens": (26, 80)}
     run(bind(graph, **state, dense_steps=0), weight(), [1000])
     run(bind(graph, **state | {"min_tokens": (80, 26)}, dense_steps=0), weight(), [1000])
-    assert graph.phases == ["observe", "search"]
+    assert graph.phases == ["dense", "search"]
 
 
 def test_without_a_timestep_a_dense_start_means_dense_with_a_warning(caplog):
@@ -271,7 +271,7 @@ def test_without_a_timestep_a_dense_start_means_dense_with_a_warning(caplog):
     bound, w = bind(graph, timesteps=()), weight()
     with caplog.at_level(logging.WARNING):
         run(bound, w, [1000, 800])
-    assert graph.phases == ["observe", "observe"]
+    assert graph.phases == ["dense", "dense"]
     assert caplog.text.count(WITHOUT_STEP) == 1 and "dense_steps=0" in WITHOUT_STEP
     assert bound.lacks_step
 
@@ -284,7 +284,7 @@ def test_without_a_timestep_and_a_dense_start_every_call_searches():
 
 
 def test_an_announced_position_stands_in_for_a_missing_timestep():
-    from dit_opt.runtime.schedule import Clock
+    from dit_opt.runtime.clock import Clock
 
     graph, model = Graph(), torch.nn.Linear(2, 2).requires_grad_(False)
     bound = bind(graph, timesteps=())
@@ -293,7 +293,7 @@ def test_an_announced_position_stands_in_for_a_missing_timestep():
     for t in (1000, 800):
         announcement.position = clock.tick(t)
         bound(model.weight, torch.zeros(1), torch.zeros(1))
-    assert graph.phases == ["observe", "search"]
+    assert graph.phases == ["dense", "search"]
 
 
 def test_tables_of_a_device_are_made_before_its_graphs_and_kept():
@@ -311,7 +311,7 @@ def test_tables_of_a_device_are_made_before_its_graphs_and_kept():
     for t in (1000.0, 800.0, 600.0):
         announcement.position = clock.tick(t)
         bound(w, 7)
-    assert graph.phases == ["observe", "search", "search"] and held == [("meta", 1)]
+    assert graph.phases == ["dense", "search", "search"] and held == [("meta", 1)]
 
 
 def test_forget_begins_anew():
@@ -320,7 +320,7 @@ def test_forget_begins_anew():
     run(bound, w, [1000, 800])
     bound.forget()
     run(bound, w, [600])
-    assert list(bound.states) and bound.calls[w][Phase.SEARCH] == 1
+    assert list(bound.states) and bound.calls[w][Mode.SEARCH] == 1
 
 
 def test_gradients_are_refused():
@@ -353,12 +353,12 @@ class GuardedGraph(Graph):
         super().__init__(heads=2)
         self.verdicts = iter(verdicts)
 
-    def compile(self, phase: Phase):
+    def compile(self, phase: Mode):
         inner, _ = super().compile(phase)
 
         def run(*args):
             out = inner(*args)
-            if phase not in (Phase.SEARCH, Phase.VERIFY):
+            if phase not in (Mode.SEARCH, Mode.VERIFY):
                 return out
             caught = torch.tensor([next(self.verdicts)], dtype=torch.float32)
             kept = torch.full((1, 2), 0.8)
@@ -369,7 +369,7 @@ class GuardedGraph(Graph):
 
 def run_guarded(verdicts, timesteps, **kwargs):
     graph = GuardedGraph(verdicts)
-    phases = frozenset(Phase)
+    phases = frozenset(Mode)
     bound = bind(graph, phases=phases, state=GUARDED, dense_steps=0, verify_every=2, **kwargs)
     w = weight()
     run(bound, w, timesteps)
@@ -383,9 +383,9 @@ def test_a_head_that_is_caught_is_searched_anew_and_may_drop_less():
     graph, state = run_guarded(verdicts, timesteps, refresh_every=100)
     # the check in step 2 catches a head, so step 3 searches
     assert graph.phases == ["search", "reuse", "verify", "search", "verify", "reuse"]
-    boosts = [r[2].tolist() for p, r in graph.runs if p is Phase.SEARCH]
+    boosts = [r[2].tolist() for p, r in graph.runs if p is Mode.SEARCH]
     assert boosts == [[[1, 1]], [[1, 2]]]
-    expected = [r[3] for p, r in graph.runs if p is Phase.VERIFY]
+    expected = [r[3] for p, r in graph.runs if p is Mode.VERIFY]
     assert all(torch.equal(e, torch.full((1, 2), 0.8)) for e in expected)
     assert state.guard.checks == 4 and state.guard.caught.tolist() == [[0, 1]]
     assert state.guard.kept.mean().item() == pytest.approx(3.2)
@@ -435,7 +435,7 @@ def test_differences_are_kept_by_step():
 
     state = {phase: (*names, "difference") for phase, names in STATE.items()}
     graph = Comparing()
-    bound, w = bind(graph, state=state, phases=frozenset({Phase.OBSERVE, *STATE})), weight()
+    bound, w = bind(graph, state=state, phases=frozenset({Mode.DENSE, *STATE})), weight()
     run(bound, w, [1000, 800, 600, 400])
     ((_, _, kept),) = bound.states
     assert sorted(kept.differences) == [1, 2, 3]
@@ -449,7 +449,7 @@ def test_a_guidance_that_changes_once_is_not_taken_for_the_timestep():
     for _ in range(2):
         for t in (1000.0, 750.0, 500.0, 250.0):
             bound(w, torch.tensor(t), torch.tensor(3500.0))
-    assert graph.phases[1:] == ["observe", "observe", "search", "reuse"] * 2
+    assert graph.phases[1:] == ["dense", "dense", "search", "reuse"] * 2
 
 
 def test_the_schedulers_list_tells_the_timestep_from_a_guidance():
@@ -460,7 +460,7 @@ def test_the_schedulers_list_tells_the_timestep_from_a_guidance():
     for t in timesteps:
         # the guidance, which comes first, changes as well
         bound(model[0], torch.tensor(3500.0 - t), torch.tensor(t))
-    assert graph.phases == ["observe", "search", "reuse"]
+    assert graph.phases == ["dense", "search", "reuse"]
 
 
 def test_a_run_after_a_warm_up_searches_its_own_plans():
@@ -481,4 +481,4 @@ def test_a_guidance_that_is_in_the_schedulers_list_is_told_by_its_constancy():
     for t in timesteps:
         # 1 is the first timestep, divided by 1000
         bound(model[0], torch.tensor(1.0), torch.tensor(t))
-    assert graph.phases == ["observe", "observe", "search"]
+    assert graph.phases == ["dense", "dense", "search"]

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import dit_opt
-from dit_opt.backend import live_bounds
-from dit_opt.runtime.handover import Moment, tell, told_moment, told_spans
-from dit_opt.runtime.schedule import Position
+from dit_opt.runtime.clock import StepIndex
+from dit_opt.runtime.handover import CallTime, read_call_time, read_spans, tag_outputs
+from dit_opt.runtime.registry import live_bounds
 from tests.tiny_models import break_apart, wan
-from tests.trajectories import big_wan, compiled, grids_of, run_trajectory
+from tests.trajectories import big_wan, compiled, grids_of, layouts_of, run_trajectory
 
 SPANS = ((1, ((60, (3, 4, 5)), (7, None))),)
 OPTIONS = {
@@ -27,19 +27,19 @@ OPTIONS = {
 
 
 def calls_of(model):
-    """How often each phase ran, of the graphs that are ever sparse."""
+    """How often each mode ran, of the graphs that are ever sparse."""
     return [g.calls for g in dit_opt.report(model).graphs if "search" in g.calls]
 
 
-def test_a_tensor_keeps_what_was_told_of_it_while_it_lives():
-    told, other, moment = torch.zeros(2), torch.zeros(2), Moment(lambda: None)
-    tell((other, told, 3), {1: SPANS}, moment)
-    assert told_spans(enumerate([3, told, None, other])) == {1: SPANS}
-    assert told_moment([None, torch.zeros(2), told]) is moment
-    assert told_spans([(0, told.clone())]) == {} and told_moment([told.view(2)]) is None
-    del told, other
+def test_a_tensor_keeps_its_tags_while_it_lives():
+    tagged, other, time = torch.zeros(2), torch.zeros(2), CallTime(lambda: None)
+    tag_outputs((other, tagged, 3), {1: SPANS}, time)
+    assert read_spans(enumerate([3, tagged, None, other])) == {1: SPANS}
+    assert read_call_time([None, torch.zeros(2), tagged]) is time
+    assert read_spans([(0, tagged.clone())]) == {} and read_call_time([tagged.view(2)]) is None
+    del tagged, other
     gc.collect()
-    assert told_spans((i, torch.zeros(2)) for i in range(9)) == {}
+    assert read_spans((i, torch.zeros(2)) for i in range(9)) == {}
 
 
 def test_a_timestep_is_read_once_and_only_if_a_later_graph_asks():
@@ -47,11 +47,11 @@ def test_a_timestep_is_read_once_and_only_if_a_later_graph_asks():
 
     def locate():
         reads.append(1)
-        return Position(1, (1, 0), 0, 0, 1.0, True)
+        return StepIndex(1, (1, 0), 0, 0, 1.0, True)
 
-    moment = Moment(locate)
+    time = CallTime(locate)
     assert not reads
-    assert moment.position is moment.position is not None and len(reads) == 1
+    assert time.step_index is time.step_index is not None and len(reads) == 1
 
 
 @pytest.mark.usefixtures("eager")
@@ -63,7 +63,7 @@ def test_a_broken_model_runs_as_the_whole_one():
     for out, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
     assert len(dit_opt.report(broken).graphs) > 1
-    assert calls_of(broken) == calls_of(whole) == [{"observe": 1, "search": 2, "reuse": 1}]
+    assert calls_of(broken) == calls_of(whole) == [{"dense": 1, "search": 2, "reuse": 1}]
     assert grids_of(broken) == grids_of(whole) == {(4, 12, 16)}
 
 
@@ -75,8 +75,8 @@ def test_a_broken_model_keeps_the_plans_of_branches_apart():
         for t in (999.0, 750.0):
             for _ in range(2):
                 model(**{**tiny.inputs, "timestep": torch.tensor([t])})
-    keys = {key[-1] for b in live_bounds() for _, (_, key), _ in b.states}
-    assert keys == {0, 1}
+    branches = {branch for b in live_bounds() for _, _, (_, branch, _), _ in b.store}
+    assert branches == {0, 1}
 
 
 @pytest.mark.usefixtures("eager")
@@ -128,8 +128,7 @@ def test_a_graph_that_hands_the_latents_on_is_not_blamed_for_its_text(caplog):
     with torch.no_grad():
         for more in ({}, {"router": "rainfusion"}, {"grid": (3, 4, 5)}):
             compiled(Refined(early=True), **options, **more)(video, text)
-            found = {state.layout[:4] for b in live_bounds() for _, _, state in b.states}
-            assert found == {(3, 4, 5, 7)}
+            assert {layout[:4] for layout in layouts_of()} == {(3, 4, 5, 7)}
             torch.compiler.reset()
         assert "replaced no attention site" not in caplog.text
         torch.compiler.reset()

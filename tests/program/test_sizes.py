@@ -6,7 +6,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dit_opt._compat import size_expression
-from dit_opt.passes.symbolic_sizes import SizeWriter
+from dit_opt.program.sizes import SizeWriter
 from tests.graphs import capture_one
 
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo import config
 
-from dit_opt.decisions import Reason
+from dit_opt.decisions import AttentionReason
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import find_tokens
-from dit_opt.passes.kernel_limits import find_limit
+from dit_opt.policy.kernel_limits import find_limit
 from tests.graphs import capture_one
 
 X = torch.randn(2, 4, 192, 16)
@@ -69,7 +69,7 @@ def test_what_the_kernel_takes(function, q, dynamic):
 )
 def test_other_shapes_have_a_reason(function, q):
     reason, detail = limit(function, q)
-    assert reason is Reason.UNSUPPORTED_SHAPE and "192, 16]" in detail
+    assert reason is AttentionReason.UNSUPPORTED_SHAPE and "192, 16]" in detail
 
 
 def test_a_head_dimension_that_changes_has_a_reason_and_adds_no_guard():
@@ -79,14 +79,14 @@ def test_a_head_dimension_that_changes_has_a_reason_and_adds_no_guard():
     guards = size.node.shape_env.guards
     before = len(guards)
     reason, detail = find_limit(site, None)
-    assert reason is Reason.UNSUPPORTED_HEAD_DIM and detail == f"D={size.node.expr}"
+    assert reason is AttentionReason.UNSUPPORTED_HEAD_DIM and detail == f"D={size.node.expr}"
     assert len(guards) == before
 
 
 @pytest.mark.parametrize("dim", [8, 264])
 def test_head_dimensions_out_of_range(dim):
     assert limit(attend, X.new_ones(1, 2, 64, dim)) == (
-        Reason.UNSUPPORTED_HEAD_DIM,
+        AttentionReason.UNSUPPORTED_HEAD_DIM,
         f"D={dim}",
     )
 
@@ -94,17 +94,17 @@ def test_head_dimensions_out_of_range(dim):
 @pytest.mark.parametrize("scale", [-0.25, 0.0, float("inf")])
 def test_a_scale_must_be_positive(scale):
     reason, detail = limit(lambda q: attend(q, scale=scale), X)
-    assert reason is Reason.UNSUPPORTED_SCALE and str(scale) in detail
+    assert reason is AttentionReason.UNSUPPORTED_SCALE and str(scale) in detail
     assert limit(lambda q: attend(q, scale=0.25), X) is None
 
 
 def test_a_dtype_is_that_of_the_call_too():
-    assert limit(attend, X.double()) == (Reason.UNSUPPORTED_DTYPE, "torch.float64")
+    assert limit(attend, X.double()) == (AttentionReason.UNSUPPORTED_DTYPE, "torch.float64")
     gm = capture_one(attend, X)
     (site,) = find_sites(gm.graph)
     # as autocast to a dtype of its own leaves it
     site.node.meta["example_value"] = site.node.meta["example_value"].to(torch.float8_e4m3fn)
-    assert find_limit(site, None) == (Reason.UNSUPPORTED_DTYPE, "torch.float8_e4m3fn")
+    assert find_limit(site, None) == (AttentionReason.UNSUPPORTED_DTYPE, "torch.float8_e4m3fn")
 
 
 def test_sizes_made_in_the_graph_have_a_reason():
@@ -116,7 +116,7 @@ def test_sizes_made_in_the_graph_have_a_reason():
 
     with config.patch(capture_scalar_outputs=True):
         reason, detail = limit(cut, X, torch.tensor(100), dynamic=False)
-    assert reason is Reason.UNSUPPORTED_SIZE and detail
+    assert reason is AttentionReason.UNSUPPORTED_SIZE and detail
 
 
 def test_sizes_that_an_input_tells_have_none():

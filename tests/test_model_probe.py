@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from dit_opt import model_grid
-from dit_opt.model_grid import (
+from dit_opt import model_probe
+from dit_opt.model_probe import (
     ATTEMPTS,
-    ModelReader,
-    Telling,
+    ModelProbe,
+    ProbeResult,
     keep_one_of_each_block,
     read_model,
 )
@@ -32,8 +32,8 @@ def traced(monkeypatch):
         counts.append(len(sites))
         return sites
 
-    find_sites = model_grid.find_sites
-    monkeypatch.setattr(model_grid, "find_sites", count)
+    find_sites = model_probe.find_sites
+    monkeypatch.setattr(model_probe, "find_sites", count)
     return counts
 
 
@@ -133,10 +133,10 @@ def test_no_grid_is_none(traced):
 
 def test_where_dynamo_makes_no_graph_attempts_end(monkeypatch, caplog):
     tiny, attempts = wan(layers=1), []
-    monkeypatch.setattr(model_grid, "read_model", lambda *call: attempts.append(call))
-    reader = ModelReader(tiny.model)
+    monkeypatch.setattr(model_probe, "read_model", lambda *call: attempts.append(call))
+    reader = ModelProbe(tiny.model)
     for _ in range(ATTEMPTS + 2):
-        assert reader.read(tiny.model, (), tiny.inputs) == Telling()
+        assert reader.read(tiny.model, (), tiny.inputs) == ProbeResult()
     assert len(attempts) == ATTEMPTS
     (record,) = caplog.records
     assert "TORCHDYNAMO_DISABLE" in record.getMessage()
@@ -147,12 +147,12 @@ def test_numbers_that_change_the_grid_are_sizes(monkeypatch):
 
     def read_model(model, args, kwargs):
         asked.append(kwargs)
-        return Telling(grid=(1, kwargs["height"], kwargs["width"]))
+        return ProbeResult(grid=(1, kwargs["height"], kwargs["width"]))
 
-    monkeypatch.setattr(model_grid, "read_model", read_model)
+    monkeypatch.setattr(model_probe, "read_model", read_model)
     model = torch.nn.Linear(1, 1)
     model.forward = lambda x, **sizes: x
-    reader = ModelReader(model)
+    reader = ModelProbe(model)
     for step, (height, width) in enumerate([(2, 3), (3, 2), (2, 3), (2, 3), (3, 2), (6, 1)]):
         kwargs = {"height": height, "width": width, "step": step}
         telling = reader.read(model, (torch.zeros(1),), kwargs)

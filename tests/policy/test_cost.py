@@ -9,7 +9,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_opt import cost
+from dit_opt.policy import cost
 
 DEVICE = cost.Device(
     rate=1e12,

@@ -4,8 +4,8 @@ import logging
 
 import torch
 
-from dit_opt.inspect import dump
-from dit_opt.inspect.dump import Dumper
+from dit_opt.program import dump
+from dit_opt.program.dump import Dumper
 from tests.graphs import capture_one
 
 

@@ -12,7 +12,7 @@ from dit_opt.facts.layouts import SegmentKind, TokenGrid
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import find_tokens
 from dit_opt.options import OptionError
-from dit_opt.passes.given_grid import apply_grid
+from dit_opt.policy.given_grid import apply_grid
 from tests.graphs import capture_one
 
 GRID = (3, 4, 5)

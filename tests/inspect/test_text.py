@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import sympy
 
-from dit_opt.decisions import GraphRecord, Reason
+from dit_opt.decisions import GraphRecord, AttentionReason
 from dit_opt.inspect.differences import suggest_dense
-from dit_opt.inspect.render import (
+from dit_opt.inspect.text import (
     ALL_DENSE,
     render_decisions,
     render_json,
@@ -23,7 +23,7 @@ from tests.test_decisions import make_decision
 CROSS = make_decision(
     site=4,
     module="blocks.0.attn2",
-    reason=Reason.CROSS_ATTENTION,
+    reason=AttentionReason.CROSS_ATTENTION,
     router="",
     gain=None,
     layout=None,
@@ -50,9 +50,9 @@ def test_table():
     ):
         assert part in first
     assert "CROSS_ATTENTION" in second
-    assert f"CROSS_ATTENTION: {Reason.CROSS_ATTENTION.message}" in text
+    assert f"CROSS_ATTENTION: {AttentionReason.CROSS_ATTENTION.message}" in text
     # a replaced site needs no explanation
-    assert Reason.REPLACED.message not in text
+    assert AttentionReason.REPLACED.message not in text
 
 
 def test_layers_share_a_row():
@@ -64,11 +64,11 @@ def test_layers_share_a_row():
 
 def test_layers_that_differ_do_not():
     other = make_decision(
-        site=1, module="blocks.1.attn1", reason=Reason.TOO_SHORT, detail="60 keys"
+        site=1, module="blocks.1.attn1", reason=AttentionReason.TOO_SHORT, detail="60 keys"
     )
     text = render_decisions([make_decision(site=0), other])
     assert len(rows(text)) == 2
-    assert "[60 keys]" in text and Reason.TOO_SHORT.remedy in text
+    assert "[60 keys]" in text and AttentionReason.TOO_SHORT.remedy in text
 
 
 def test_flops_are_numbers_where_they_are():
@@ -120,9 +120,9 @@ def test_report():
         differences={},
     )
     record = GraphRecord((make_decision(), CROSS))
-    graph = GraphReport(record, {"observe": 10, "search": 40}, (layer,), warm=True)
+    graph = GraphReport(record, {"dense": 10, "search": 40}, (layer,), warm=True)
     text = render_report([graph], 0.25)
-    assert "warm cache; calls: observe 10, search 40" in text
+    assert "warm cache; calls: dense 10, search 40" in text
     assert "timestep: none found" in text
     (row,) = [line for line in text.splitlines() if "to_q.weight" in line]
     for part in ("0.250", "0.960", "spatial 9, temporal 3", "spatial 0.200, temporal 0.400", "40"):

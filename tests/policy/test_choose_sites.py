@@ -8,12 +8,12 @@ import pytest
 import sympy
 import torch
 
-from dit_opt.decisions import Reason
+from dit_opt.decisions import AttentionReason
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import SiteKind, find_tokens
 from dit_opt.options import ROUTERS, OptionError, Options
-from dit_opt.passes.choose_sites import choose_sites
-from dit_opt.passes.site_cost import predict_attention, predict_site
+from dit_opt.policy.choose_sites import choose_sites
+from dit_opt.policy.site_cost import predict_attention, predict_site
 from tests.graphs import capture_one, capture_tiny
 from tests.tiny_models import cogvideox, flux, hunyuan_video, sd3, wan
 
@@ -31,7 +31,7 @@ def reasons(options, make=wan, sites=None, tokens=None):
 
 
 def test_self_attention_is_replaced_and_cross_attention_is_not():
-    assert reasons({"min_tokens": 0}) == [Reason.REPLACED, Reason.CROSS_ATTENTION] * 2
+    assert reasons({"min_tokens": 0}) == [AttentionReason.REPLACED, AttentionReason.CROSS_ATTENTION] * 2
 
 
 def test_a_replaced_site_carries_grid_start_and_target():
@@ -56,8 +56,8 @@ def test_a_density_is_handed_on_as_one():
 
 
 def test_keeping_everything_needs_no_grid():
-    assert reasons({"density": 1, "min_tokens": 0}, flux) == [Reason.REPLACED] * 2
-    assert reasons({"min_tokens": 0}, flux) == [Reason.REPLACED] * 2
+    assert reasons({"density": 1, "min_tokens": 0}, flux) == [AttentionReason.REPLACED] * 2
+    assert reasons({"min_tokens": 0}, flux) == [AttentionReason.REPLACED] * 2
     with pytest.raises(OptionError, match="NO_GRID"):
         reasons({"router": "rainfusion", "min_tokens": 0}, flux)
 
@@ -71,16 +71,16 @@ def test_a_given_grid_serves_packed_tokens():
 
 
 def test_short_sites_stay_dense():
-    assert Reason.TOO_SHORT in reasons({"min_tokens": 61})
-    assert Reason.TOO_SHORT not in reasons({"min_tokens": 60})
-    assert Reason.TOO_SHORT in reasons({})
+    assert AttentionReason.TOO_SHORT in reasons({"min_tokens": 61})
+    assert AttentionReason.TOO_SHORT not in reasons({"min_tokens": 60})
+    assert AttentionReason.TOO_SHORT in reasons({})
 
 
 def test_sites_that_no_length_makes_worth_it_stay_dense():
-    assert Reason.NEVER_PAYS in reasons({"density": 0.95})
-    assert Reason.NEVER_PAYS not in reasons({"density": 0.95, "min_tokens": 0})
+    assert AttentionReason.NEVER_PAYS in reasons({"density": 0.95})
+    assert AttentionReason.NEVER_PAYS not in reasons({"density": 0.95, "min_tokens": 0})
     # asked for to see that nothing changes
-    assert reasons({"density": 1})[0] is Reason.REPLACED
+    assert reasons({"density": 1})[0] is AttentionReason.REPLACED
 
 
 def test_a_length_that_varies_is_judged_in_each_call():
@@ -94,13 +94,13 @@ def test_a_length_that_varies_is_judged_in_each_call():
 
 
 def test_the_dense_router_replaces_nothing():
-    assert set(reasons({"router": "dense", "min_tokens": 0})) == {Reason.ROUTER_DENSE}
+    assert set(reasons({"router": "dense", "min_tokens": 0})) == {AttentionReason.ROUTER_DENSE}
 
 
 def test_a_refusal_of_the_call_itself_comes_first():
     _, sites, _ = facts()
-    refused = [dataclasses.replace(s, refusal=Reason.CAUSAL) for s in sites]
-    assert set(reasons({"min_tokens": 0}, sites=refused)) == {Reason.CAUSAL}
+    refused = [dataclasses.replace(s, refusal=AttentionReason.CAUSAL) for s in sites]
+    assert set(reasons({"min_tokens": 0}, sites=refused)) == {AttentionReason.CAUSAL}
 
 
 def test_unknown_tokens_stay_dense():
@@ -110,7 +110,7 @@ def test_unknown_tokens_stay_dense():
         for n, layout in tokens.layouts.items()
     }
     unknown = dataclasses.replace(tokens, layouts=layouts)
-    assert reasons({"min_tokens": 0}, tokens=unknown)[0] is Reason.UNKNOWN_TOKENS
+    assert reasons({"min_tokens": 0}, tokens=unknown)[0] is AttentionReason.UNKNOWN_TOKENS
 
 
 def test_masks_that_are_more_than_key_padding_stay_dense():
@@ -119,14 +119,14 @@ def test_masks_that_are_more_than_key_padding_stay_dense():
         return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)[:, 0]
 
     found, _ = reasons_of(model, torch.randn(2, 60, 16), torch.randn(60, 60))
-    assert found == [Reason.MASK_NOT_KEY_PADDING]
+    assert found == [AttentionReason.MASK_NOT_KEY_PADDING]
 
 
 def test_a_mask_over_text_matters_where_text_would_be_replaced():
-    replaced = [Reason.REPLACED] * 2
-    assert reasons({"min_tokens": 0}, hunyuan_video) == [Reason.TEXT_ONLY, *replaced]
+    replaced = [AttentionReason.REPLACED] * 2
+    assert reasons({"min_tokens": 0}, hunyuan_video) == [AttentionReason.TEXT_ONLY, *replaced]
     every = reasons({"min_tokens": 0, "density": 1}, hunyuan_video)
-    assert every == [Reason.MASK_NOT_KEY_PADDING, *replaced]
+    assert every == [AttentionReason.MASK_NOT_KEY_PADDING, *replaced]
 
 
 def test_latents_that_attend_to_text_which_does_not_query_stay_dense():
@@ -136,7 +136,7 @@ def test_latents_that_attend_to_text_which_does_not_query_stay_dense():
 
     inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
     found, (choice,) = reasons_of(model, *inputs, density=0.25)
-    assert found == [Reason.UNEQUAL_LENGTHS] and choice.decision.detail == "60 and 68"
+    assert found == [AttentionReason.UNEQUAL_LENGTHS] and choice.decision.detail == "60 and 68"
 
 
 def test_a_key_padding_mask_is_handed_on():
@@ -175,16 +175,16 @@ def test_streams_of_which_none_is_known_to_be_latents_stay_dense(router, target)
             reasons_of(block, *inputs, router=router, **target)
         return
     found, (choice,) = reasons_of(block, *inputs, **target)
-    assert found == [Reason.UNKNOWN_TOKENS]
+    assert found == [AttentionReason.UNKNOWN_TOKENS]
     assert "Several segments reach the output" in choice.decision.detail
     assert "grid" in choice.decision.detail
 
 
 def test_a_given_grid_or_keeping_everything_serves_a_lone_block():
     inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
-    assert reasons_of(block, *inputs, density=1)[0] == [Reason.REPLACED]
+    assert reasons_of(block, *inputs, density=1)[0] == [AttentionReason.REPLACED]
     found, (choice,) = reasons_of(block, *inputs, density=0.25, grid=(3, 4, 5))
-    assert found == [Reason.REPLACED]
+    assert found == [AttentionReason.REPLACED]
     assert (choice.sparse.start, choice.sparse.video) == (0, 60)
 
 
@@ -196,9 +196,9 @@ def test_tokens_whose_way_to_the_output_is_lost_stay_dense():
         return attend(torch.cat([image, words], 1).roll(1, 1)).roll(-1, 1)
 
     inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
-    assert reasons_of(model, *inputs, density=0.25)[0] == [Reason.UNKNOWN_TOKENS] * 3
+    assert reasons_of(model, *inputs, density=0.25)[0] == [AttentionReason.UNKNOWN_TOKENS] * 3
     found, choices = reasons_of(model, *inputs, density=0.25, grid=(3, 4, 5))
-    assert found == [Reason.REPLACED, Reason.TEXT_ONLY, Reason.UNKNOWN_TOKENS]
+    assert found == [AttentionReason.REPLACED, AttentionReason.TEXT_ONLY, AttentionReason.UNKNOWN_TOKENS]
     assert "68 tokens" in choices[2].decision.detail
 
 
@@ -209,7 +209,7 @@ def test_text_by_itself_stays_dense():
 
     inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
     found, _ = reasons_of(model, *inputs, density=0.25)
-    assert found == [Reason.TEXT_ONLY, Reason.REPLACED]
+    assert found == [AttentionReason.TEXT_ONLY, AttentionReason.REPLACED]
 
 
 def test_text_with_padding_of_its_own_is_text():
@@ -219,7 +219,7 @@ def test_text_with_padding_of_its_own_is_text():
 
     inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
     found, _ = reasons_of(model, *inputs, density=0.25)
-    assert found == [Reason.TEXT_ONLY, Reason.REPLACED]
+    assert found == [AttentionReason.TEXT_ONLY, AttentionReason.REPLACED]
 
 
 def test_an_assumed_grid_says_so():
@@ -227,7 +227,7 @@ def test_an_assumed_grid_says_so():
         return attend(x + (torch.arange(3.0)[:, None] * torch.arange(20.0)).flatten()[:, None])
 
     found, (choice,) = reasons_of(model, torch.randn(2, 60, 16), density=0.25)
-    assert found == [Reason.REPLACED]
+    assert found == [AttentionReason.REPLACED]
     assert choice.decision.layout.grid_source == "tables, one frame assumed"
     _, (given,) = reasons_of(model, torch.randn(2, 60, 16), density=0.25, grid=(3, 4, 5))
     assert given.sparse.grid == (3, 4, 5)
@@ -236,9 +236,9 @@ def test_an_assumed_grid_says_so():
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"dtype": torch.float64}, Reason.UNSUPPORTED_DTYPE),
-        ({"dim": 8}, Reason.UNSUPPORTED_HEAD_DIM),
-        ({"dim": 264}, Reason.UNSUPPORTED_HEAD_DIM),
+        ({"dtype": torch.float64}, AttentionReason.UNSUPPORTED_DTYPE),
+        ({"dim": 8}, AttentionReason.UNSUPPORTED_HEAD_DIM),
+        ({"dim": 264}, AttentionReason.UNSUPPORTED_HEAD_DIM),
     ],
 )
 def test_tensors_that_the_kernel_does_not_take(changes, reason):
@@ -305,11 +305,11 @@ def test_a_grid_fits_no_length_that_changes():
 def test_a_router_asked_for_by_name_must_serve_a_site():
     with pytest.raises(OptionError, match="can serve none"):
         reasons({"router": "rainfusion", "min_tokens": 100})
-    assert Reason.REPLACED in reasons({"router": "rainfusion", "min_tokens": 0})
+    assert AttentionReason.REPLACED in reasons({"router": "rainfusion", "min_tokens": 0})
 
 
 def test_symbolic_lengths_are_judged_in_each_call():
-    from dit_opt.passes.choose_sites import _fewer
+    from dit_opt.policy.choose_sites import _fewer
 
     assert _fewer(sympy.Integer(5), 6) and not _fewer(sympy.Symbol("s0"), 6)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.backend import live_bounds
+from dit_opt.runtime.registry import live_bounds
 from dit_opt.kernels import token_order
 from dit_opt.kernels.routers import frame_tile, head_orders, plan, sample, tables
 from tests.tiny_models import cogvideox, flux, hunyuan_video, wan

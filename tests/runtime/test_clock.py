@@ -3,16 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.runtime.schedule import Clock, Phase, Schedule, choose_phase, is_dense
+from dit_opt.program.modes import Mode, Schedule
+from dit_opt.runtime.clock import Clock, choose_mode, is_dense
 
 
-def positions(calls, timesteps=None):
+def indices(calls, timesteps=None):
     clock = Clock()
     return [clock.tick(t, timesteps) for t in calls]
 
 
 def places(timesteps):
-    seen = positions(timesteps)
+    seen = indices(timesteps)
     return [(p.run - seen[0].run, p.step, p.branch) for p in seen]
 
 
@@ -47,12 +48,12 @@ def test_an_interrupted_trajectory_does_not_leak_into_the_next():
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_noise_level_in_both_conventions(scale):
-    levels = [p.level for p in positions([scale, 0.5 * scale, 0.1 * scale])]
+    levels = [p.level for p in indices([scale, 0.5 * scale, 0.1 * scale])]
     assert levels == pytest.approx([1.0, 0.5, 0.1])
 
 
 def test_the_last_timesteps_of_a_thousand_scale_stay_on_that_scale():
-    first, *_, last = positions([1000, 400, 1.0, 0.5])
+    first, *_, last = indices([1000, 400, 1.0, 0.5])
     assert last.run == first.run and last.step == 3
     assert last.level == pytest.approx(0.0005)
 
@@ -62,7 +63,7 @@ def test_a_change_of_convention_begins_a_trajectory():
 
 
 def test_rising_timesteps_count_from_noise_at_zero():
-    seen = positions([0.0, 0.25, 0.75, 0.0, 0.25])
+    seen = indices([0.0, 0.25, 0.75, 0.0, 0.25])
     assert [p.level for p in seen] == pytest.approx([1.0, 0.75, 0.25, 1.0, 0.75])
     assert is_dense(seen[0], 1) and not is_dense(seen[1], 1)
     runs = [(p.run - seen[0].run, p.step) for p in seen]
@@ -70,7 +71,7 @@ def test_rising_timesteps_count_from_noise_at_zero():
 
 
 def test_a_second_transformer_is_not_at_the_start():
-    first = positions([875.0, 800.0])[0]
+    first = indices([875.0, 800.0])[0]
     assert first.step == 0 and not first.from_start
     assert not is_dense(first, 5)
     assert not is_dense(first, 0.1)
@@ -78,13 +79,13 @@ def test_a_second_transformer_is_not_at_the_start():
 
 def test_the_scheduler_gives_a_second_transformer_its_step():
     timesteps = [1000.0, 950.0, 875.0, 600.0]
-    first = positions([875.0], timesteps=timesteps)[0]
+    first = indices([875.0], timesteps=timesteps)[0]
     assert (first.step, first.total, first.from_start) == (2, 4, True)
     assert is_dense(first, 3) and not is_dense(first, 2)
 
 
 def test_scheduler_timesteps_match_models_that_divide_by_a_thousand():
-    seen = positions([1.0, 0.5], timesteps=[1000.0, 500.0])
+    seen = indices([1.0, 0.5], timesteps=[1000.0, 500.0])
     assert [p.step for p in seen] == [0, 1]
     assert seen[0].total == 2
 
@@ -92,14 +93,14 @@ def test_scheduler_timesteps_match_models_that_divide_by_a_thousand():
 @pytest.mark.parametrize("dense_steps, dense", [(0, 0), (2, 2), (0.0, 0), (0.3, 3), (1.0, 10)])
 def test_dense_start_with_a_known_length(dense_steps, dense):
     timesteps = [1000.0 - 100 * i for i in range(10)]
-    seen = positions(timesteps, timesteps=timesteps)
+    seen = indices(timesteps, timesteps=timesteps)
     assert [is_dense(p, dense_steps) for p in seen] == [i < dense for i in range(10)]
 
 
 @pytest.mark.parametrize(("steps", "dense"), [(1, 1), (2, 1), (4, 1), (8, 2)])
 def test_a_share_is_one_step_of_a_short_run_at_least(steps, dense):
     timesteps = [1000.0 - 1000 / steps * i for i in range(steps)]
-    seen = positions(timesteps, timesteps=timesteps)
+    seen = indices(timesteps, timesteps=timesteps)
     assert [is_dense(p, 0.2) for p in seen] == [i < dense for i in range(steps)]
 
 
@@ -107,43 +108,43 @@ def test_a_share_of_an_unknown_length_is_a_share_of_the_noise_range():
     shift = 5.0
     sigmas = [1 - i / 10 for i in range(10)]
     shifted = [1000 * shift * s / (1 + (shift - 1) * s) for s in sigmas]
-    dense = [is_dense(p, 0.1) for p in positions(shifted)]
+    dense = [is_dense(p, 0.1) for p in indices(shifted)]
     assert dense[0] and sum(dense) >= 1
     assert dense == sorted(dense, reverse=True)
 
 
-def test_phases_of_a_run_that_refreshes_every_second_step():
-    clock, phases = Clock(), []
+def test_modes_of_a_run_that_refreshes_every_second_step():
+    clock, modes = Clock(), []
     for t in (1000, 800, 600, 400, 200):
-        position = clock.tick(t)
-        has_plan = Phase.SEARCH in phases
-        phases.append(choose_phase(position, Schedule(1, 2), has_plan))
-    assert [p.value for p in phases] == ["observe", "search", "search", "reuse", "search"]
+        index = clock.tick(t)
+        has_plan = Mode.SEARCH in modes
+        modes.append(choose_mode(index, Schedule(1, 2), has_plan))
+    assert [p.value for p in modes] == ["dense", "search", "search", "reuse", "search"]
 
 
-def test_without_a_position_plans_are_searched_every_time():
-    assert choose_phase(None, Schedule(0, 4), True) is Phase.SEARCH
+def test_without_an_index_plans_are_searched_every_time():
+    assert choose_mode(None, Schedule(0, 4), True) is Mode.SEARCH
 
 
 def test_the_guard_checks_between_searches_and_sends_back_to_one():
-    clock, phases = Clock(), []
+    clock, modes = Clock(), []
     for i in range(12):
-        position = clock.tick(1000 - 50 * i)
+        index = clock.tick(1000 - 50 * i)
         caught = i == 9
-        phases.append(choose_phase(position, Schedule(1, 6, 2), i > 1, caught))
-    assert [p.value for p in phases] == [
-        "observe", "search", "verify", "reuse", "verify", "reuse", "search", "reuse", "verify",
+        modes.append(choose_mode(index, Schedule(1, 6, 2), i > 1, caught))
+    assert [p.value for p in modes] == [
+        "dense", "search", "verify", "reuse", "verify", "reuse", "search", "reuse", "verify",
         "search", "verify", "reuse",
     ]  # fmt: skip
 
 
 def plans(calls, timesteps=None):
     """For each call: its branch, and the calls before it whose plans it may use."""
-    seen, found = positions(calls, timesteps), []
-    for number, position in enumerate(seen):
-        mine = (position.plans, position.branch)
-        earlier = [i for i, p in enumerate(seen[:number]) if (p.plans, p.branch) == mine]
-        found.append((position.branch, earlier))
+    seen, found = indices(calls, timesteps), []
+    for number, index in enumerate(seen):
+        mine = (index.epoch, index.branch)
+        earlier = [i for i, p in enumerate(seen[:number]) if (p.epoch, p.branch) == mine]
+        found.append((index.branch, earlier))
     return found
 
 
@@ -166,12 +167,12 @@ def test_a_new_list_of_the_scheduler_is_a_new_run():
     warm_up = clock.tick(1000.0, timesteps)
     first, second = (clock.tick(t, later) for later in [list(timesteps)] for t in timesteps)
     assert warm_up.run != first.run == second.run
-    assert (first.branch, second.branch, second.plans) == (0, 0, first.plans)
+    assert (first.branch, second.branch, second.epoch) == (0, 0, first.epoch)
 
 
 def test_a_model_of_one_step_has_no_end_of_branches():
     assert [branch for branch, _ in plans([1000] * 6)] == [0, 1, 2, 3, 0, 1]
-    assert len({p.run for p in positions([1000] * 6)}) == 2
+    assert len({p.run for p in indices([1000] * 6)}) == 2
 
 
 @pytest.mark.parametrize("timesteps", [None, [1000.0, 500.0, 250.0]])
@@ -179,15 +180,15 @@ def test_more_windows_than_branches_never_get_each_others_plans(timesteps):
     clock = Clock()
     seen = [clock.tick(t, timesteps) for t in (1000.0, 500.0, 250.0) for _ in range(6)]
     window_of = {}
-    for call, position in enumerate(seen):
-        assert window_of.setdefault((position.plans, position.branch), call % 6) == call % 6
+    for call, index in enumerate(seen):
+        assert window_of.setdefault((index.epoch, index.branch), call % 6) == call % 6
     # once a step was seen to its end, plans serve
-    assert {p.plans for p in seen[6:]} == {seen[-1].plans}
+    assert {p.epoch for p in seen[6:]} == {seen[-1].epoch}
 
 
 def test_a_jump_to_where_a_rising_model_starts_is_a_new_run():
     assert [made for _, made in plans([0.5, 0.0, 0.1, 0.2])] == [[], [], [1], [1, 2]]
-    assert [is_dense(p, 2) for p in positions([0.5, 0.0, 0.1, 0.2])][1:] == [True, True, False]
+    assert [is_dense(p, 2) for p in indices([0.5, 0.0, 0.1, 0.2])][1:] == [True, True, False]
 
 
 def test_as_many_windows_in_a_step_as_the_last_run_had_are_one_step():
@@ -197,8 +198,8 @@ def test_as_many_windows_in_a_step_as_the_last_run_had_are_one_step():
 
 def test_the_second_timestep_tells_the_direction():
     assert places([40, 30, 20, 10]) == [(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)]
-    assert not is_dense(positions([40, 30])[1], 2)
-    seen = positions([0.1, 0.3, 0.6, 0.9])
+    assert not is_dense(indices([40, 30])[1], 2)
+    seen = indices([0.1, 0.3, 0.6, 0.9])
     assert [p.step for p in seen] == [0, 1, 2, 3]
     assert seen[-1].level == pytest.approx(0.1)
     # from clean to pure noise is a jump back
@@ -224,14 +225,14 @@ def test_rounded_timesteps_are_found_in_the_schedulers_list(divided):
 
 def test_the_nearest_of_the_schedulers_timesteps_counts():
     timesteps = shift_steps(100, 12.0)
-    assert [p.step for p in positions(timesteps, timesteps)] == list(range(100))
+    assert [p.step for p in indices(timesteps, timesteps)] == list(range(100))
     # steps that a model skips are not counted twice
-    assert [p.step for p in positions(timesteps[::3], timesteps)] == list(range(0, 100, 3))
+    assert [p.step for p in indices(timesteps[::3], timesteps)] == list(range(0, 100, 3))
 
 
 def test_a_timestep_off_the_list_is_the_next_step_of_its_run():
     timesteps = [1000.0, 750.0, 500.0, 250.0]
-    seen = positions([1000.0, 751.0, 480.0, 250.0], timesteps)
+    seen = indices([1000.0, 751.0, 480.0, 250.0], timesteps)
     assert [(p.step, p.total) for p in seen] == [(0, 4), (1, 4), (2, 4), (3, 4)]
 
 
