@@ -66,9 +66,9 @@ class Options:
         tail: what stands in for dropped blocks: `drop`, which is nothing, or `centroid`, their
             mean key and value.
         dense_steps: steps at the start of a trajectory that stay dense: an int counts steps, a
-            float in [0, 1] is a share of the trajectory, and at least one step unless it is 0.
-            None takes the default share. A graph that nothing tells the step stays dense in every
-            call, with a warning, unless this is 0.
+            float in [0, 1] is a share of the noise range (0.2: while the noise level is above 0.8),
+            and so at least one step unless it is 0. None takes the default share. A graph that
+            nothing tells the step stays dense in every call, with a warning, unless this is 0.
         refresh_every: steps between two searches for a plan; None takes the default where plans can
             be told apart by layer, and searches in each step elsewhere.
         verify_every: steps between two checks of plans on a few rows, in between searches and at
@@ -293,7 +293,7 @@ def _check_dense_steps(name: str, value: Any) -> int | float | None:
     if isinstance(value, float) and 0 <= value <= 1:
         return value
     raise _refuse(
-        name, value, "a number of steps (an int >= 0), a share of them (a float in [0, 1]), or None"
+        name, value, "a number of steps (an int >= 0), a share of the noise range (a float in [0, 1]), or None"
     )
 
 

@@ -194,28 +194,19 @@ def find_step(timestep: float, timesteps: Sequence[float] | None, tolerance: flo
     return best
 
 
-def count_dense_steps(dense_steps: int | float, total: int) -> int:
-    """How many of `total` steps are the dense start: a number of steps (int), or a share of them
-    (float), of which any but 0 is at least one step."""
-    if isinstance(dense_steps, int):
-        return min(dense_steps, total)
-    return max(round(dense_steps * total), 1) if dense_steps else 0
-
-
 def is_dense(index: StepIndex | None, dense_steps: int | float) -> bool:
-    """Whether a call belongs to the dense start of its run; see `count_dense_steps`.
+    """Whether a call belongs to the dense start of its run.
 
-    A share of a run whose length is unknown is a share of the noise range: with shifted schedules
-    that is more steps, never fewer. A run that was not seen from its start (a second transformer,
-    image to image) has its start behind it. Without a step (no timestep) nothing is dense unless
-    all is.
+    `dense_steps` is a number of steps (int), or a share of the noise range (float): the steps whose
+    noise level is above 1 minus the share. Whoever calls the model knows the level, but not always
+    how many steps there will be. A run that was not seen from its start (a second transformer,
+    image to image) has the steps of a number behind it. Without a step (no timestep) nothing is
+    dense unless all is.
     """
     if index is None:
         return False
     if isinstance(dense_steps, int):
         return index.from_start and index.step < dense_steps
-    if index.total is not None:
-        return index.step < count_dense_steps(dense_steps, index.total)
     return dense_steps > 0 and index.level > 1 - dense_steps
 
 

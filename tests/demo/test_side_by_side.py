@@ -72,7 +72,7 @@ def test_attention_share_counts_attention_only():
     assert measure_attention_share(model, make_task(steps=2)) == 0
 
 
-@pytest.mark.parametrize(("asked", "dense"), [(0, 0), (3, 3), (99, 20), (0.2, 4), (1.0, 20)])
+@pytest.mark.parametrize(("asked", "dense"), [(0, 0), (3, 3), (99, 20), (0.2, 7), (1.0, 20)])
 def test_dense_steps_follow_the_options(asked, dense):
     contestants = dataclasses.replace(make_contestants(), options=Options(dense_steps=asked))
     assert contestants.dense_steps(20) == dense
