@@ -1,330 +1,315 @@
+"""The callable that Dynamo runs, on stand-ins for compiled graphs."""
+
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import sympy
 import torch
-from dit_opt.runtime.state import KEPT_STREAMS, Announcement, LayerState, announce
+from torch.fx import Graph
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dit_opt.runtime.bound import WITHOUT_STEP, Bound, GradientError, Wiring
-from dit_opt.runtime.clock import Clock, Mode, Schedule
+from dit_opt.program.modes import Mode
+from dit_opt.program.program import ModeInput, PinnedTable
+from dit_opt.program.slots import Key, Lives, Reduce, Slot, SlotRef
+from dit_opt.runtime.bound import GradientError
+from dit_opt.runtime.clock import Clock
+from dit_opt.runtime.compiler import Compiled, CompiledPiece
+from dit_opt.runtime.scheduler_link import SchedulerLink, link_scheduler
+from dit_opt.runtime.slot_store import KEPT_STREAMS
+from tests.runtime.variants import (
+    DENSITY,
+    HEADS,
+    PLAN,
+    RECALL,
+    Variants,
+    bind,
+    list_entries,
+    make_node,
+    read,
+    run,
+    weight,
+    write,
+)
 
-LAYOUT = (2, 2, 2, 0, 8)
-STATE = {Mode.SEARCH: ("plan", "recall", "density"), Mode.REUSE: ()}
-CHECK = ("kept", "error", "caught")
-GUARDED = {Mode.SEARCH: (*STATE[Mode.SEARCH], *CHECK), Mode.REUSE: (), Mode.VERIFY: CHECK}
-
-
-class Graph:
-    """Stands in for a compiled graph: arguments are weight, timestep and latents."""
-
-    def __init__(self, heads: int = 3) -> None:
-        self.runs: list[tuple[Mode, tuple]] = []
-        self.heads = heads
-
-    def compile(self, phase: Mode):
-        def run(weight, *rest):
-            # plans change in place, at the address that a CUDA graph knows
-            kept = tuple(r.clone() if isinstance(r, torch.Tensor) else r for r in rest)
-            self.runs.append((phase, kept))
-            out = (weight + 1,)
-            if phase is not Mode.SEARCH:
-                return out
-            count = sum(p is Mode.SEARCH for p, _ in self.runs)
-            plan = torch.full((1, self.heads), count, dtype=torch.int32)
-            return *out, plan, plan / 10, plan / 100
-
-        return run, False
-
-    @property
-    def phases(self) -> list[str]:
-        return [p.value for p, _ in self.runs]
+ALARM = SlotRef(Slot("test.alarm", frozenset({Key.BRANCH, Key.STREAM}), Lives.PROCESS, Reduce.FLAG))
 
 
-def bind(graph, timesteps=(1,), phases=frozenset(Mode), dense_steps=1, refresh_every=2, **kwargs):
-    wiring = Wiring(
-        outputs=1,
-        timesteps=timesteps,
-        model=0,
-        layers=kwargs.pop("layers", (0,)),
-        state=kwargs.pop("state", STATE),
-        heads=lambda args: [(1, graph.heads)],
-        layouts=lambda args: [LAYOUT],
-        hold=kwargs.pop("hold", None),
-        lengths=kwargs.pop("lengths", lambda args: [8]),
-        min_tokens=kwargs.pop("min_tokens", (4,)),
-    )
-    schedule = Schedule(dense_steps, refresh_every, kwargs.pop("verify_every", 0))
-    return Bound(graph.compile, phases, wiring, schedule, None)
-
-
-def weight():
-    return torch.nn.Parameter(torch.zeros(2), requires_grad=False)
-
-
-def run(bound, w, timesteps, latents=None):
-    latents = torch.zeros(1) if latents is None else latents
-    return [bound(w, torch.tensor([float(t)]), latents) for t in timesteps]
-
-
-def test_a_trajectory_observes_searches_and_reuses():
-    graph = Graph()
-    bound, w = bind(graph), weight()
+def test_a_run_is_dense_searches_and_reuses():
+    variants = Variants()
+    bound, w = bind(variants), weight()
     outs = run(bound, w, [1000, 800, 600, 400, 200])
-    assert graph.phases == ["dense", "search", "search", "reuse", "search"]
+    assert variants.modes == ["dense", "search", "search", "reuse", "search"]
     assert all(len(out) == 1 for out in outs)
-    (plan,) = graph.runs[3][1][2:]
-    assert plan.tolist() == [[2, 2, 2]]
+    assert variants.plans == [2]
 
 
 def test_one_variant_that_is_told_searches_and_reuses():
-    told = []
+    told, compiled = [], []
 
-    def compile_variant(phase):
+    def compile_variant(mode):
+        compiled.append(mode)
+
         def run(weight, timestep, latents, *given):
-            if phase is Mode.DENSE:
+            if mode is Mode.DENSE:
                 return (weight,)
             told.append((bool(given[0]), given[1].tolist()))
-            plan = torch.full((1, 3), len(told), dtype=torch.int32)
-            return weight, plan, plan / 10, torch.full((1, 3), 1 if told[-1][0] else torch.nan)
+            plan = torch.full((1, HEADS), len(told), dtype=torch.int32)
+            unknown = plan / 10 if given[0] else torch.full((1, HEADS), torch.nan)
+            return weight, plan, unknown, torch.ones(1, HEADS)
 
-        compiled.append(phase)
-        return run, False
+        if mode is Mode.DENSE:
+            return Compiled(run, 1, (), ())
+        flag = ModeInput(Mode.SEARCH, make_node(torch.bool))
+        writes = write(PLAN, RECALL, modes=[Mode.SEARCH]) + write(DENSITY)
+        return Compiled(run, 1, ((flag, lambda args: []), read(PLAN)), writes)
 
-    compiled = []
-    wiring = bind(Graph())._wiring
-    asks = dataclasses.replace(
-        wiring,
-        state=dict.fromkeys((Mode.SEARCH, Mode.REUSE), STATE[Mode.SEARCH]),
-        blank_plan=lambda batch, heads, tokens: (torch.zeros(batch, heads) - tokens,),
-    )
-    phases = frozenset(Mode) - {Mode.VERIFY}
-    bound = Bound(compile_variant, phases, asks, Schedule(1, 3), None)
-    w = weight()
-    run(bound, w, [1000, 800, 600, 400, 200])
+    variants = SimpleNamespace(compile=compile_variant)
+    served = {Mode.REUSE: Mode.SEARCH}
+    modes = frozenset({Mode.DENSE, Mode.SEARCH, Mode.REUSE})
+    bound = bind(variants, refresh_every=3, modes=modes, served_by=served)
+    run(bound, weight(), [1000, 800, 600, 400, 200])
     assert compiled == [Mode.DENSE, Mode.SEARCH]
-    # a blank plan of 8 tokens before a search; the kept plan otherwise
-    blank = [[-8] * 3]
-    assert told == [(True, blank), (False, [[1] * 3]), (True, blank), (False, [[3] * 3])]
-    ((_, _, state),) = bound.states
-    assert (state.calls, state.searches) == (4, 2)
-    assert state.plan[0].tolist() == [[3] * 3] and state.density.tolist() == [[4] * 3]
+    # a blank plan before the first search, then the kept one
+    given = [(True, 0), (False, 1), (True, 1), (False, 3)]
+    assert told == [(search, [[plan] * HEADS]) for search, plan in given]
+    (plan,), (density,), (recall,) = (list_entries(bound, r) for r in (PLAN, DENSITY, RECALL))
+    assert (density.writes, recall.writes, plan.writes) == (4, 2, 2)
+    assert plan.value.tolist() == [[3] * HEADS] and density.value.tolist() == [[4] * HEADS]
+    assert recall.value.tolist() == [[pytest.approx(0.4)] * HEADS]
 
 
 def test_variants_are_compiled_once_and_only_when_needed():
-    graph, compiled = Graph(), []
-    bound = bind(graph)
-    inner = bound._compile_variant
-    bound._compile_variant = lambda phase: (compiled.append(phase), inner(phase))[1]
+    variants = Variants()
+    bound = bind(variants)
     run(bound, weight(), [1000])
-    assert compiled == [Mode.DENSE]
+    assert variants.compiled == [Mode.DENSE]
     run(bound, weight(), [1000, 900, 800])
-    assert compiled == [Mode.DENSE, Mode.SEARCH]
+    assert variants.compiled == [Mode.DENSE, Mode.SEARCH]
+
+
+def test_a_graph_is_as_warm_as_its_coldest_variant():
+    warmth, variants = {Mode.DENSE: True, Mode.SEARCH: False, Mode.REUSE: True}, Variants()
+    compile_variant = variants.compile
+    variants.compile = lambda mode: replace(compile_variant(mode), is_warm=warmth[mode])
+    bound = bind(variants)
+    assert bound.warm is None
+    found = [(bound.variant(mode), bound.warm)[1] for mode in warmth]
+    assert found == [True, False, False]
 
 
 def test_statistics_follow_searches_and_reuse():
-    graph = Graph()
-    bound, w = bind(graph), weight()
+    variants = Variants()
+    bound, w = bind(variants), weight()
     run(bound, w, [1000, 800, 600, 400])
-    ((owner, _, state),) = bound.states
-    assert owner is w and state.layout == LAYOUT
-    assert (state.calls, state.searches) == (3, 2)
+    assert {id(owner) for owner, *_ in bound.store} == {id(w)}
+    (density,), (recall,) = (list_entries(bound, ref) for ref in (DENSITY, RECALL))
+    assert (density.writes, recall.writes) == (3, 2)
     # searches returned densities 0.01 and 0.02, the second one was used twice
-    assert state.density.mean().item() == pytest.approx(0.05)
-    assert state.recall.mean().item() == pytest.approx(0.3)
+    assert density.value.mean().item() == pytest.approx(0.05)
+    assert recall.value.mean().item() == pytest.approx(0.3)
 
 
 def test_branches_keep_plans_of_their_own():
-    graph = Graph()
-    bound, w = bind(graph), weight()
+    variants = Variants()
+    bound, w = bind(variants), weight()
     run(bound, w, [1000, 1000, 800, 800, 600, 600, 400, 400])
-    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Mode.REUSE]
-    assert plans == [3, 4]
+    assert variants.plans == [3, 4]
 
 
 def test_two_models_on_one_graph_keep_their_own_steps_and_plans():
-    graph = Graph()
-    bound, a, b = bind(graph), weight(), weight()
+    variants = Variants()
+    bound, a, b = bind(variants), weight(), weight()
     for t in (1000, 800, 600, 400):
         run(bound, a, [t])
         run(bound, b, [t])
-    assert graph.phases == [p for p in ("dense", "search", "search", "reuse") for _ in "ab"]
-    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Mode.REUSE]
-    assert plans == [3, 4]
+    assert variants.modes == [p for p in ("dense", "search", "search", "reuse") for _ in "ab"]
+    assert variants.plans == [3, 4]
 
 
 def test_threads_keep_their_own_steps():
-    graph = Graph()
-    bound, w = bind(graph), weight()
+    variants = Variants()
+    bound, w = bind(variants), weight()
     run(bound, w, [1000, 800])
     other = threading.Thread(target=run, args=(bound, w, [1000]))
     other.start()
     other.join()
     run(bound, w, [600])
-    assert graph.phases == ["dense", "search", "dense", "search"]
+    assert variants.modes == ["dense", "search", "dense", "search"]
 
 
 def test_sizes_of_a_dynamic_graph_keep_their_own_steps():
-    graph = Graph()
-    bound, w = bind(graph), weight()
+    variants = Variants()
+    bound, w = bind(variants), weight()
     for t in (1000, 800):
         for size in (16, 32):
             bound(w, torch.tensor([float(t)]), size)
-    assert graph.phases == ["dense", "dense", "search", "search"]
+    assert variants.modes == ["dense", "dense", "search", "search"]
 
 
 def test_a_new_trajectory_does_not_use_the_plans_of_the_last_one():
-    graph = Graph()
-    bound, w = bind(graph, dense_steps=3, refresh_every=10), weight()
+    variants = Variants()
+    bound, w = bind(variants, dense_steps=3, refresh_every=10), weight()
     for _ in range(2):
         run(bound, w, [1000, 900, 800, 700, 600])
-    assert graph.phases == ["dense", "dense", "dense", "search", "reuse"] * 2
-    plans = [rest[2].tolist()[0][0] for phase, rest in graph.runs if phase is Mode.REUSE]
-    assert plans == [1, 2]
+    assert variants.modes == ["dense", "dense", "dense", "search", "reuse"] * 2
+    assert variants.plans == [1, 2]
 
 
 def test_plans_of_a_forgotten_stream_are_not_taken_for_its_own():
-    graph = Graph()
-    bound, w = bind(graph, dense_steps=3, refresh_every=10), weight()
+    variants = Variants()
+    bound, w = bind(variants, dense_steps=3, refresh_every=10), weight()
     for _ in range(2):
         run(bound, w, [1000, 900, 800, 700])
         bound._streams.clear()
-    assert graph.phases == ["dense", "dense", "dense", "search"] * 2
+    assert variants.modes == ["dense", "dense", "dense", "search"] * 2
 
 
 def test_a_second_transformer_searches_in_every_trajectory():
-    graph, model = Graph(), torch.nn.ParameterList([weight()])
+    variants, model = Variants(), torch.nn.ParameterList([weight()])
     timesteps = list(range(1000, 0, -100))
-    announce(model, Announcement(lambda: timesteps))
-    bound = bind(graph, dense_steps=0, refresh_every=10)
+    link_scheduler(model, SchedulerLink(lambda: timesteps))
+    bound = bind(variants, dense_steps=0, refresh_every=10)
     for _ in range(2):
         run(bound, model[0], [400, 300, 200])
-    assert graph.phases == ["search", "reuse", "reuse"] * 2
+    assert variants.modes == ["search", "reuse", "reuse"] * 2
 
 
 def test_a_timestep_given_as_an_int_begins_no_stream_of_its_own():
-    graph = Graph()
-    bound, w = bind(graph), weight()
+    variants = Variants()
+    bound, w = bind(variants), weight()
     for t in (1000, 800, 600, 400):
         bound(w, t, torch.zeros(1))
-    assert graph.phases == ["dense", "search", "search", "reuse"]
+    assert variants.modes == ["dense", "search", "search", "reuse"]
 
 
 def test_streams_that_were_not_used_for_long_are_forgotten():
-    graph = Graph()
-    bound, w = bind(graph, dense_steps=0, refresh_every=10), weight()
+    variants = Variants()
+    bound, w = bind(variants, dense_steps=0, refresh_every=10), weight()
     sizes = range(KEPT_STREAMS + 1)
     for size in sizes:
         bound(w, torch.tensor(1000.0), size)
-    assert len(list(bound.states)) == KEPT_STREAMS == len(bound._streams[w])
+    assert len(list_entries(bound, PLAN)) == KEPT_STREAMS == len(bound._streams[w])
     # those that are used stay
     for size in (1, KEPT_STREAMS + 1, 2, 1):
-        bound(w, torch.tensor(900.0 - len(graph.phases) / 10), size)
-    assert graph.phases[-4:] == ["reuse", "search", "search", "reuse"]
+        bound(w, torch.tensor(900.0 - len(variants.modes) / 10), size)
+    assert variants.modes[-4:] == ["reuse", "search", "search", "reuse"]
 
 
 def test_a_swapped_data_pointer_keeps_the_state():
-    graph = Graph()
-    bound, w = bind(graph), weight()
+    variants = Variants()
+    bound, w = bind(variants), weight()
     run(bound, w, [1000, 800, 600])
     w.data = torch.ones(2)
     run(bound, w, [400])
-    assert graph.phases[-1] == "reuse"
+    assert variants.modes[-1] == "reuse"
 
 
 def test_per_token_timesteps_tell_the_step_by_their_largest():
-    graph = Graph()
-    bound, w = bind(graph), weight()
+    variants = Variants()
+    bound, w = bind(variants), weight()
     for t in (1000.0, 800.0):
         bound(w, torch.tensor([[0.0, t, t]]), torch.zeros(1))
-    assert graph.phases == ["dense", "search"]
+    assert variants.modes == ["dense", "search"]
 
 
 def test_a_constant_guidance_input_is_not_the_timestep():
-    graph = Graph()
-    bound, w = bind(graph, timesteps=(2, 1)), weight()
+    variants = Variants()
+    bound, w = bind(variants, timesteps=(2, 1)), weight()
     guidance = torch.tensor([3500.0])
     for t in (1000.0, 800.0, 600.0, 400.0):
         bound(w, torch.tensor([t]), guidance)
-    assert graph.phases == ["dense", "search", "search", "reuse"]
+    assert variants.modes == ["dense", "search", "search", "reuse"]
 
 
 def test_short_calls_stay_dense():
-    graph = Graph()
-    bound = bind(graph, lengths=lambda args: [3], dense_steps=0)
+    variants = Variants()
+    bound = bind(variants, lengths=[(3, 4)], dense_steps=0)
     run(bound, weight(), [1000, 800])
-    assert graph.phases == ["dense", "dense"]
+    assert variants.modes == ["dense", "dense"]
 
 
 def test_each_site_has_its_own_least_length():
-    graph = Graph()
-    state = {"layers": (0,), "lengths": lambda args: [20, 27], "min_tokens": (26, 80)}
-    run(bind(graph, **state, dense_steps=0), weight(), [1000])
-    run(bind(graph, **state | {"min_tokens": (80, 26)}, dense_steps=0), weight(), [1000])
-    assert graph.phases == ["dense", "search"]
+    variants = Variants()
+    for lengths in ([(20, 26), (27, 80)], [(20, 80), (27, 26)]):
+        run(bind(variants, lengths=lengths, dense_steps=0), weight(), [1000])
+    assert variants.modes == ["dense", "search"]
 
 
 def test_without_a_timestep_a_dense_start_means_dense_with_a_warning(caplog):
-    graph = Graph()
-    bound, w = bind(graph, timesteps=()), weight()
+    variants = Variants()
+    bound, w = bind(variants, timesteps=()), weight()
     with caplog.at_level(logging.WARNING):
         run(bound, w, [1000, 800])
-    assert graph.phases == ["dense", "dense"]
-    assert caplog.text.count(WITHOUT_STEP) == 1 and "dense_steps=0" in WITHOUT_STEP
-    assert bound.lacks_step
+    assert variants.modes == ["dense", "dense"]
+    assert caplog.text.count("ditopt.optimize") == 1
 
 
 def test_without_a_timestep_and_a_dense_start_every_call_searches():
-    graph = Graph()
-    bound = bind(graph, timesteps=(), dense_steps=0)
+    variants = Variants()
+    bound = bind(variants, timesteps=(), dense_steps=0)
     run(bound, weight(), [1000, 800])
-    assert graph.phases == ["search", "search"] and not bound.lacks_step
+    assert variants.modes == ["search", "search"]
 
 
-def test_an_announced_position_stands_in_for_a_missing_timestep():
-    from dit_opt.runtime.clock import Clock
-
-    graph, model = Graph(), torch.nn.Linear(2, 2).requires_grad_(False)
-    bound = bind(graph, timesteps=())
-    announcement, clock = Announcement(lambda: None), Clock()
-    announce(model, announcement)
+def test_the_step_of_a_link_stands_in_for_a_missing_timestep():
+    variants, model = Variants(), torch.nn.Linear(2, 2).requires_grad_(False)
+    bound = bind(variants, timesteps=())
+    link, clock = SchedulerLink(lambda: None), Clock()
+    link_scheduler(model, link)
     for t in (1000, 800):
-        announcement.position = clock.tick(t)
+        link.step_index = clock.tick(t)
         bound(model.weight, torch.zeros(1), torch.zeros(1))
-    assert graph.phases == ["dense", "search"]
+    assert variants.modes == ["dense", "search"]
 
 
 def test_tables_of_a_device_are_made_before_its_graphs_and_kept():
-    graph, held = Graph(), []
+    variants, made = Variants(), []
 
-    def hold(args, device):
-        held.append((device.type, len(graph.runs)))
-        return args
+    def make(sizes, device):
+        made.append((sizes, device.type, len(variants.runs)))
 
-    bound = bind(graph, hold=hold, dense_steps=1, timesteps=())
+    graph = Graph()
+    for name in ("weight", "size"):
+        graph.placeholder(name)
+    size = ShapeEnv().create_unbacked_symint()
+    graph.find_nodes(op="placeholder")[1].meta["example_value"] = size
+    pins = [PinnedTable(0, (sympy.Integer(2), 3 * size.node.expr), make)]
+    bound = bind(variants, timesteps=(), graph=graph, pins=pins, refresh_every=1)
     w = torch.nn.Parameter(torch.zeros(2, device="meta"), requires_grad=False)
-    announcement = Announcement(lambda: None)
-    announce(torch.nn.ParameterList([w]), announcement)
-    clock = Clock()
-    for t in (1000.0, 800.0, 600.0):
-        announcement.position = clock.tick(t)
-        bound(w, 7)
-    assert graph.phases == ["dense", "search", "search"] and held == [("meta", 1)]
+    link, clock = SchedulerLink(lambda: None), Clock()
+    link_scheduler(torch.nn.ParameterList([w]), link)
+    for t, n in ((1000.0, 7), (800.0, 7), (600.0, 7), (500.0, 8)):
+        link.step_index = clock.tick(t)
+        bound(w, n)
+    assert variants.modes == ["dense", "search", "search", "search"]
+    assert made == [([2, 21], "meta", 1), ([2, 24], "meta", 3)]
+    assert bound.pin_sizes == {(7,): [[2, 21]], (8,): [[2, 24]]}
+
+
+def test_a_processor_makes_its_tables_where_they_are_looked_up():
+    pins = [PinnedTable(0, (sympy.Integer(2),), lambda sizes, device: pytest.fail("made"))]
+    bound = bind(Variants(), pins=pins)
+    run(bound, weight(), [1000, 800])
+    assert bound.pin_sizes == {(): [[2]]}
 
 
 def test_forget_begins_anew():
-    graph = Graph()
-    bound, w = bind(graph), weight()
+    variants = Variants()
+    bound, w = bind(variants), weight()
     run(bound, w, [1000, 800])
     bound.forget()
     run(bound, w, [600])
-    assert list(bound.states) and bound.calls[w][Mode.SEARCH] == 1
+    assert [entry.writes for entry in list_entries(bound, DENSITY)] == [1]
+    assert bound.calls[w][Mode.SEARCH] == 1
 
 
 def test_gradients_are_refused():
-    bound = bind(Graph())
+    bound = bind(Variants())
     w = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(GradientError, match="no_grad"):
         run(bound, w, [1000])
@@ -332,153 +317,185 @@ def test_gradients_are_refused():
         run(bound, w, [1000])
 
 
-def test_scheduler_timesteps_are_read_once_per_list():
-    reads = []
-
-    class Timesteps(list):
-        def __iter__(self):
-            reads.append(1)
-            return super().__iter__()
-
-    current = Timesteps([1000.0, 500.0])
-    announcement = Announcement(lambda: current)
-    assert announcement.timesteps() == announcement.timesteps() == [1000.0, 500.0]
-    assert len(reads) == 1
-
-
-class GuardedGraph(Graph):
-    """Its checks find what `verdicts` says, call by call: 1 for a head that was caught."""
+class Alarmed(Variants):
+    """Searches and checks find what `verdicts` says, call by call."""
 
     def __init__(self, verdicts):
-        super().__init__(heads=2)
+        super().__init__()
         self.verdicts = iter(verdicts)
 
-    def compile(self, phase: Mode):
-        inner, _ = super().compile(phase)
+    def compile(self, mode):
+        if mode not in (Mode.SEARCH, Mode.VERIFY):
+            return super().compile(mode)
+        inner = super().compile(mode)
 
         def run(*args):
-            out = inner(*args)
-            if phase not in (Mode.SEARCH, Mode.VERIFY):
-                return out
-            caught = torch.tensor([next(self.verdicts)], dtype=torch.float32)
-            kept = torch.full((1, 2), 0.8)
-            return *out, kept, 1 - kept, caught
+            return *inner.run(*args), torch.tensor(next(self.verdicts))
 
-        return run, False
+        return replace(inner, run=run, writes=inner.writes + write(ALARM))
 
 
-def run_guarded(verdicts, timesteps, **kwargs):
-    graph = GuardedGraph(verdicts)
-    phases = frozenset(Mode)
-    bound = bind(graph, phases=phases, state=GUARDED, dense_steps=0, verify_every=2, **kwargs)
-    w = weight()
-    run(bound, w, timesteps)
-    ((_, _, state),) = bound.states
-    return graph, state
+def test_an_alarm_has_the_next_call_search():
+    variants = Alarmed([False, True, False, False])
+    bound = bind(variants, dense_steps=0, refresh_every=100, verify_every=2, alarm=ALARM)
+    run(bound, weight(), [1000 - 10 * i for i in range(6)])
+    # the check in step 2 raises it, so step 3 searches
+    assert variants.modes == ["search", "reuse", "verify", "search", "verify", "reuse"]
 
 
-def test_a_head_that_is_caught_is_searched_anew_and_may_drop_less():
-    verdicts = [[0, 0], [0, 1], [0, 0], [0, 0]]
-    timesteps = [1000 - 10 * i for i in range(6)]
-    graph, state = run_guarded(verdicts, timesteps, refresh_every=100)
-    # the check in step 2 catches a head, so step 3 searches
-    assert graph.phases == ["search", "reuse", "verify", "search", "verify", "reuse"]
-    boosts = [r[2].tolist() for p, r in graph.runs if p is Mode.SEARCH]
-    assert boosts == [[[1, 1]], [[1, 2]]]
-    expected = [r[3] for p, r in graph.runs if p is Mode.VERIFY]
-    assert all(torch.equal(e, torch.full((1, 2), 0.8)) for e in expected)
-    assert state.guard.checks == 4 and state.guard.caught.tolist() == [[0, 1]]
-    assert state.guard.kept.mean().item() == pytest.approx(3.2)
+def test_an_alarm_of_one_branch_or_model_is_no_other_ones():
+    variants = Alarmed([False] * 8 + [True] + [False] * 6)
+    bound = bind(variants, dense_steps=0, refresh_every=100, verify_every=1, alarm=ALARM)
+    a, b = weight(), weight()
+    for t in (1000, 990, 980):
+        for w in (a, b):
+            run(bound, w, [t, t])
+    # how many branches there are, the second step tells
+    assert variants.modes == ["search"] * 8 + ["verify"] * 4
+    run(bound, b, [970])
+    run(bound, a, [970, 970])
+    assert variants.modes[-3:] == ["verify", "search", "verify"]
 
 
-def test_a_head_that_is_caught_again_and_again_stays_dense():
-    graph, state = run_guarded([[1, 0]] * 4, [1000, 990, 980, 970], refresh_every=100)
-    assert graph.phases == ["search"] * 4
-    boosts = [r[2].tolist()[0][0] for _, r in graph.runs]
-    assert boosts == [1, 2, 4, float("inf")]
-    assert state.boost.tolist() == [[float("inf"), 1]]
+def test_values_by_step_are_kept_apart():
+    by_step = frozenset(Key)
+    ref = SlotRef(Slot("test.difference", by_step, Lives.PROCESS), anchor=0)
 
+    class Comparing(Variants):
+        def compile(self, mode):
+            inner = super().compile(mode)
+            if mode is Mode.DENSE:
+                return inner
 
-def test_a_head_that_was_caught_counts_as_dense():
-    verdicts = [[0, 1], [0, 0], [0, 0], [1, 0]]
-    timesteps = [1000 - 10 * i for i in range(5)]
-    graph, state = run_guarded(verdicts, timesteps, refresh_every=100)
-    assert graph.phases == ["search", "search", "verify", "reuse", "verify"]
-    # plans of densities 0.01 and 0.02, of which the second lives on
-    expected = torch.tensor([[0.01 + 3 * 0.02 + 1, 1 + 4 * 0.02]])
-    torch.testing.assert_close(state.density, expected)
-    torch.testing.assert_close(state.last_density, torch.full((1, 2), 0.02))
+            def run(*args):
+                return *inner.run(*args), torch.full((1, HEADS), len(self.runs) / 4)
 
+            return replace(inner, run=run, writes=inner.writes + write(ref))
 
-def test_one_density_for_all_items_is_corrected_for_each():
-    one = torch.full((1, 2), 0.25)
-    state = LayerState((1, 0), LAYOUT, (), one.clone(), one.clone(), one.clone())
-    caught = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    state.record_check(caught, caught, caught, searched=True)
-    state.record_reuse()
-    assert state.density.tolist() == [[1.25, 0.5], [0.5, 0.5]]
-
-
-def test_a_new_trajectory_begins_with_ordinary_budgets():
-    steps = [1000, 990, 980]
-    graph, state = run_guarded([[1, 0]] * 3 + [[0, 0]] * 3, steps * 2, refresh_every=1)
-    boosts = [r[2].tolist()[0][0] for _, r in graph.runs]
-    assert boosts == [1, 2, 4, 1, 1, 1]
-    assert state.boost.tolist() == [[1, 1]] and state.guard.caught.tolist() == [[3, 0]]
-
-
-def test_differences_are_kept_by_step():
-    class Comparing(Graph):
-        def compile(self, phase):
-            inner, _ = super().compile(phase)
-            return lambda *args: (*inner(*args), torch.full((1, 3), 0.25)), False
-
-    state = {phase: (*names, "difference") for phase, names in STATE.items()}
-    graph = Comparing()
-    bound, w = bind(graph, state=state, phases=frozenset({Mode.DENSE, *STATE})), weight()
+    bound, w = bind(Comparing()), weight()
     run(bound, w, [1000, 800, 600, 400])
-    ((_, _, kept),) = bound.states
-    assert sorted(kept.differences) == [1, 2, 3]
-    assert kept.differences[2].tolist() == [[0.25] * 3]
+    steps = {step: e for _, (slot, _), (*_, step), e in bound.store if slot is ref.slot}
+    assert {step: e.value.tolist() for step, e in steps.items()} == {
+        1: [[0.5] * HEADS],
+        2: [[0.75] * HEADS],
+        3: [[1.0] * HEADS],
+    }
+
+
+TABLE = Slot("test.table", frozenset({Key.PARAMETER, Key.STEP}), Lives.WEIGHTS)
+PROMPT = Slot("test.prompt", frozenset({Key.PARAMETER, Key.BRANCH}))
+
+
+def make_piece(slot, log, arguments=(1,)):
+    """A piece that writes the sum of what it takes to a slot."""
+
+    def run(*args):
+        log.append(tuple(float(a) for a in args))
+        return (torch.full((1, HEADS), sum(log[-1])),)
+
+    return CompiledPiece(Compiled(run, 0, (), write(SlotRef(slot, anchor=0))), arguments)
+
+
+class Reading(Variants):
+    """Every variant reads what a piece wrote."""
+
+    def __init__(self, slot):
+        super().__init__()
+        self.given, self.slot = [], slot
+
+    def compile(self, mode):
+        def run(*args):
+            self.given.append(args[-1].tolist()[0][0])
+            return (args[0],)
+
+        return Compiled(run, 1, (read(SlotRef(self.slot, anchor=0), torch.float32),), ())
+
+
+def test_a_piece_runs_where_its_key_is_new_or_its_weight_has_changed():
+    log, variants = [], Reading(TABLE)
+    bound = bind(variants, pieces=[make_piece(TABLE, log)], modes=frozenset({Mode.DENSE}))
+    w = weight()
+    run(bound, w, [1000, 1000, 800])
+    # a slot by step is the same for both branches
+    assert log == [(1000.0,), (800.0,)] and variants.given == [1000.0, 1000.0, 800.0]
+    run(bound, w, [1000, 800])
+    assert len(log) == 2 and variants.given[3:] == [1000.0, 800.0]
+    with torch.no_grad():
+        w.add_(1)
+    run(bound, w, [1000])
+    assert log[2:] == [(1000.0,)]
+
+
+def test_a_piece_of_a_run_runs_once_for_each_branch():
+    log, variants = [], Reading(PROMPT)
+    bound = bind(variants, pieces=[make_piece(PROMPT, log, (2,))], modes=frozenset({Mode.DENSE}))
+    w = weight()
+    for t in (1000, 800, 600):
+        for latents in (5.0, 6.0):
+            run(bound, w, [t], torch.tensor(latents))
+    # how many branches there are, the second step tells
+    assert variants.given == [5.0, 6.0] * 3 and log == [(5.0,), (6.0,)] * 2
+    run(bound, w, [1000], torch.tensor(7.0))
+    assert variants.given[-1] == 7.0
+
+
+def test_a_slot_without_a_value_or_a_blank_is_an_error():
+    bound = bind(Reading(TABLE), modes=frozenset({Mode.DENSE}))
+    with pytest.raises(LookupError, match=r"'test\.table' has no value"):
+        run(bound, weight(), [1000])
+
+
+def test_a_model_without_parameters_has_state_too():
+    variants = Variants()
+
+    def compile_variant(mode):
+        compiled = variants.compile(mode)
+        without = [replace(w, ref=replace(w.ref, anchor=None)) for w in compiled.writes]
+        return replace(compiled, writes=tuple(without))
+
+    bound = bind(SimpleNamespace(compile=compile_variant), model=None, refresh_every=1)
+    run(bound, torch.zeros(1), [1000, 800, 600])
+    assert variants.modes == ["dense", "search", "search"]
+    assert [entry.writes for entry in list_entries(bound, DENSITY)] == [2]
 
 
 def test_a_guidance_that_changes_once_is_not_taken_for_the_timestep():
-    graph = Graph()
-    bound, w = bind(graph, timesteps=(1, 2), dense_steps=2, refresh_every=10), weight()
+    variants = Variants()
+    bound, w = bind(variants, timesteps=(1, 2), dense_steps=2, refresh_every=10), weight()
     bound(w, torch.tensor(1000.0), torch.tensor(1000.0))
     for _ in range(2):
         for t in (1000.0, 750.0, 500.0, 250.0):
             bound(w, torch.tensor(t), torch.tensor(3500.0))
-    assert graph.phases[1:] == ["dense", "dense", "search", "reuse"] * 2
+    assert variants.modes[1:] == ["dense", "dense", "search", "reuse"] * 2
 
 
 def test_the_schedulers_list_tells_the_timestep_from_a_guidance():
     timesteps = [1000.0, 600.0, 300.0]
-    graph, model = Graph(), torch.nn.ParameterList([weight()])
-    announce(model, Announcement(lambda: timesteps))
-    bound = bind(graph, timesteps=(1, 2), dense_steps=1, refresh_every=10)
+    variants, model = Variants(), torch.nn.ParameterList([weight()])
+    link_scheduler(model, SchedulerLink(lambda: timesteps))
+    bound = bind(variants, timesteps=(1, 2), dense_steps=1, refresh_every=10)
     for t in timesteps:
         # the guidance, which comes first, changes as well
         bound(model[0], torch.tensor(3500.0 - t), torch.tensor(t))
-    assert graph.phases == ["dense", "search", "reuse"]
+    assert variants.modes == ["dense", "search", "reuse"]
 
 
 def test_a_run_after_a_warm_up_searches_its_own_plans():
-    graph, w = Graph(), weight()
-    bound = bind(graph, dense_steps=0, refresh_every=10)
+    variants, w = Variants(), weight()
+    bound = bind(variants, dense_steps=0, refresh_every=10)
     run(bound, w, [1000])
     run(bound, w, [1000, 750, 500])
-    assert graph.phases == ["search", "search", "search", "reuse"]
+    assert variants.modes == ["search", "search", "search", "reuse"]
     run(bound, w, [1000, 750, 500])
-    assert graph.phases[4:] == ["search", "reuse", "reuse"]
+    assert variants.modes[4:] == ["search", "reuse", "reuse"]
 
 
 def test_a_guidance_that_is_in_the_schedulers_list_is_told_by_its_constancy():
     timesteps = [1000.0, 600.0, 300.0]
-    graph, model = Graph(), torch.nn.ParameterList([weight()])
-    announce(model, Announcement(lambda: timesteps))
-    bound = bind(graph, timesteps=(1, 2), dense_steps=2, refresh_every=10)
+    variants, model = Variants(), torch.nn.ParameterList([weight()])
+    link_scheduler(model, SchedulerLink(lambda: timesteps))
+    bound = bind(variants, timesteps=(1, 2), dense_steps=2, refresh_every=10)
     for t in timesteps:
         # 1 is the first timestep, divided by 1000
         bound(model[0], torch.tensor(1.0), torch.tensor(t))
-    assert graph.phases == ["dense", "dense", "search"]
+    assert variants.modes == ["dense", "dense", "search"]
