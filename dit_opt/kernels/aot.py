@@ -15,7 +15,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -86,6 +88,11 @@ def make_build(
         expects_wgmma=expects_wgmma,
         expects_roles=expects_roles,
     )
+
+
+def make_meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory, for the launches of builds; it counts as aligned."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compile_ahead(
@@ -189,7 +196,8 @@ def check_builds(
                 # Any of those that were under way may have done it, so the next one goes alone.
                 if alone:
                     fault = f"kills the compiler, or takes it more than {seconds} seconds"
-                    yield left.pop(0), KernelReport.of_none(build.target, build.config), [fault]
+                    build = left.pop(0)
+                    yield build, KernelReport.of_none(build.target, build.config), [fault]
                 alone = not alone
 
 

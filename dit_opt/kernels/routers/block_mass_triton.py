@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
-from dit_opt.kernels.block_sparse_attention.tilings import (
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import (
     Tiling,
     choose_precision,
     choose_tiling,
     pad_dim,
 )
-from dit_opt.kernels.block_sparse_attention.triton import read_architecture
+from dit_opt.kernels.launch import read_architecture
 from dit_opt.kernels.own_device import on_own_device
 from dit_opt.kernels.routers.block_mass import STALE_LIMIT
 from dit_opt.kernels.routers.score_tiles_triton import score_tile, sum_rows

@@ -14,7 +14,11 @@ import torch
 from triton.runtime import JITFunction
 
 from dit_opt.kernels.aot import Build
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_precision, pad_dim
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import (
+    Tiling,
+    choose_precision,
+    pad_dim,
+)
 from dit_opt.kernels.routers import block_mass_triton as _launcher
 from dit_opt.kernels.routers import packing_triton as _packing
 from dit_opt.kernels.routers import sampled_mass_triton as _sampled

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
-from dit_opt.kernels.native.build import load_library
+from dit_opt.kernels.cpp.build import load_library
 from dit_opt.kernels.routers import budgets
 from dit_opt.kernels.routers.budgets import allot_blocks, list_blocks, rate_recall
 
