@@ -22,4 +22,4 @@ def test_builds_name_every_parameter_of_their_kernel(list_builds, target):
 
 def test_what_tells_builds_apart_is_in_their_names():
     builds = [(build.target, build.config) for t in TARGETS for lb in LISTS for build in lb(t)]
-    assert len(set(builds)) == len(builds) == 395
+    assert len(set(builds)) == len(builds)

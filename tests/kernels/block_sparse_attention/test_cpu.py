@@ -191,3 +191,20 @@ def test_unkept_keys_are_never_read(request, by_torch):
     arguments[1][:, :, 64:128] = torch.nan
     arguments[2][:, :, 64:128] = torch.nan
     torch.testing.assert_close(cpu.attend(make_call(arguments)), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "words"),
+    [
+        (Case(tail=True), torch.float32, "no centroid tail"),
+        (Case(), torch.bfloat16, "float32, not torch.bfloat16"),
+        (Case(dim=40), torch.float32, "not 40"),
+        (Case(block_k=256), torch.float32, "not 256"),
+        (Case(), torch.float32, ""),
+    ],
+)
+def test_what_the_native_kernel_does_not_take_has_a_reason(case, dtype, words):
+    if load_library() is None:
+        pytest.skip("there is no C++ compiler")
+    reason = cpp_attention.fits(make_call(make_inputs(case, dtype)))
+    assert words in reason and bool(reason) == bool(words)

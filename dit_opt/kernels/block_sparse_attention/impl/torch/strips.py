@@ -93,18 +93,24 @@ def find_buckets(
     of_bucket = columns[lengths.cumsum(0) - 1].tolist()
     rows = [x[order].split(lengths.tolist()) for x in (begin // query_blocks, first, lists, count)]
     for sizes, *parts in zip(of_bucket, *rows):
-        queries_each, keys_each, blocks, is_unbroken = sizes
-        heads_each, first_each, lists_each, counts_each = parts
-        kept = counts_each.tolist()
-        yield Bucket(
-            query_tokens=queries_each,
-            key_tokens=keys_each,
-            heads=heads_each,
-            first=first_each,
-            lists=lists_each[:, :blocks],
-            counts=kept if kept[0] < blocks else None,
-            contiguous=bool(is_unbroken),
-        )
+        yield _make_bucket(sizes, *parts)
+
+
+def _make_bucket(
+    sizes: list[int], heads: Tensor, first: Tensor, lists: Tensor, counts: Tensor
+) -> Bucket:
+    """The strips of one size: tokens of queries and keys, blocks of a list, whether unbroken."""
+    query_tokens, key_tokens, blocks, is_unbroken = sizes
+    kept = counts.tolist()
+    return Bucket(
+        query_tokens=query_tokens,
+        key_tokens=key_tokens,
+        heads=heads,
+        first=first,
+        lists=lists[:, :blocks],
+        counts=kept if kept[0] < blocks else None,
+        contiguous=bool(is_unbroken),
+    )
 
 
 def _round_up(count: Tensor) -> Tensor:

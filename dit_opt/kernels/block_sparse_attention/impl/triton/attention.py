@@ -87,17 +87,14 @@ def prepare(
     dim, itemsize = call.q.shape[-1], call.q.element_size()
     use_descriptors = takes_descriptors(architecture, itemsize) and _is_aligned(call)
     tile_tail = choose_tail_tile(tiling, pad_dim(dim), use_descriptors)
-    sources = {"p_q": call.q, "p_k": call.k, "p_v": call.v}
-    tiles = {"p_q": tiling.tile_q, "p_k": tiling.tile_k, "p_v": tiling.tile_k}
+    sources: dict[str, Any] = {"p_q": call.q, "p_k": call.k, "p_v": call.v}
+    tiles = [tiling.tile_q, tiling.tile_k, tiling.tile_k, tile_tail, tile_tail]
     if call.tail:
         sources |= {"p_centroids": call.tail[0], "p_values": call.tail[1]}
-        tiles |= {"p_centroids": tile_tail, "p_values": tile_tail}
     if use_descriptors:
         sources = {
-            name: TensorDescriptor(
-                x, list(x.shape), list(x.stride()), [1, 1, tiles[name], pad_dim(dim)]
-            )
-            for name, x in sources.items()
+            name: TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile, pad_dim(dim)])
+            for (name, x), tile in zip(sources.items(), tiles)
         }
     batch, heads = call.q.shape[:2]
     attention = Launch(
