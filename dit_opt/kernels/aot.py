@@ -1,6 +1,6 @@
 """Compiles Triton kernels ahead of time, without a GPU, and judges the machine code that comes out.
 
-So a machine without any GPU can tell whether a kernel is still the one that was meant.
+So a machine without a GPU can find spills, serialised matrix products and missing bulk copies.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ class Build:
     """One kernel in one configuration, as `compile_ahead` takes it.
 
     Attributes:
-        config: what tells this configuration from the others, for reports.
-        kernel: where the `triton.jit` function is, "module:name" (it cannot be pickled itself).
-        signature: Triton type of each argument ("*bf16", "i32", "constexpr", "tensordesc<...>").
-        attrs: facts about arguments that the launcher would derive, by position.
+        config: a unique name of the configuration, for reports.
+        kernel: "module:name" of the `triton.jit` function, which cannot be pickled itself.
+        signature, constexprs, attrs: see `launch.Specialization`.
         expects_wgmma: whether warpgroup matrix instructions must appear on sm_90.
         expects_roles: whether its warps must have roles of their own, with their own registers.
     """

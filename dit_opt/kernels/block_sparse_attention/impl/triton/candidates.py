@@ -1,9 +1,8 @@
-"""Tile sizes that fit a Hopper GPU: the solutions of what its multiprocessor can hold.
+"""Tile sizes that fit into a multiprocessor of a Hopper GPU, found by enumeration.
 
-Found by enumeration, since the domains are small. For tiles that are loaded by descriptors, what a
-program takes follows from their sizes: the machine code has the same shared memory, and registers
-between two bounds (Triton 3.6.0 and 3.7.1). What runs fastest among them is for a measurement to
-say; see `tuning`.
+For tiles that are loaded by descriptors, the resources of a program follow from their sizes: the
+machine code uses exactly the estimated shared memory, and between the estimated registers and that
+plus the spare ones (Triton 3.6.0 and 3.7.1). Which candidate is fastest is measured, see `tuning`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling, takes_descriptors
 
 MOST, MOST_OF_A_SHAPE = 5, 2
@@ -34,12 +34,12 @@ _TILES_Q, _TILES_K, _WARPS = (64, 128), (32, 64, 128), (4, 8)
 
 @dataclass(frozen=True)
 class Demand:
-    """What one program takes.
+    """The resources of one program.
 
     Attributes:
-        registers: of each thread.
+        registers: of each thread, at least.
         shared: bytes of shared memory.
-        spare_registers: what the compiler may take beyond these.
+        spare_registers: how many more each thread may use.
     """
 
     registers: int
@@ -49,12 +49,12 @@ class Demand:
     def occupancy(self, warps: int) -> int:
         """Programs that a multiprocessor holds at once."""
         # registers are handed out in units of 8
-        threads = 32 * warps * (-(-self.registers // 8) * 8)
+        threads = 32 * warps * ceil_div(self.registers, 8) * 8
         return min(_REGISTERS // threads, _SHARED // (self.shared + 1024))
 
 
 def estimate_demand(tiling: Tiling, padded_dim: int) -> Demand:
-    """Of 16-bit tiles loaded by descriptors.
+    """The resources of a program whose 16-bit tiles are loaded by descriptors.
 
     Registers hold the output and the scores in float32, and the weights in 16 bits, once or, where
     the compiler copies them for the product, twice; shared memory the queries and the buffered keys
@@ -66,9 +66,9 @@ def estimate_demand(tiling: Tiling, padded_dim: int) -> Demand:
     pairs = _PAIRS[tiling.num_stages]
     rows = tiling.tile_q + 2 * pairs * tiling.tile_k
     return Demand(
-        registers=-(-held // threads) + _FIXED_REGISTERS,
+        registers=ceil_div(held, threads) + _FIXED_REGISTERS,
         shared=2 * padded_dim * rows + _FIXED_SHARED,
-        spare_registers=-(-weights // threads) + _SPARE_REGISTERS,
+        spare_registers=ceil_div(weights, threads) + _SPARE_REGISTERS,
     )
 
 
@@ -78,8 +78,7 @@ def list_candidates(
     """At most `MOST` tilings for 16-bit tensors on Hopper, the most promising first.
 
     The largest products of a step come first, and of a shape the one that keeps most warps in
-    flight; no shape comes more than twice. Nothing is known of other architectures, dtypes and
-    unaligned tensors: no candidates.
+    flight; no shape comes more than twice. Other architectures and dtypes have no candidates.
     """
     if architecture != "sm_90" or not takes_descriptors(architecture, itemsize):
         return []
