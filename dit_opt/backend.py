@@ -17,7 +17,7 @@ from dit_opt.decisions import GraphRecord
 from dit_opt.facts.graph import Facts, InputHints
 from dit_opt.facts.token_ids import TokenIds
 from dit_opt.inspect.summary import log_summary, warn_of_sizes
-from dit_opt.kernels.native.build import build_ahead
+from dit_opt.kernels.cpp.build import build_ahead
 from dit_opt.options import Options
 from dit_opt.passes.base import Lowering, run
 from dit_opt.program.dump import Dumper

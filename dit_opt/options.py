@@ -293,7 +293,9 @@ def _check_dense_steps(name: str, value: Any) -> int | float | None:
     if isinstance(value, float) and 0 <= value <= 1:
         return value
     raise _refuse(
-        name, value, "a number of steps (an int >= 0), a share of the noise range (a float in [0, 1]), or None"
+        name,
+        value,
+        "a number of steps (an int >= 0), a share of the noise range (a float in [0, 1]), or None",
     )
 
 

@@ -48,7 +48,7 @@ def test_the_grid_is_that_of_the_whole_model(make):
     assert read(tiny) == tiny.grid
 
 
-def test_a_broken_model_tells_the_grid_of_what_its_first_graph_x:
+def test_a_broken_model_tells_the_grid_of_what_its_first_graph_hands_on():
     tiny = wan()
     assert read(tiny, break_apart(tiny.model)) == tiny.grid
 

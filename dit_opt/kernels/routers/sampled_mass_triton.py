@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
-from dit_opt.kernels.block_sparse_attention.tilings import (
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import (
     Tiling,
     choose_precision,
     choose_tiling,
