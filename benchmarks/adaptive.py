@@ -35,9 +35,10 @@ from dit_opt.kernels.routers.budgets import Spread, allot_blocks
 from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.kernels.routers.plan import lay_blocks
 from dit_opt.kernels.token_order import gather_tokens
-from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES, DEFAULT_REFRESH_EVERY
-from dit_opt.passes.plan_nodes import HEADWISE_CELL
-from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
+from dit_opt.options import DEFAULT_REFRESH_EVERY
+from dit_opt.routers import AUTO, find_router
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q
+from dit_opt.routers.headwise import Headwise
 
 TOKENS = GRID[0] * GRID[1] * GRID[2]
 NOISE_LEVELS = (0.9, 0.6, 0.3)
@@ -77,9 +78,9 @@ def order_tokens(call: Call, density: float, name: str | None = None) -> Call:
     """A call whose tokens are in the order of that name, or in the one that suits each head."""
     q, k, v = call.q, call.k, call.v
     layout = VideoLayout(*GRID, 0, TOKENS)
-    orders = head_orders.build_orders(layout, BLOCK_Q, BLOCK_K, HEADWISE_CELL, q.device)
+    orders = head_orders.build_orders(layout, BLOCK_Q, BLOCK_K, Headwise.cell, q.device)
     if name is None:
-        order = list_searches(q, k, GRID, density)[AUTO_ROUTER]()[2]
+        order = list_searches(q, k, GRID, density)[AUTO]()[2]
     else:
         order = torch.full(q.shape[:2], head_orders.ORDER_NAMES.index(name))
     return Call(call.layer, *(gather_tokens(x, orders.orders[order.long()]) for x in (q, k, v)))
@@ -241,7 +242,7 @@ def render(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--density", type=float, default=DEFAULT_DENSITIES[AUTO_ROUTER])
+    parser.add_argument("--density", type=float, default=find_router(AUTO).density)
     parser.add_argument("--seconds", type=float, default=5.0, help="how long searches are timed")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -24,9 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.searches import list_searches, make_mover
 from benchmarks.timing import time_in_turns
 from dit_opt.demo.machine import describe_run
-from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES, DEFAULT_REFRESH_EVERY, Options
+from dit_opt.options import DEFAULT_REFRESH_EVERY, Options
 from dit_opt.policy.site_cost import predict_attention
-from dit_opt.policy.sparse_site import BLOCK_K, BLOCK_Q
+from dit_opt.routers import AUTO, find_router
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q
 
 # A GPU's dense kernels, the fastest on Hopper first.
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -53,7 +54,7 @@ def measure_length(
     times = time_in_turns(rivals, seconds, device)
     median = {name: t.median for name, t in times.items()}
     step = median["sparse"] + median["moves"] + median["search"] / DEFAULT_REFRESH_EVERY
-    options = Options(router=AUTO_ROUTER, density=density)
+    options = Options(router=AUTO, density=density)
     model = predict_attention(heads, dim, dtype.itemsize, device, options)
     return {
         "tokens": tokens,
@@ -73,7 +74,7 @@ def list_rivals(
 ) -> dict[str, Callable[[], Any]]:
     """Dense attention, and the parts of a sparse step."""
     ops, tokens, scale = torch.ops.ditopt, q.shape[2], q.shape[-1] ** -0.5
-    search = list_searches(q, k, grid, density)[AUTO_ROUTER]
+    search = list_searches(q, k, grid, density)[AUTO]
     counts, indices, order = search()[:3]
     words = ops.pack_plan_v1(counts, indices, tokens, BLOCK_K)
 
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--density", type=float, default=DEFAULT_DENSITIES[AUTO_ROUTER])
+    parser.add_argument("--density", type=float, default=find_router(AUTO).density)
     lengths = [256, 512, 1024, 2048, 4096, 8192]
     parser.add_argument("--tokens", type=int, nargs="+", default=lengths)
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each length is timed")
@@ -144,7 +145,7 @@ def main() -> None:
     shape = (args.heads, args.dim, args.density, device)
     rows = [measure_length(n, *shape, args.seconds) for n in sorted(args.tokens)]
     itemsize = 4 if device.type == "cpu" else 2
-    options = Options(router=AUTO_ROUTER, density=args.density)
+    options = Options(router=AUTO, density=args.density)
     result = {
         "heads": args.heads,
         "dim": args.dim,

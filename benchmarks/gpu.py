@@ -42,7 +42,7 @@ from benchmarks.lint_kernels import LISTS
 from benchmarks.problems import DTYPES
 from dit_opt.demo.machine import describe_run
 from dit_opt.kernels.aot import check_builds
-from dit_opt.options import AUTO_ROUTER, DEFAULT_DENSITIES
+from dit_opt.routers import AUTO, find_router
 from dit_opt.tuning.tune import Workload, tune_kernel
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def list_rows(part: str, device: torch.device) -> dict[str, Callable[[], dict[st
     if part == "tilings":
         return {f"D={dim}": partial(measure_tilings, dim, device) for dim in (128, 64)}
     if part == "crossover":
-        shape = (24, 128, DEFAULT_DENSITIES[AUTO_ROUTER], device, SECONDS)
+        shape = (24, 128, find_router(AUTO).density, device, SECONDS)
         return {f"N={n} H=24 D=128": partial(measure_length, n, *shape) for n in LENGTHS}
     if part == "attention":
         return {c.name: partial(measure_case, c, device, SECONDS) for c in list_cases()}

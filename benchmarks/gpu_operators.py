@@ -16,7 +16,7 @@ import dit_opt.backend  # noqa: F401 - registers the operators
 from benchmarks.searches import list_searches
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.norm_rope import norm_rope
-from dit_opt.policy.sparse_site import BLOCK_K, BLOCK_Q
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q
 
 DTYPE = torch.bfloat16
 DENSITY = 0.25

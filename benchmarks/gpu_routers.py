@@ -14,7 +14,7 @@ from benchmarks.gpu_cases import Case, make_inputs
 from benchmarks.gpu_timing import time_captured
 from benchmarks.searches import list_searches
 from dit_opt.options import DEFAULT_REFRESH_EVERY
-from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q
 
 # (T, H, W) of the searched sequences; the first is the one that the bars name.
 GRIDS = ((16, 32, 64), (21, 45, 80))

@@ -37,7 +37,7 @@ from dit_opt.demo.images import compare_clips
 from dit_opt.demo.machine import list_versions, read_date
 from dit_opt.demo.model import CHECKPOINT, CheckpointError
 from dit_opt.demo.side_by_side import Notify, Run
-from dit_opt.options import ROUTERS, TAILS, Options, read_options
+from dit_opt.options import TAILS, Options, list_routers, read_options
 
 NOISE_PROMPTS = 2
 # 64 prompts of the demo model then take little more than half an hour on two cores
@@ -134,7 +134,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--routers", nargs="+", default=[], choices=ROUTERS)
+    parser.add_argument("--routers", nargs="+", default=[], choices=list_routers())
     parser.add_argument("--densities", nargs="+", default=[], type=float)
     parser.add_argument("--tails", nargs="+", default=[], choices=TAILS)
     parser.add_argument("--dense-steps", nargs="+", default=[], type=float)

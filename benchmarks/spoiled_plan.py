@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from dit_opt.runtime.registry import live_bounds
 from dit_opt.demo import clips
 from dit_opt.demo.images import compare_clips
 from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import CHECKPOINT
 from dit_opt.demo.side_by_side import Task, compile_pipeline
-from dit_opt.runtime.state import LayerState
+from dit_opt.program.slots import Slot
+from dit_opt.routers.guard import CAUGHT
+from dit_opt.routers.headwise import WORDS
+from dit_opt.runtime.registry import live_bounds
 
 # One search in all, so that nothing but the guard can mend a plan.
 ONE_SEARCH = {"density": 0.125, "dense_steps": 0, "refresh_every": 1000}
@@ -40,25 +42,29 @@ class Outcome:
     caught: list[float]
 
 
-def list_states() -> list[LayerState]:
-    """The state of every layer and branch of everything that is compiled."""
-    return [state for bound in live_bounds() for _, _, state in bound.states]
+def list_values(slot: Slot) -> list[torch.Tensor]:
+    """The values of a slot, of every layer and branch of everything that is compiled."""
+    return [
+        entry.value
+        for bound in live_bounds()
+        for _, (found, _), _, entry in bound.store
+        if found == slot
+    ]
 
 
 def spoil_plans(seed: int = 0) -> int:
     """Deal the lists of all layers out anew to their query blocks, in place; how many layers."""
     generator = torch.Generator().manual_seed(seed)
-    states = list_states()
-    for state in states:
-        words = state.plan[0]
+    values = list_values(WORDS)
+    for words in values:
         dealt = torch.randperm(words.shape[2], generator=generator).to(words.device)
         words.copy_(words[:, :, dealt])
-    return len(states)
+    return len(values)
 
 
 def count_caught() -> float:
     """Heads that were caught so far, over all layers, branches and checks."""
-    return sum(float(s.guard.caught.sum()) for s in list_states() if s.guard is not None)
+    return sum(float(caught.sum()) for caught in list_values(CAUGHT))
 
 
 def sample(

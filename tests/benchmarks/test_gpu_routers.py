@@ -9,7 +9,7 @@ from benchmarks import gpu_routers
 from benchmarks.gpu_routers import DENSITY, measure_grid, search_exactly
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.options import DEFAULT_REFRESH_EVERY
-from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q
 
 CPU = torch.device("cpu")
 
