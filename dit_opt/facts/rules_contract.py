@@ -171,7 +171,6 @@ def _patch(
 CONTRACT_RULES: dict[str, Rule] = {
     "linear": linear,
     "matmul": matmul,
-    "__matmul__": matmul,
     **dict.fromkeys("bmm mm".split(), batched),
     **dict.fromkeys("baddbmm addmm".split(), matmul_add),
     "einsum": einsum,

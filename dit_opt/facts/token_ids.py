@@ -27,10 +27,10 @@ __all__ = ["TokenIds", "find_token_ids", "read_grids"]
 class TokenIds(NamedTuple):
     """Where the ids of the latent tokens may be: `input.movedim(dim, 0)[start:stop]`.
 
-    `index` is that of the input among the graph's placeholders.
+    `argument` is the index of the input among the graph's placeholders.
     """
 
-    index: int
+    argument: int
     dim: int
     start: int
     stop: int

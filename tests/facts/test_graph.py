@@ -126,8 +126,8 @@ def test_token_ids_give_the_grid_where_all_of_a_site_agree():
     a, b = names["l_a_"], names["l_b_"]
 
     def grid_of(read):
-        facts = Facts(gm, InputHints(read_grid=lambda ids: read.get(ids.index)))
-        assert {ids.index for ids in facts.token_ids[facts.sites[0].node]} >= {a, b}
+        facts = Facts(gm, InputHints(read_grid=lambda ids: read.get(ids.argument)))
+        assert {ids.argument for ids in facts.token_ids[facts.sites[0].node]} >= {a, b}
         return facts.tokens.layouts[facts.sites[0].node].grid
 
     assert grid_of({}) is None
