@@ -70,7 +70,7 @@ def match_decomposed(node: Node) -> Decomposed | None:
 
 
 def _read_product(node: Any) -> tuple[Node, Node, bool] | None:
-    """The factors of a batched matrix product; True where the second one stands transposed."""
+    """The factors of a batched matrix product; True where the second one is transposed."""
     if is_op(node, "einsum"):
         factors = node.args[1:]
         if len(factors) == 2 and isinstance(node.args[0], str):
@@ -141,7 +141,7 @@ def _read_scores(node: Any, found: Decomposed) -> Decomposed | None:
 
 
 def _is_additive(mask: Any) -> bool:
-    """A boolean mask would be added as zeros and ones; SDPA would read it as a choice."""
+    """Whether a mask is floating: adding booleans adds 0 and 1, where SDPA reads a selection."""
     dtype = _dtype(mask) if isinstance(mask, Node) else None
     return dtype is not None and dtype.is_floating_point
 

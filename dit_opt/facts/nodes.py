@@ -37,7 +37,7 @@ def is_user_input(node: Node) -> bool:
 
 
 def input_name(node: Node) -> str:
-    """The name of a graph input; of the user's, as the model's own code calls it."""
+    """The name of a graph input; for one of the user's, that of the model's argument."""
     return re.sub(r"^l_(kwargs_)?|_$", "", node.name) if is_user_input(node) else node.name
 
 
@@ -78,7 +78,7 @@ def holds_tensor(value: Any) -> bool:
 
 
 def find_proved_sizes(nodes: Iterable[Node]) -> dict[sympy.Symbol, sympy.Expr]:
-    """What the guards of a graph prove of its sizes."""
+    """What the guards of a graph prove about its sizes, as substitutions."""
     for node in nodes:
         value = node.meta.get("example_value")
         for length in value.shape if isinstance(value, torch.Tensor) else ():

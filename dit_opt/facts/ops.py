@@ -1,8 +1,8 @@
 """Ops: the public name of the op of a node, and what is true of it wherever it is called.
 
 `OPS` is the one table of op properties; passes and facts ask `has(node, Trait.CAST)` or
-`ops_with(Trait.CAST)` and keep no lists of their own. Whether an op is elementwise or random, torch
-tells by tags, so those need no row.
+`ops_with(Trait.CAST)` and keep no lists of their own. Torch's tags say which ops are elementwise or
+random, so those need no row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Trait(Flag):
     POINTWISE = auto()
     # Gives the input another dtype; the value has its shape and strides.
     CAST = auto()
-    # The value is the input in memory of its own.
+    # Copies the input; `contiguous` only where that is needed.
     COPY = auto()
     # Regroups dimensions row-major: elements keep their order.
     RESHAPE = auto()
@@ -48,11 +48,11 @@ class Trait(Flag):
     REPEAT = auto()
     # Takes ranges of a dimension.
     SLICE = auto()
-    # Puts tensors one behind the other, or constants beside one.
+    # Concatenates tensors, or one with constants.
     JOIN = auto()
     # Reads or writes elements by their index.
     POSITIONAL = auto()
-    # Folds dimensions into one value, alike in every order of their elements.
+    # Reduces dimensions to one value that does not depend on the order of their elements.
     REDUCE = auto()
     # Sums products over dimensions that operands share.
     CONTRACT = auto()
@@ -207,9 +207,9 @@ _SPELLINGS = {
 }
 # They end in an underscore and write nothing.
 _PURE = ("and_", "or_", "not_", "requires_grad_")
-# Attributes of a tensor that tell nothing of its elements.
+# Attributes of a tensor that do not depend on its elements.
 _SHAPE_ATTRIBUTES = tuple("shape dtype device ndim itemsize is_cuda layout requires_grad".split())
-# Where functions are written whose names say what they do. Others may have the same bare names.
+# Where torch's functions are defined. Functions from elsewhere may have the same bare names.
 _HOMES = frozenset(
     "_operator aten builtins torch torch._tensor torch.functional torch.nn.functional".split()
 )

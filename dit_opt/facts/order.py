@@ -1,8 +1,8 @@
-"""Where the video tokens may be kept in another order: from their making to their leaving.
+"""The part of a graph in which the video tokens may be kept in another order.
 
 Sparse patterns want neighbours in (T, H, W) to be neighbours in memory. A permutation of the tokens
 that is the same for all heads can be applied once, to the tokens and to every table over them, and
-undone once, if every node between acts alike at every token. The proof is layout propagation: see
+undone once, if every node between treats all tokens alike. The proof is layout propagation: see
 `order_map`.
 """
 
@@ -49,13 +49,13 @@ class TokenEdge:
 
 @dataclass(frozen=True)
 class OrderRegion:
-    """The part of a graph in which the video tokens may stand in any one order.
+    """The part of a graph in which the video tokens may be kept in any one order.
 
     Attributes:
         grid: (T, H, W) of the video tokens, row-major in the model's own order.
         length: their number.
         entries: the values made from the latents that are to be permuted.
-        tables: the same of values made without the latents: position tables, masks, ids.
+        tables: likewise, of values made without the latents: position tables, masks, ids.
         exits: the values on which the permutation is to be undone.
         sites: the attention calls whose queries are in the order, in graph order.
     """

@@ -31,8 +31,8 @@ class ProloguePart:
     Attributes:
         source: `[B, N, H, D]`, `[B, H, N, D]` (`token_dim` 2), or `[B, N, H * D]`. heads: H.
         norm, rotation: in this order, or None.
-        start: the first rotated token, a number or a node of one; all tokens of the rotation's
-            tables follow it.
+        start: index of the first rotated token, an int or a node; the tables cover all tokens from
+            there on.
     """
 
     source: Node
@@ -67,7 +67,7 @@ def find_prologue(node: Node) -> Prologue | str:
     try:
         value, token_dim = reader.drop_transpose(node)
         parts = reader.read(value, token_dim)
-    # An argument form that no reader knows refuses; it must not end the compilation.
+    # Arguments in an unknown form are a refusal; they must not fail the compilation.
     except (TypeError, IndexError, ValueError, AttributeError) as error:
         return f"an operation is written in a form that is not known ({error})"
     if isinstance(parts, str):
@@ -80,7 +80,7 @@ def find_prologue(node: Node) -> Prologue | str:
     known = [n for n in interior if n.target is operator.setitem]
     write = find_write([node, *interior, *(part.source for part in parts)], known)
     if write is None and interior:
-        # Tables may be made by writes, but what reads them moves to the end of all this.
+        # Tables may be made with writes, but not written once they are read: the kernel reads late.
         read = [t for p in parts for t in (p.rotation and (p.rotation.cos, p.rotation.sin)) or ()]
         read += [p.norm.weight for p in parts if p.norm and p.norm.weight is not None]
         write = find_write(read, known, after=min(interior))
@@ -97,7 +97,7 @@ class _PrologueReader:
         self.seen: list[Node] = []
 
     def drop_transpose(self, node: Node) -> tuple[Node, int]:
-        """What has the tokens before the heads, if the node only swaps the two; and their axis."""
+        """(the value before heads and tokens were swapped, if they were; the dim of its tokens)."""
         value = self._strip(node)
         swapped = is_op(value, "transpose") and set(value.args[1:]) in ({1, 2}, {-2, -3})
         order: Any = value.args[1:] if is_op(value, "permute") else ()

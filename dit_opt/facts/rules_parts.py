@@ -233,7 +233,7 @@ def pad_sequence(
     padding_value: float = 0.0,
     padding_side: str = "right",
 ) -> list[Dim]:
-    """Sequences as rows: what all of them begin with is one index space, the rest is of each."""
+    """Sequences as rows: their common prefix is one index space, the rest of each its own."""
     inputs = [labels[t] for t in sequences]
     if padding_side != "right":
         raise NoRule("the sequences are aligned at their ends")

@@ -1,4 +1,4 @@
-"""The inputs that may be the timestep: what the graph does with an input, not its name, tells."""
+"""The inputs that may be the timestep, recognised by what the graph does with them, not by name."""
 
 from __future__ import annotations
 

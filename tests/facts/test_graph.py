@@ -57,7 +57,7 @@ def test_nothing_is_computed_before_its_first_use_nor_twice(monkeypatch):
     assert len(sites) == len(tokens) == 1 and len(masks) == len(facts.sites)
 
 
-def test_what_is_not_there_is_a_fact_that_is_kept(monkeypatch):
+def test_an_absent_timestep_is_cached(monkeypatch):
     calls = count_calls(monkeypatch, "find_timestep")
     facts = Facts(capture_one(attend, torch.randn(2, 60, 8)))
     assert facts.timestep is facts.timestep is None
