@@ -1,6 +1,6 @@
 """Anchors: the parameters whose identity tells layers and models apart at run time.
 
-One compiled block serves every layer of a model; which layer calls it, its parameters tell.
+One compiled block serves every layer of a model; its parameters say which layer runs.
 """
 
 from __future__ import annotations

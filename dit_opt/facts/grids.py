@@ -1,8 +1,8 @@
 """Grids: (T, H, W) of a token axis, from the dimensions of the latents or from the position tables.
 
-A wrong grid makes a wrong sparse pattern, so each way out of here is a proof or a reason why there
-is none. The one exception says so: tables of two factors prove these two, and that they are the
-rows and columns of one frame, and not frames and places in them, is assumed.
+A wrong grid makes a wrong sparse pattern, so every result is a proof, or the reason why there is
+none. The one exception is marked `assumed`: tables of two factors prove both sizes, and that they
+are the rows and columns of one frame, rather than frames and tokens per frame, is assumed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["TokenGrid", "find_grid", "find_spans", "origin_of_axes", "stack_grid
 class TokenGrid:
     """Sizes (T, H, W) of the video tokens, row-major; an image has T = 1.
 
-    `source` is "latents" (patch embedding), "tables" (position tables), "option" (the user said
-    so), "model" (the whole model did) or "positions" (the numbers that come with the tokens did).
-    `assumed`: only H * W and where it is cut are proved.
+    `source` says what proves or declares them: "latents" (patch embedding), "tables" (position
+    tables), "option" (the user), "model" (the whole model, for one of its blocks) or "positions"
+    (token ids). `assumed`: only the two factors are proved, not that they are H and W.
     """
 
     sizes: tuple[sympy.Expr, sympy.Expr, sympy.Expr]
@@ -51,20 +51,24 @@ def find_grid(labels: Labels, tokens: Dim) -> TokenGrid | str:
 
 
 def find_spans(graph: Graph, labels: Labels) -> dict[int, Spans]:
-    """By position, how the tokens lie in the outputs of a graph that hold any on a proved grid.
+    """The spans of the graph's outputs, by index, of those with tokens on a proved grid.
 
-    In numbers, so that the graph that reads them next may have them; sizes that differ from call to
-    call are left out.
+    They are plain numbers for the graph that takes the outputs next, so dimensions of dynamic size
+    are left out.
     """
     (output,) = graph.find_nodes(op="output")
     (outputs,) = output.args
     found = {}
     for i, node in enumerate(outputs if isinstance(outputs, (tuple, list)) else [outputs]):
         dims = labels[node] if labels.is_tensor(node) else []
-        spans = {d: [_find_span(labels, part) for part in segments(x)] for d, x in enumerate(dims)}
-        told = {d: x for d, x in spans.items() if None not in x and any(grid for _, grid in x)}
-        if told:
-            found[i] = tuple((d, tuple(x)) for d, x in told.items())
+        spans = []
+        for d, dim in enumerate(dims):
+            parts = [_find_span(labels, part) for part in segments(dim)]
+            known = tuple(part for part in parts if part is not None)
+            if len(known) == len(parts) and any(grid for _, grid in known):
+                spans.append((d, known))
+        if spans:
+            found[i] = tuple(spans)
     return found
 
 
@@ -80,11 +84,10 @@ def _find_span(labels: Labels, part: Dim) -> Span | None:
 
 
 def stack_grids(grids: Sequence[TokenGrid]) -> TokenGrid | str:
-    """The grid of clips or pictures one behind the other; the reason (a sentence) why they have
-    none.
+    """The grid of concatenated clips or pictures, or the reason (a sentence) why there is none.
 
-    Those of one height and width are frames of one grid: the last of a clip and the first of the
-    next are no neighbours in time, which costs a pattern a little there and is wrong nowhere.
+    Those of equal height and width count as frames of one grid. Patterns then take the last frame
+    of a clip and the first of the next for neighbours in time, which costs a little quality there.
     """
     first = grids[0]
     if not all(_same(grid.sizes[1:], first.sizes[1:]) for grid in grids):
@@ -130,7 +133,7 @@ def _dim_of(pair: tuple[Axis, Origin]) -> int:
 
 
 def _from_tables(labels: Labels, axes: Dim) -> TokenGrid | None:
-    """The dimensions that a table had before they were joined to the token axis."""
+    """The grid from the dimensions that position tables had before a reshape merged them."""
     if any(leaf in labels.disputed for leaf in leaves(axes)):
         return None
     borders = {0, len(axes)}
@@ -154,7 +157,7 @@ def _from_tables(labels: Labels, axes: Dim) -> TokenGrid | None:
     # A trailing size 1 may be W = 1 or no part of the grid.
     if any(s[-1] == 1 for s in full):
         return None
-    # A size-1 axis leaves no factor behind, only a place among the joined dimensions.
+    # An axis of size 1 is no factor; only the merged dimensions show where it was.
     named = [s for s in full if len(s) == 3]
     if named and all(_same(s, named[0]) for s in named) and len(runs) <= 2:
         if [s for s in named[0] if s != 1] == [r for r in runs if r != 1]:
@@ -187,7 +190,7 @@ def _explain(labels: Labels, axes: Dim, origins: Sequence[Origin | None]) -> str
     others = sorted(
         {o.source for leaf in leaves(axes) for o in leaf.origins if o.user} - {first.source}
     )
-    # Positions come as ids or tables of the user where another input shares the token axis.
+    # Another input that shares the token axis holds ids or tables of the user.
     positions = (
         f"and positions come as {', '.join(map(repr, others))} from outside"
         if others

@@ -29,11 +29,10 @@ from dit_opt.facts.nodes import (
     find_proved_sizes,
     holds_tensor,
     input_name,
-    is_pointwise,
     is_user_input,
-    op_name,
     sizes_of,
 )
+from dit_opt.facts.ops import Trait, op_name, traits_of
 from dit_opt.facts.sizes import are_equal
 from dit_opt.facts.spans import Spans, apply_spans
 
@@ -51,9 +50,9 @@ log = logging.getLogger(__name__)
 Label: TypeAlias = "list[Dim] | tuple[Any, ...] | None"
 Rule: TypeAlias = Callable[..., Any]
 
-# A later pass sees what an earlier one unified: a slice taken before its source was tied to a
-# concatenation.
-PASSES = 3
+# A sweep sees what earlier ones unified, as the segments of a tensor that were not known yet where
+# it is sliced.
+SWEEPS = 3
 INPUTS = ("placeholder", "get_attr")
 
 
@@ -70,12 +69,13 @@ class Labels:
         hints: how the tokens of inputs lie, where an earlier graph proved it.
 
     Attributes:
-        joins: (dims, dim): a reshape of a constant table made one dimension of several, row-major.
-        ended: the node at which an axis was last seen to end, by axis.
+        joins: (dims, dim) of each reshape that merges dimensions of a constant table.
+        ended: by axis, the last node at which it ends.
         disputed: axes for which two tables have different structures.
-        ends: the dimensions along which each node reads positions, mixes or clashes.
-        makes: the dimensions that begin at each node.
-        unknown: why a node was not labelled by a rule.
+        ends: by node, the dimensions whose axes end there: it indexes or mixes their elements, or
+            its operands disagree.
+        makes: by node, the dimensions whose axes begin there.
+        unknown: by node, why no rule labelled it.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Labels:
         self._data = find_data(self._nodes)
         self._sizes: dict[int, tuple[sympy.Expr, ...]] = {}
         self._proved = find_proved_sizes(self._nodes)
-        for _ in range(PASSES):
+        for _ in range(SWEEPS):
             before = dict(self._labels)
             for record in (self.joins, self.ended, self.ends, self.makes, self.unknown):
                 record.clear()
@@ -134,7 +134,7 @@ class Labels:
         if not holds_tensor(value) and name != "setitem":
             return None
         rule = self._rules.get(name)
-        if rule is None and is_pointwise(name):
+        if rule is None and traits_of(name) & Trait.POINTWISE:
             rule = self._rules["pointwise"]
         try:
             if rule is None:
@@ -143,7 +143,7 @@ class Labels:
             if self._fits(label, value):
                 return label
             reason: Exception = NoRule("sizes of the rule and of the tensor differ")
-        # An argument form that a rule does not know ends the axes; it must not end the compilation.
+        # Arguments that a rule does not expect end the axes; they must not fail the compilation.
         except (
             NoRule,
             TypeError,
@@ -203,12 +203,12 @@ class Labels:
             )
         )
 
-    # What rules are made of.
+    # Called by rules.
 
     def new(
         self, slot: Any, length: sympy.Expr, origins: Iterable[Origin] = (), note: str = ""
     ) -> Dim:
-        """A dimension of a new axis, the same in every pass; `slot` tells those of a node apart."""
+        """A dimension of one new axis, the same in every sweep; `slot` is its key in the node."""
         dim = self._once(slot, length, origins, note)
         self.makes.setdefault(self.node, []).append(dim)
         return dim
@@ -226,18 +226,21 @@ class Labels:
         return (self._memo[key],)
 
     def join(self, dims: Sequence[Dim], slot: Any) -> Dim:
-        """The concatenation of dimensions, by the same axis in every pass."""
+        """The concatenation of dimensions: one axis, the same in every sweep."""
         length = sum((size(d) for d in dims), sympy.S.Zero)
         return () if length == 1 else join(dims, self._once(slot, length)[0])
 
     def end(self, dim: Dim) -> None:
-        """The op reads positions along a dimension, or mixes them: its axes end here."""
+        """End the axes of a dimension: the op indexes or mixes its elements."""
         self.ends.setdefault(self.node, []).append(dim)
         for leaf in leaves(dim):
             self.ended[leaf] = self.node
 
     def agree(self, *dims: Dim) -> Dim:
-        """Tie dimensions that an op walks together; size 1 broadcasts. Raises NoRule on a clash."""
+        """Unify dimensions that an op iterates over together; those of size 1 broadcast.
+
+        Raises NoRule where they cannot be unified.
+        """
         wide = [d for d in dims if size(d) != 1]
         for other in wide[1:]:
             if not unify(wide[0], other):
@@ -245,7 +248,7 @@ class Labels:
         return wide[0] if wide else ()
 
     def tie(self, x: Dim, y: Dim) -> None:
-        """Tie two dimensions if they can agree; where they cannot, both end."""
+        """Unify two dimensions; where they cannot be, both end."""
         if not unify(x, y):
             self.end(x)
             self.end(y)
@@ -276,7 +279,7 @@ class Labels:
         return len(value)
 
     def is_table(self, node: Node) -> bool:
-        """Whether a value is made of weights and sizes alone, as position tables are."""
+        """Whether a value depends on weights and sizes only, as position tables do."""
         return node not in self._data
 
 

@@ -66,13 +66,13 @@ def declare_grid(
     source: str = "option",
     among_text: bool = False,
 ) -> Layout:
-    """The layout with a grid that the user gives, or the whole model, where the graph proves none.
+    """The layout with a grid from outside of the graph, where the graph proves none.
 
-    The one segment of T * H * W tokens becomes the latents. A layout with a grid of its own, or in
-    which no segment or more than one has that many tokens, comes back as it is but for the reason.
+    The one segment of T * H * W tokens becomes the latents. Where no segment or more than one has
+    that many tokens, only the reason changes; a layout with a grid is returned as it is.
 
-    Segments of TEXT are left out unless `among_text`: in a graph that does not show which tokens
-    reach its output, the latents are one more user input.
+    Segments of TEXT are candidates only with `among_text`, for graphs that do not show which tokens
+    reach their output: there the latents look like any other user input.
     """
     if layout.grid is not None:
         return layout

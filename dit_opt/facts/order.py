@@ -1,8 +1,8 @@
-"""Where the video tokens may be kept in another order: from their making to their leaving.
+"""The part of a graph in which the video tokens may be kept in another order.
 
 Sparse patterns want neighbours in (T, H, W) to be neighbours in memory. A permutation of the tokens
 that is the same for all heads can be applied once, to the tokens and to every table over them, and
-undone once, if every node between acts alike at every token. The proof is layout propagation: see
+undone once, if every node between treats all tokens alike. The proof is layout propagation: see
 `order_map`.
 """
 
@@ -17,7 +17,8 @@ from torch.fx import Graph, Node
 from dit_opt.facts.axes import resolve, segments, size
 from dit_opt.facts.labels import Labels, NoRule
 from dit_opt.facts.layouts import Layout, SegmentKind
-from dit_opt.facts.nodes import input_name, op_name
+from dit_opt.facts.nodes import input_name
+from dit_opt.facts.ops import is_op, op_name
 from dit_opt.facts.order_aliases import find_stale_write
 from dit_opt.facts.order_map import OrderMap, OrderReason
 from dit_opt.facts.sites import Site, module_of, source_of
@@ -35,8 +36,8 @@ class TokenEdge:
         dim: its dimension with the tokens.
         starts: where the video tokens begin in that dimension, once for each time it holds them.
         total: size of that dimension, text included.
-        users: the nodes that read it on the other side: in the order where it begins, in the
-            model's own where it ends.
+        users: the nodes that read it permuted, where the order begins; those that read it in the
+            model's own order, where it ends.
     """
 
     node: Node
@@ -48,13 +49,13 @@ class TokenEdge:
 
 @dataclass(frozen=True)
 class OrderRegion:
-    """The part of a graph in which the video tokens may stand in any one order.
+    """The part of a graph in which the video tokens may be kept in any one order.
 
     Attributes:
         grid: (T, H, W) of the video tokens, row-major in the model's own order.
         length: their number.
         entries: the values made from the latents that are to be permuted.
-        tables: the same of values made without the latents: position tables, masks, ids.
+        tables: likewise, of values made without the latents: position tables, masks, ids.
         exits: the values on which the permutation is to be undone.
         sites: the attention calls whose queries are in the order, in graph order.
     """
@@ -120,8 +121,8 @@ def find_order_region(
     chosen = _choose_tokens(labels, sites)
     if isinstance(chosen, OrderRefusal):
         return chosen
-    run, layout, source = chosen
-    orders = OrderMap(graph, labels, run)
+    tokens, layout, source = chosen
+    orders = OrderMap(graph, labels, tokens)
     crossing = orders.find_crossing()
     if crossing is not None:
         detail = labels.unknown.get(crossing, "")
@@ -140,7 +141,7 @@ def find_order_region(
     assert layout.grid is not None
     return OrderRegion(
         layout.grid.sizes,
-        run.length,
+        tokens.length,
         tuple(e for e in edges["entries"] if e.node in data),
         tuple(e for e in edges["entries"] if e.node not in data),
         tuple(edges["exits"]),
@@ -167,14 +168,14 @@ def _choose_tokens(
             return _refuse(OrderReason.NO_TOKENS, site.node, f"In detail: {error}.")
         if len(parts) != len(layout.query):
             return _refuse(OrderReason.STACKED, site.node)
-        run = TokenAxes(parts[places[0]])
-        if found and run != found[0][0]:
+        tokens = TokenAxes(parts[places[0]])
+        if found and tokens != found[0][0]:
             names = f"{found[0][1].node.name} and {site.node.name}"
             return OrderRefusal(OrderReason.SEVERAL_TOKENS, detail=f"They differ in {names}.")
-        found.append((run, site, layout, layout.query[places[0]].source))
+        found.append((tokens, site, layout, layout.query[places[0]].source))
     if found:
-        run, _, layout, source = found[0]
-        return run, layout, source
+        tokens, _, layout, source = found[0]
+        return tokens, layout, source
     without = [(s, x) for s, x in sites if any(p.kind is SegmentKind.LATENTS for p in x.query)]
     if without:
         return _refuse(OrderReason.NO_GRID, without[0][0].node, without[0][1].reason)
@@ -185,7 +186,7 @@ def _choose_tokens(
 
 
 def _entries(orders: OrderMap) -> Iterator[tuple[Node, tuple[Node, ...]]]:
-    """The values that plain nodes make, each with the nodes that read it in the order."""
+    """The values that pinned nodes make, each with the nodes that read it permuted."""
     for node in orders.nodes:
         if orders.is_entry(node) and orders.labels.is_tensor(node):
             users = tuple(
@@ -196,7 +197,7 @@ def _entries(orders: OrderMap) -> Iterator[tuple[Node, tuple[Node, ...]]]:
 
 
 def _exits(orders: OrderMap) -> Iterator[tuple[Node, tuple[Node, ...]]]:
-    """The values in the order that plain nodes read, each with these nodes."""
+    """The permuted values that pinned nodes read, each with these nodes."""
     users: dict[Node, list[Node]] = {}
     for user in orders.nodes:
         for node in orders.undone_inputs(user):
@@ -206,8 +207,8 @@ def _exits(orders: OrderMap) -> Iterator[tuple[Node, tuple[Node, ...]]]:
 
 
 def _reads_values(orders: OrderMap, node: Node) -> bool:
-    """Whether a node does more than ask for a shape."""
-    return orders.labels.label_of(node) is not None or op_name(node) == "setitem"
+    """Whether a node reads more than a shape."""
+    return orders.labels.label_of(node) is not None or is_op(node, "setitem")
 
 
 def _edge(orders: OrderMap, node: Node, users: tuple[Node, ...]) -> TokenEdge | OrderRefusal:
@@ -224,7 +225,7 @@ def _edge(orders: OrderMap, node: Node, users: tuple[Node, ...]) -> TokenEdge | 
 
 
 def _made_from(orders: OrderMap, source: str | None) -> set[Node]:
-    """What is computed from an input of the graph, by values and not by sizes."""
+    """The tensors that are computed from an input; its sizes do not count."""
     made: set[Node] = set()
     for node in orders.nodes:
         if node.op == "placeholder":

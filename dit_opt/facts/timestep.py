@@ -1,17 +1,16 @@
-"""The inputs that may be the timestep: what the graph does with an input, not its name, tells."""
+"""The inputs that may be the timestep, recognised by what the graph does with them, not by name."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from dit_opt._compat import belongs_to_model
-from dit_opt.facts.nodes import op_name, walk_ancestors
+from dit_opt.facts.nodes import walk_ancestors
+from dit_opt.facts.ops import Trait, has, is_op
 
 __all__ = ["Timestep", "feeds_layer", "find_timestep"]
 
@@ -36,10 +35,10 @@ def find_timestep(graph: Graph) -> Timestep | None:
     where that tensor is made from an input of at most two dimensions. Rotary tables are sines and
     cosines too, but they multiply queries instead of feeding a layer.
     """
-    sines = {n.args[0] for n in graph.nodes if _is_function(n, "sin") and n.args}
+    sines = {n.args[0] for n in graph.nodes if is_op(n, "sin") and n.args}
     found: set[Node] = set()
     for node in graph.nodes:
-        if not _is_function(node, "cos") or not node.args or node.args[0] not in sines:
+        if not is_op(node, "cos") or not node.args or node.args[0] not in sines:
             continue
         angle = node.args[0]
         if isinstance(angle, Node) and feeds_layer(node):
@@ -48,17 +47,16 @@ def find_timestep(graph: Graph) -> Timestep | None:
     return Timestep(candidates) if candidates else None
 
 
-_LAYERS = (F.linear, torch.matmul, operator.matmul, torch.addmm, torch.mm, F.conv1d)
-_CARRIERS = (
-    "cat concat stack getitem to float half bfloat16 type type_as contiguous view reshape flatten "
-    "unflatten squeeze unsqueeze pad permute transpose expand"
-).split()
-
-
-def _is_function(node: Node, name: str) -> bool:
-    if node.op == "call_method":
-        return node.target == name
-    return node.op == "call_function" and node.target is getattr(torch, name)
+# The value moves to another place or another dtype, and nothing is computed from it.
+_MOVES = (
+    Trait.CAST
+    | Trait.COPY
+    | Trait.RESHAPE
+    | Trait.PERMUTE
+    | Trait.REPEAT
+    | Trait.SLICE
+    | Trait.JOIN
+)
 
 
 def feeds_layer(node: Node) -> bool:
@@ -66,9 +64,9 @@ def feeds_layer(node: Node) -> bool:
     stack, seen = [node], {node}
     while stack:
         for user in stack.pop().users:
-            if user.op == "call_function" and user.target in _LAYERS:
+            if has(user, Trait.LINEAR):
                 return True
-            if op_name(user) in _CARRIERS and user not in seen:
+            if has(user, _MOVES) and user not in seen:
                 seen.add(user)
                 stack.append(user)
     return False
@@ -78,6 +76,7 @@ def _scalar_inputs(node: Node) -> Iterator[Node]:
     """The user's tensors of at most two dimensions that a value is computed from."""
     for ancestor in walk_ancestors(node):
         value = ancestor.meta.get("example_value")
-        is_input = ancestor.op == "placeholder" and isinstance(value, torch.Tensor)
-        if is_input and value.dim() <= 2 and not belongs_to_model(ancestor):
+        if ancestor.op != "placeholder" or belongs_to_model(ancestor):
+            continue
+        if isinstance(value, torch.Tensor) and value.dim() <= 2:
             yield ancestor

@@ -1,7 +1,7 @@
-"""Where one run of axes stands in the dimensions of other tensors.
+"""Where the axes of the video tokens occur in the dimensions of other tensors.
 
-A permutation of the video tokens acts on a dimension exactly where it holds their axes whole and
-side by side, also inside of a concatenation with text.
+A permutation of the tokens acts on a dimension where it holds all their axes contiguously, also as
+one segment of a concatenation with text.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ __all__ = ["TokenAxes"]
 
 
 class TokenAxes:
-    """The axes of a token dimension, outermost first, and where else they are found.
+    """The axes of a token dimension, outermost first, and where else they occur.
 
-    Axes are compared by identity, never by size; a concatenation inside of the run by its segments.
+    Axes are compared by identity, never by size; concatenations by their segments.
     """
 
     def __init__(self, dim: Dim) -> None:
@@ -30,24 +30,25 @@ class TokenAxes:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TokenAxes) and self._key == other._key
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     def touches(self, dim: Dim) -> bool:
-        """Whether any axis of the run is in a dimension."""
+        """Whether a dimension holds any of the axes."""
         return any(leaf in self._leaves for leaf in leaves(dim))
 
     def count(self, dim: Dim) -> int:
-        """How often a dimension holds the whole run."""
+        """How often a dimension holds all axes, contiguously."""
         return self._search(_canonical(dim))[0] if self.touches(dim) else 0
 
     def is_torn(self, dim: Dim) -> bool:
-        """Whether axes of the run stand in a dimension outside of a whole run."""
+        """Whether a dimension holds some of the axes apart from the others."""
         return self.touches(dim) and self._search(_canonical(dim))[1]
 
     def starts(self, dim: Dim) -> tuple[sympy.Expr, ...] | None:
-        """The first index of each run in a dimension that is a run, or a concatenation with runs.
+        """Where the tokens start in a dimension that is the tokens, or a concatenation with them.
 
-        None where other axes stand around the run, as a batch that was folded into the tokens.
+        None where other axes are around them, as a batch that was folded into the tokens.
         """
         parts = segments(dim)
         offsets = itertools.accumulate(map(size, parts), initial=sympy.S.Zero)
@@ -60,7 +61,7 @@ class TokenAxes:
         return tuple(found)
 
     def _search(self, items: tuple[Any, ...]) -> tuple[int, bool]:
-        """(whole runs, whether there are axes of the run beside them)."""
+        """(how often all axes occur, whether some occur apart from the others)."""
         count, torn, at = 0, False, 0
         while at < len(items):
             if items[at : at + len(self._key)] == self._key:

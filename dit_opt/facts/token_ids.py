@@ -27,10 +27,10 @@ __all__ = ["TokenIds", "find_token_ids", "read_grids"]
 class TokenIds(NamedTuple):
     """Where the ids of the latent tokens may be: `input.movedim(dim, 0)[start:stop]`.
 
-    `index` is that of the input among the graph's placeholders.
+    `argument` is the index of the input among the graph's placeholders.
     """
 
-    index: int
+    argument: int
     dim: int
     start: int
     stop: int
@@ -45,7 +45,7 @@ def find_token_ids(
     features, as the latents themselves, and no ids.
     """
     placeholders = graph.find_nodes(op="placeholder")
-    given = {
+    inputs = {
         input_name(n): (i, n)
         for i, n in enumerate(placeholders)
         if is_user_input(n) and not feeds_layer(n)
@@ -66,8 +66,8 @@ def find_token_ids(
             place
             for axis in latents
             for origin in axis.origins
-            if origin.source in given
-            and (place := _locate(*given[origin.source], origin.dim, start, stop, total))
+            if origin.source in inputs
+            and (place := _locate(*inputs[origin.source], origin.dim, start, stop, total))
         )
         if places:
             found[site.node] = tuple(places)

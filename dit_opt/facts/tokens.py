@@ -35,8 +35,8 @@ class Tokens:
 
     Attributes:
         layouts: those of all sites, by `site.node`. labels: what they were read from.
-        spans: how the tokens lie in the graph's outputs, by their position; for the graph that
-            comes after this one, where Dynamo breaks a model apart.
+        spans: how the tokens lie in the graph's outputs, by index; for the next graph, where
+            Dynamo breaks a model into several.
     """
 
     layouts: Mapping[Node, Layout]
@@ -45,7 +45,7 @@ class Tokens:
 
     @property
     def forwards_latents(self) -> bool:
-        """Whether another graph attends over the latents: this one only returns them."""
+        """Whether this graph only returns latents, for another graph to attend over."""
         return bool(self.spans) and not any(layout.latents for layout in self.layouts.values())
 
 
@@ -56,8 +56,7 @@ def find_tokens(
 
     Args:
         graph: a pre-grad graph as Dynamo makes it, with fake tensors in `meta["example_value"]`. It
-        is read only, and
-            no guard is added under dynamic shapes.
+            is read only, and no guard is added under dynamic shapes.
         sites: from `find_sites` of the same graph.
         hints: how the tokens of inputs lie, where an earlier graph proved it.
     """
@@ -88,7 +87,7 @@ def _unknown(reason: str) -> Layout:
 
 
 class _LayoutReader:
-    """Reads the dimensions of sites against what reaches the graph's output."""
+    """Classifies the token dimensions of sites by which of their axes reach the graph's output."""
 
     def __init__(self, labels: Labels, graph: Graph, sites: Sequence[tuple[Dim, Dim]]) -> None:
         self._labels = labels
@@ -108,7 +107,7 @@ class _LayoutReader:
             for part in queries
             if self._reaches_output(part) and (origin := origin_of_axes(part)) and origin.user
         }
-        # Text that has tokens of its own somewhere is not among the latents.
+        # Where text has axes of its own at some site, it is not hidden among the latents.
         self._has_text = any(
             origin.user and origin.floating and not self._reaches_output(part)
             for dims in sites
@@ -146,9 +145,9 @@ class _LayoutReader:
         return alive, None, f"{found}; {OPTION_HINT}"
 
     def _choose_gridded(self, parts: Sequence[Dim]) -> tuple[Sequence[Dim], TokenGrid | None, str]:
-        """Of several segments that reach the output, those with a grid, for text has none.
+        """Of several segments that reach the output, those with a grid: text has none.
 
-        They may be the pictures of an edit, or a clip and the frames before it; the same tokens
+        They may be the pictures of an edit, or a clip and its conditioning frames; the same tokens
         twice are neither.
         """
         alive = [p for p in parts if self._reaches_output(p)]
@@ -180,7 +179,7 @@ class _LayoutReader:
         if shared:
             latents = {leaf for leaf in mine if leaf in self._alive}
             return SiteKind.JOINT if latents and latents <= shared else SiteKind.UNKNOWN
-        # Axes without an origin may be the queries' own tokens, lost at an op without a rule.
+        # Axes without an origin may be tokens of the queries, lost at an op without a rule.
         known = all(leaf.origins for leaf in theirs) and all(leaf.origins for leaf in mine)
         return SiteKind.CROSS if known else SiteKind.UNKNOWN
 
@@ -223,7 +222,10 @@ def _find_parts(parts: Sequence[Dim], wanted: Sequence[Dim]) -> range:
 
 
 def _gridded_leaves(parts: Sequence[Dim]) -> set[Axis]:
-    """Where the graph's end is not understood: tokens over several dimensions of the one input."""
+    """Axes to take for latents where none is known to reach the output.
+
+    They are the tokens that range over several dimensions of one input.
+    """
     found: dict[str, set[Axis]] = {}
     for part in parts:
         axes = leaves(part)

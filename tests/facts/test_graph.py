@@ -57,7 +57,7 @@ def test_nothing_is_computed_before_its_first_use_nor_twice(monkeypatch):
     assert len(sites) == len(tokens) == 1 and len(masks) == len(facts.sites)
 
 
-def test_what_is_not_there_is_a_fact_that_is_kept(monkeypatch):
+def test_an_absent_timestep_is_cached(monkeypatch):
     calls = count_calls(monkeypatch, "find_timestep")
     facts = Facts(capture_one(attend, torch.randn(2, 60, 8)))
     assert facts.timestep is facts.timestep is None
@@ -126,8 +126,8 @@ def test_token_ids_give_the_grid_where_all_of_a_site_agree():
     a, b = names["l_a_"], names["l_b_"]
 
     def grid_of(read):
-        facts = Facts(gm, InputHints(read_grid=lambda ids: read.get(ids.index)))
-        assert {ids.index for ids in facts.token_ids[facts.sites[0].node]} >= {a, b}
+        facts = Facts(gm, InputHints(read_grid=lambda ids: read.get(ids.argument)))
+        assert {ids.argument for ids in facts.token_ids[facts.sites[0].node]} >= {a, b}
         return facts.tokens.layouts[facts.sites[0].node].grid
 
     assert grid_of({}) is None

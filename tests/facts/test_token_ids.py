@@ -20,7 +20,7 @@ def positions_of(function, *args, **kwargs):
     found = find_token_ids(gm.graph, tokens, sites)
     places = {place for places in found.values() for place in places}
     assert all(isinstance(place, TokenIds) for place in places)
-    return {names[place.index]: tuple(place[1:]) for place in places}
+    return {names[place.argument]: tuple(place[1:]) for place in places}
 
 
 def attend(x):
@@ -70,7 +70,7 @@ def test_each_site_has_the_numbers_of_its_own_tokens():
     sites = find_sites(gm.graph)
     names = [input_name(n) for n in gm.graph.find_nodes(op="placeholder")]
     found = find_token_ids(gm.graph, find_tokens(gm.graph, sites), sites)
-    assert [{names[p.index] for p in found.get(s.node, ())} for s in sites] == [
+    assert [{names[p.argument] for p in found.get(s.node, ())} for s in sites] == [
         {"video", "ids"},
         set(),
         {"sound", "times"},
