@@ -26,7 +26,7 @@ class Step:
     latents: torch.Tensor
 
 
-def make_scheduler(steps: int, device: str = "cpu") -> Any:
+def make_scheduler(steps: int, device: str | torch.device = "cpu") -> Any:
     """The demo's scheduler, with the timesteps of one run."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(steps, device=device)
