@@ -40,14 +40,14 @@ def sparse_attention(
 
     under `headwise`, which finds lists and an order of the tokens for each head, alike::
 
-        %counts, %indices, %order, %recall, %density = headwise_plan_v1(%q, %k, ..., T, H, W, ...)
+        %counts, %indices, %order, %recall, %density = headwise_plan_v2(%q, %k, ..., T, H, W, ...)
         %rows, %inverse = headwise_rows_v1(%order, N, T, H, W, start, ...)
 
     and under those that weigh blocks in one order for all heads::
 
         %rows, %inverse = cube_order_v1(%q, T, H, W, start, N)
         %q1, %k1, %v1 = index_select(%q | %k | %v, tokens, %rows)
-        %counts, %indices, %recall, %density = subblock_plan_v1(%q1, %k1, ...)
+        %counts, %indices, %recall, %density = subblock_plan_v2(%q1, %k1, ...)
         %tail = summarize_blocks_v1(%k1, %v1, ...)
         %out1, _ = block_sparse_attention_v3(%q1, %k1, %v1, %counts, %indices, ..., *%tail)
         %out = index_select(%out1, tokens, %inverse)
