@@ -1,8 +1,8 @@
-// Sums over the blocks of a plan, sorted by weight; see budgets.py for what the arguments are.
+// Scores of blocks and sums over kept blocks; budgets.py describes the arguments.
 //
-// Values are rounded as torch's operators round them, or the two would keep different blocks. What is
-// no number counts as the least: no order holds among such values, and sorting them by one that does
-// not would leave the buffers.
+// Values are rounded as torch's operators round them, or the two would keep different blocks. NaN
+// counts as the least value: it has no order, and std::sort with an inconsistent order would read
+// outside of the buffers.
 
 #include <algorithm>
 #include <functional>
@@ -76,7 +76,7 @@ void ditopt_rate_recall(const float* scores, const float* mass, const float* wei
             const auto last = ordered.begin() + kept - 1;
             std::nth_element(ordered.begin(), last, ordered.end(), std::greater<float>());
             const float limit = *last;
-            // Of those that score the limit, as many as there is room for.
+            // Of blocks at the limit, as many as are still missing.
             long room = std::count(ordered.begin(), last + 1, limit);
             double total = 0.0;
             for (long n = 0; n < size; ++n) {

@@ -1,6 +1,7 @@
-"""Which blocks a plan keeps, and what they hold, by the C++ kernels.
+"""Scores of blocks and sums over kept blocks by C++ kernels.
 
-Everything returns None where these are not there, or for what is not float32 on the processor.
+Every function returns None where the library is missing, or for tensors that are not float32 on the
+CPU; the caller then uses torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dit_opt.kernels.native.build import load_library
 
 
 def _find_library(*values: Tensor) -> ctypes.CDLL | None:
-    """The kernels, where they are there and take such tensors."""
+    """The library, if it is there and takes such tensors."""
     if any(x.dtype != torch.float32 or x.device.type != "cpu" for x in values):
         return None
     return load_library()
@@ -24,7 +25,7 @@ def _find_library(*values: Tensor) -> ctypes.CDLL | None:
 def score_blocks(
     mass: Tensor, per_token: Tensor, ties: Tensor, lightest: float, heaviest: float
 ) -> Tensor | None:
-    """Mass `[..., nq, nk]` times `per_token` `[nk]`, bounded, times `ties` `[nq, nk]`; float32."""
+    """Mass `[..., nq, nk]` times `per_token` `[nk]`, clamped, times `ties` `[nq, nk]`; float32."""
     library = _find_library(mass, per_token, ties)
     if library is None:
         return None
@@ -39,10 +40,10 @@ def score_blocks(
 
 
 def square_losses(scores: Tensor, ties: Tensor, lightest: float, heaviest: float) -> Tensor | None:
-    """By how much each block lowers the square of what its row drops, heavier ones being kept.
+    """How much keeping a block lowers its row's squared dropped mass, all heavier ones kept.
 
-    Of scores `[..., nq, nk]`, infinite ones counting nothing; bounded, and times `ties` `[nq, nk]`;
-    float32.
+    Of scores `[..., nq, nk]`, where infinite ones count as 0; clamped, then times `ties`
+    `[nq, nk]`; float32.
     """
     library = _find_library(scores, ties)
     if library is None:
@@ -60,8 +61,8 @@ def square_losses(scores: Tensor, ties: Tensor, lightest: float, heaviest: float
 
 
 def rate_recall(scores: Tensor, mass: Tensor, weights: Tensor, kept: int) -> Tensor | None:
-    """The mass of each matrix `[..., nq, nk]` in its `kept` blocks with the highest scores, float32
-    `[...]`, rows counting by `weights` `[nq]`. All float32; scores in the shape of the mass.
+    """The mass of each matrix `[..., nq, nk]` in its `kept` blocks of the highest scores, float32
+    `[...]`, with rows weighted by `weights` `[nq]`. Scores have the shape of the mass.
     """
     library = _find_library(scores, mass, weights)
     if library is None:
@@ -80,7 +81,7 @@ def measure_kept(
 ) -> tuple[Tensor, Tensor] | None:
     """The share of mass `[..., nq, nk]` that is kept, and the sum of the kept `areas` `[nq, nk]`.
 
-    `kept`: bool `[..., nq, nk]`. Rows count by `weights` `[nq]`; without any mass, the share is 1.
+    `kept`: bool `[..., nq, nk]`. Rows are weighted by `weights` `[nq]`; the share of no mass is 1.
     """
     library = _find_library(mass, weights, areas)
     if library is None:

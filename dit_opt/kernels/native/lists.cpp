@@ -1,9 +1,8 @@
-// Lists of blocks out of masks and bits, and bits out of lists; see lists.py for what the arguments
-// are.
+// Lists of blocks from masks and from bits, and bits from lists; lists.py describes the arguments.
 
 #include <cstdint>
 
-// Ascending lists, zero behind their counts, of what `keeps` says of each row and block.
+// Ascending lists, zero behind their counts, of the blocks j of each row r with keeps(r, j).
 template <typename Keeps>
 static void write_lists(long rows, long blocks, int32_t* counts, int32_t* lists, Keeps keeps) {
     for (long r = 0; r < rows; ++r) {
@@ -25,14 +24,14 @@ void ditopt_list_blocks(const bool* kept, long rows, long blocks, int32_t* count
     write_lists(rows, blocks, counts, lists, [=](long r, long j) { return kept[r * blocks + j]; });
 }
 
-// `capacity` entries of each list, of which `counts` are used, as bits of `width` words.
-void ditopt_pack_lists(const int32_t* counts, const int32_t* lists, long rows, long capacity,
+// The first `counts` of `length` entries of each list, as bits of `width` words.
+void ditopt_pack_lists(const int32_t* counts, const int32_t* lists, long rows, long length,
                        long width, int32_t* words) {
     for (long r = 0; r < rows; ++r) {
         uint32_t* word = reinterpret_cast<uint32_t*>(words) + r * width;
         for (long j = 0; j < width; ++j) word[j] = 0;
         for (int32_t i = 0; i < counts[r]; ++i) {
-            const int32_t block = lists[r * capacity + i];
+            const int32_t block = lists[r * length + i];
             word[block / 32] |= 1u << (block % 32);
         }
     }

@@ -1,4 +1,7 @@
-"""Lists of blocks out of masks and bits, and bits out of lists, by the C++ kernels."""
+"""Lists of blocks from masks and from bits, and bits from lists, by C++ kernels.
+
+Every function returns None where the library is missing.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from dit_opt.kernels.native.build import load_library
 
 def list_blocks(kept: Tensor) -> tuple[Tensor, Tensor] | None:
     """Counts int32 `[..., nq]` and ascending lists int32 `[..., nq, nk]`, zero behind their counts,
-    of a mask bool `[..., nq, nk]`; None where the kernel is not there."""
+    of a mask bool `[..., nq, nk]`."""
     library = load_library()
     if library is None:
         return None
@@ -25,7 +28,7 @@ def list_blocks(kept: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def pack_lists(counts: Tensor, lists: Tensor, blocks: int) -> Tensor | None:
     """Words int32 `[..., nq, ceil(blocks / 32)]` of counts int32 `[..., nq]` and lists int32
-    `[..., nq, capacity]`; None where the kernel is not there."""
+    `[..., nq, length]`."""
     library = load_library()
     if library is None:
         return None
@@ -38,7 +41,7 @@ def pack_lists(counts: Tensor, lists: Tensor, blocks: int) -> Tensor | None:
 
 def unpack_lists(words: Tensor, blocks: int) -> tuple[Tensor, Tensor] | None:
     """Counts int32 `[..., nq]` and ascending lists int32 `[..., nq, blocks]`, zero behind their
-    counts, of int32 words `[..., nq, W]`; None where the kernel is not there."""
+    counts, of int32 words `[..., nq, W]`."""
     library = load_library()
     if library is None:
         return None

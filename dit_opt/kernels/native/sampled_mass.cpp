@@ -1,15 +1,15 @@
-// The softmax mass of sampled rows, summed over blocks of keys; see sampled_mass.py for what the
-// arguments are.
+// The softmax mass of sampled rows, summed over blocks of keys; sampled_mass.py describes the
+// arguments.
 
 #include <vector>
 
 #include "tiles.h"
 
-// Sampled rows that are weighed at once, side by side in vectors.
+// Sampled rows that are weighed at once, as columns of vectors.
 constexpr int COLUMNS = VECTORS * WIDTH;
 
-// Adds lines [count, COLUMNS] up as `gather` and `offsets` say, or, given the `most` of each column,
-// the weights of the scores that they are.
+// Sums of lines [count, COLUMNS] as `gather` and `offsets` list them. With WEIGH the lines are
+// scores, and their weights relative to the greatest score of each column, `most`, are summed.
 template <bool WEIGH>
 static void add_lines(const float* lines, const int64_t* gather, long gathered,
                       const int64_t* offsets, long sums, const Vector* most, float* out) {
@@ -53,7 +53,7 @@ void ditopt_sample_mass(const float* keys, long stride_batch, long stride_head, 
             if (gathered == tokens) {
                 add_lines<true>(scores.data(), gather, gathered, offsets, sums, most, first.data());
             } else {
-                // Each token stands in several sums, but is weighed once.
+                // Each token is in several sums, but is weighed once.
                 for (long n = 0; n < tokens; ++n)
                     for (int j = 0; j < VECTORS; ++j) {
                         float* at = scores.data() + n * COLUMNS + j * WIDTH;
@@ -66,7 +66,7 @@ void ditopt_sample_mass(const float* keys, long stride_batch, long stride_head, 
             for (long s = 0; s < sums; ++s)
                 for (int j = 0; j < VECTORS; ++j)
                     total[j] += load(found + s * COLUMNS + j * WIDTH);
-            // They hold each token so many times.
+            // The sums count each token gathered / tokens times.
             for (int j = 0; j < VECTORS; ++j) total[j] *= float(tokens) / gathered;
             if (gather_again) {
                 add_lines<false>(found, gather_again, gathered_again, offsets_again, sums_again,

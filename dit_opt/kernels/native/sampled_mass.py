@@ -1,4 +1,4 @@
-"""The softmax mass of sampled rows by the C++ kernel."""
+"""The softmax mass of sampled rows by a C++ kernel."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from dit_opt.kernels.scratch import SCRATCH
 if TYPE_CHECKING:
     from dit_opt.kernels.routers.sampled_mass import Sums
 
-# What vectors of all widths divide.
-_UNIT = 16
-
 
 def can_sample(k: Tensor) -> bool:
-    """Whether the kernel is there and takes such keys."""
+    """Whether the library is there and takes such keys."""
     return (
         k.device.type == "cpu"
         and k.dtype == torch.float32
@@ -40,13 +37,13 @@ def sample_mass(queries: Tensor, k: Tensor, sums: tuple[Sums, ...]) -> Tensor:
     tokens = k.shape[2]
     columns = library.ditopt_count_columns()
     tiles = -(-rows // columns)
-    # Each tile of rows side by side, [B, Hk, tiles, D, columns]; what fills up the last is unused.
+    # Rows in tiles, [B, Hk, tiles, D, columns]; the padding of the last one is not used.
     shape = (batch, heads, tiles, dim, columns)
     laid = SCRATCH.take("sampled queries", torch.float32, *shape)
     padded = torch.nn.functional.pad(queries, (0, tiles * columns - rows))
     laid.copy_(padded.unflatten(-1, (tiles, columns)).transpose(2, 3))
     blocks = sums[-1].offsets.numel()
-    # The kernel writes to an address, whatever dtype and device torch has for its defaults.
+    # Dtype and device of the keys, not torch's defaults: the kernel writes to an address.
     mass = k.new_empty(batch, heads, blocks, tiles * columns)
     levels: list[object] = []
     for level in (sums[0], sums[1] if len(sums) > 1 else None):

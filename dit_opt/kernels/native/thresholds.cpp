@@ -1,4 +1,4 @@
-// Thresholds on scores, bit by bit; see thresholds.py for what the arguments are.
+// Thresholds on scores, bit by bit; thresholds.py describes the arguments.
 
 #include <cstring>
 
@@ -11,9 +11,9 @@ typedef double Sums __attribute__((vector_size(8 * FEW)));
 
 static inline Few load_few(const float* from) { return *reinterpret_cast<const Few*>(from); }
 
-// Gains of the scores that reach a threshold.
+// The sum of the gains whose scores reach a threshold.
 static double add_gains(const float* scores, const float* gains, long count, float threshold) {
-    // Several sums, or each addition would wait for the one before.
+    // Several independent sums, or each addition would wait for the one before.
     constexpr int LANES = 4;
     Sums sums[LANES] = {};
     long i = 0;
@@ -37,7 +37,7 @@ extern "C" void ditopt_search_bits(const float* scores, const float* gains, cons
     constexpr long ENOUGH = 1 << 16;
     for (long group = 0; group < groups; ++group) {
         const float* score = scores + group * size;
-        // They are the same in all groups and repeat within one, or are one for each score.
+        // Gains are the same in all groups and repeat within each, or there is one for each score.
         const float* gain = gains + group * size % period;
         const long length = period < size ? period : size;
         int32_t low = lowest;

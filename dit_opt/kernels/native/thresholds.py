@@ -1,4 +1,4 @@
-"""Thresholds on scores by the C++ kernel."""
+"""Thresholds on scores by a C++ kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dit_opt.kernels.native.build import load_library
 
 
 def can_search() -> bool:
-    """Whether the kernel is there."""
+    """Whether the library is there."""
     return load_library() is not None
 
 

@@ -30,7 +30,7 @@ _library.define(
 
 @dataclass(frozen=True, eq=False)
 class FrameTiles:
-    """The mask of one grid: `counts` int32 [nq] and `indices` int32 [nq, nk], on a device.
+    """The mask of one grid as lists: `counts` int32 [nq] and `indices` int32 [nq, nk], on a device.
 
     `references` is the number of reference frames, `density` the kept share in real tokens.
     """
@@ -59,11 +59,16 @@ def build_tiles(
     queries, keys = (box_blocks(layout, order, block) for block in (block_q, block_k))
     areas = torch.outer(blocks.query_sizes.double(), blocks.key_sizes.double())
     own_tiles = _DIAGONAL.lift(queries, keys)
-    for references in range(layout.frames, -1, -1):
+
+    def cover(references: int) -> tuple[Tensor, float]:
         kept = own_tiles | _touch_references(keys, layout.frames, references)
-        realised = float((areas * kept).sum() / areas.sum())
-        if realised <= density:
-            break
+        return kept, float((areas * kept).sum() / areas.sum())
+
+    references = layout.frames
+    kept, realised = cover(references)
+    while references and realised > density:
+        references -= 1
+        kept, realised = cover(references)
     counts, indices = (x.to(device) for x in list_kept(kept))
     return FrameTiles(references, realised, counts, indices)
 

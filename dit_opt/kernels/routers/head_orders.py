@@ -1,4 +1,4 @@
-"""The orders of tokens that a head may take, and the rows that stand for all in a search."""
+"""The token orders that a head may take, and the rows that a search samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dit_opt.kernels.routers.sample import GOLDEN_RATIO
 from dit_opt.kernels.routers.sampled_mass import RowMeans, Sums, lay_sums
 from dit_opt.kernels.routers.tables import choose_strip
 
-# Where candidates stand in `HeadOrders.orders`.
+# Names of the candidates, in the order of `HeadOrders.orders`.
 ORDER_NAMES = ("raster", "columns", "cubes")
 
 
@@ -30,10 +30,10 @@ ORDER_NAMES = ("raster", "columns", "cubes")
 class HeadOrders:
     """The orders that heads choose from, and the rows that they are searched with.
 
-    `orders` int64 [O, N], text behind the video in each. `blocks`: those of every order. `rows`
-    int64 [m]: sampled queries, in the model's own order. Each query block stands for the mean over
-    its rows, or for the nearest one if it has none: `means` are float32 weights [O, nq, m] on a
-    processor, and lists on GPUs. `sums` are those of all key blocks, for processors.
+    `orders` int64 [O, N], text behind the video in each. `blocks`: the same for every order. `rows`
+    int64 [m]: sampled queries, in the model's own order. The mass of a query block is the mean over
+    its sampled rows, or that of the nearest row if it has none: `means` are float32 weights
+    [O, nq, m] on CPUs, and ranges of rows on GPUs. `sums`, on CPUs only, are of all key blocks.
     """
 
     orders: Tensor
@@ -43,7 +43,7 @@ class HeadOrders:
     sums: tuple[Sums, ...]
 
 
-# A grid has entries for the processor and for a device.
+# Each grid has one entry for the CPU and one for the device.
 @functools.lru_cache(maxsize=16)
 def list_orders(
     layout: VideoLayout, block_q: int, block_k: int, device: torch.device
@@ -73,21 +73,21 @@ def build_orders(
     orders, inverses = list_orders(layout, block_q, block_k, torch.device("cpu"))
     rows = sample_cells(layout, cell)
     means = list_rows(inverses[:, rows], rows, layout.tokens, block_q)
-    on_processor = device.type == "cpu"
+    on_cpu = device.type == "cpu"
     return HeadOrders(
         orders=orders.to(device),
         blocks=blocks,
         rows=rows.to(device),
-        means=weigh_rows(means, rows) if on_processor else means.to(device),
-        sums=lay_sums(orders, block_k, device) if on_processor else (),
+        means=weigh_rows(means, rows) if on_cpu else means.to(device),
+        sums=lay_sums(orders, block_k, device) if on_cpu else (),
     )
 
 
 def sample_cells(layout: VideoLayout, cell: int) -> Tensor:
     """One video token out of each box of about `cell` tokens, int64 [m], ascending.
 
-    Which one differs from box to box, by a sequence that fills the interval evenly: rows at one
-    place of all boxes would meet the same place of all blocks.
+    The token's position in the box follows a low-discrepancy sequence: rows at one position of all
+    boxes would be at one position of all blocks.
     """
     sizes = [1, 1, 1]
     extents = (layout.frames, layout.height, layout.width)
@@ -109,9 +109,9 @@ def sample_cells(layout: VideoLayout, cell: int) -> Tensor:
 
 
 def list_rows(places: Tensor, rows: Tensor, tokens: int, block_q: int) -> RowMeans:
-    """What each query block of each order is the mean of: its own sampled rows, or the nearest one.
+    """The sampled rows of each query block of each order, or the nearest one if it has none.
 
-    `rows` int64 [m] stand at `places` int64 [O, m] of the orders.
+    `rows` int64 [m] are at positions `places` int64 [O, m] of the orders.
     """
     places, ranks = places.sort(-1)
     starts = torch.arange(0, tokens + block_q, block_q).expand(len(places), -1).contiguous()
@@ -124,7 +124,7 @@ def list_rows(places: Tensor, rows: Tensor, tokens: int, block_q: int) -> RowMea
 
 
 def weigh_rows(means: RowMeans, rows: Tensor) -> Tensor:
-    """The same means as weights of `rows`, ascending, in their own order: float32 [O, nq, m]."""
+    """The same means as weights of `rows`, which are ascending: float32 [O, nq, m]."""
     number = torch.arange(len(rows))
     held = (number >= means.first[..., None]) & (number < means.last[..., None])
     weights = held / held.sum(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """Token orders: permutations of a sequence in which one kind of attention pattern is compact.
 
-A block-sparse kernel pays for every block that a pattern touches, so each pattern is worth only as
-much as the order that gathers its tokens into few blocks.
+A block-sparse kernel pays for every block that a pattern touches, so a pattern needs an order that
+gathers its tokens into few blocks.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Checkerboard spacings, coarse to fine; each class of the lattice order holds one of them.
+# Checkerboard steps, coarse to fine; the lattice order has one class for each.
 LATTICE_STEPS = (8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
 class VideoLayout:
-    """Where the video tokens stand in a sequence: row-major (t, h, w) from `video_start` on; all
+    """Where the video tokens are in a sequence: row-major (t, h, w) from `video_start` on. All
     others are text.
 
     Raises ValueError when the grid does not fit into the sequence.
@@ -57,7 +57,7 @@ def locate_tokens(layout: VideoLayout) -> Tensor:
 
 
 def measure_lattice(positions: Tensor) -> Tensor:
-    """The widest checkerboard that holds each token: the largest step in (8, 4, 2, 1) that divides
+    """The largest checkerboard step that holds each token: the largest of (8, 4, 2, 1) that divides
     h - w.
 
     This is RainFusion's set {h mod tau = k and w mod tau = k for some k}; a token with level >= tau
@@ -79,8 +79,8 @@ def order_columns(layout: VideoLayout, strip: int) -> Tensor:
     """Columns of `strip` positions, each through all frames; compact for Temporal heads. int64 [N].
 
     Columns of one strip of rows follow each other along w, so a block holds a few neighbouring
-    columns over many frames, whatever T is; wider tiles than one column never held fewer. Every
-    other strip runs backwards, so that a block across two strips stays in one corner.
+    columns over many frames, for any T; tiles wider than one column were never better. Every other
+    strip runs backwards, so that a block across two strips is compact, too.
     """
     t, h, w = locate_tokens(layout).unbind(1)
     row = h // strip
@@ -90,7 +90,7 @@ def order_columns(layout: VideoLayout, strip: int) -> Tensor:
 
 
 def order_lattice(layout: VideoLayout) -> Tensor:
-    """Checkerboard classes, widest first, raster inside each; compact for Textural heads. int64
+    """Checkerboard classes, coarse to fine, each in raster order; compact for Textural heads. int64
     [N].
 
     The keys of the checkerboards 8, 4 and 2 are prefixes of about 1/8, 1/4 and 1/2 of the video.

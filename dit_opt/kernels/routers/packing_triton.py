@@ -26,7 +26,7 @@ def list_blocks_kernel(
     p_list = p_indices + row * blocks
     p_kept += row * width
     count = 0
-    for first in tl.range(0, blocks, CHUNK):
+    for first in range(0, blocks, CHUNK):
         o_j = first + tl.arange(0, CHUNK)
         if PACKED:
             b_word = tl.load(p_kept + (o_j >> 5), mask=o_j < blocks, other=0)
@@ -37,7 +37,7 @@ def list_blocks_kernel(
         tl.store(p_list + b_entry, o_j, mask=b_kept != 0)
         count += tl.sum(b_kept, 0)
     tl.store(p_counts + row, count)
-    for first in tl.range(0, blocks, CHUNK):
+    for first in range(0, blocks, CHUNK):
         o_j = first + tl.arange(0, CHUNK)
         tl.store(p_list + o_j, tl.zeros([CHUNK], tl.int32), mask=(o_j >= count) & (o_j < blocks))
 

@@ -1,8 +1,7 @@
-"""RainFusion's attention patterns: what each keeps between tokens, and lifted to blocks of tokens.
+"""RainFusion's attention patterns, between tokens and between blocks of tokens.
 
-A pattern is one predicate on boxes in (t, h, w). A token is a box of size one, so the rule for
-tokens and the rule for blocks cannot drift apart, and a block list is a superset of its pattern by
-construction.
+A pattern is one predicate on boxes in (t, h, w). A token is a box of size one, so one rule serves
+tokens and blocks, and a block list is a superset of its pattern by construction.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from dit_opt.kernels.routers.orders import (
     measure_lattice,
 )
 
-# Kept shares that the bandwidths aim at, narrow to wide.
+# Kept shares that set the bandwidths, narrow to wide.
 _SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 
 
@@ -41,8 +40,8 @@ class Boxes:
     """Bounding boxes of n groups of tokens.
 
     `low`, `high` int64 [n, 3]: smallest and largest (t, h, w) of the group's video tokens.
-    `level` int64 [n]: the widest checkerboard that holds one of them. `has_text` bool [n]: whether
-    any token of the group is outside the video.
+    `level` int64 [n]: the largest step of a checkerboard that holds one of them. `has_text`
+    bool [n]: whether any token of the group is outside the video.
     """
 
     low: Tensor
@@ -98,8 +97,8 @@ DENSE = Pattern(HeadKind.DENSE)
 def list_patterns(layout: VideoLayout) -> tuple[Pattern, ...]:
     """Every pattern with every bandwidth worth trying on this grid, without the dense one.
 
-    A band of share s reaches s / 2 of the extent to either side; a window reaches sqrt(s) / 2 of
-    each side of the frame. Bands that cover the whole extent are left out.
+    A temporal band of share s reaches s / 2 of the frames either way; a window reaches sqrt(s) / 2
+    of the height and of the width either way. What covers the whole extent is left out.
     """
     found = [*_list_spatial(layout), *_list_temporal(layout)]
     found += [Pattern(HeadKind.TEXTURAL, lattice=step) for step in LATTICE_STEPS if step > 1]

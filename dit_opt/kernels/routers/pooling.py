@@ -1,4 +1,4 @@
-"""Scores between pooled tokens: what routers look at when exact scores cost too much."""
+"""Scores between pooled tokens, for searches whose exact scores would cost too much."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEVICE_SCORE_BYTES = 1 << 28
 def pool_tokens(x: Tensor, size: int) -> Tensor:
     """Means over `size` consecutive tokens, float32 [B, H, ceil(N / size), D].
 
-    The last one is over the real tokens that are left; nothing is copied or padded.
+    The last mean is over the remaining real tokens; nothing is copied or padded.
     """
     full = x.shape[2] // size * size
     means = x[:, :, :full].unflatten(2, (-1, size)).sum(3, dtype=torch.float32) / size
@@ -27,10 +27,10 @@ def pool_tokens(x: Tensor, size: int) -> Tensor:
 
 
 def weigh_cells(tokens: int, size: int, cells: int, bias: Tensor | None, like: Tensor) -> Tensor:
-    """The logarithm of how many keys each pooled cell stands for, float32 [B or 1, H or 1, cells].
+    """The logarithm of the number of keys in each pooled cell, float32 [B or 1, H or 1, cells].
 
-    An additive bias [B or 1, H or 1, tokens] counts as weights of exp(bias); cells beyond the last
-    real token, and those that a mask removes, have -inf.
+    An additive bias [B or 1, H or 1, tokens] gives keys a weight of exp(bias); cells beyond the
+    last real token, and cells that a mask removes, have -inf.
     """
     if bias is None:
         bias = like.new_zeros((1, 1, tokens), dtype=torch.float32)
@@ -51,9 +51,9 @@ def score_blocks(
     """The log-sum-exp over the pairs of pooled cells of each pair of blocks, [B, H, nq, nk].
 
     q [B, H, Nq, D] and k [B, Hk, Nk, D] are pooled to means of cell_q and cell_k tokens, which
-    divide the blocks. Scores are float32 for every dtype: ties of bfloat16 scores favour low
-    indices. Cells weigh as many tokens as they have, none beyond the last real one; blocks without
-    any key score -inf.
+    divide the blocks. Scores are float32 for every dtype: bfloat16 scores would have ties, which
+    favour low indices. A cell counts as often as it has real tokens; blocks without any key score
+    -inf.
     """
     if block_q % cell_q or block_k % cell_k:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""The query rows that recognition looks at, and what each candidate keeps for them.
+"""The query rows that recognition samples, and what each candidate keeps for them.
 
-A few exact rows say how much softmax mass a pattern holds; which rows must not resonate with the
-grid, or all would stand in the same column of it.
+A few exact rows say how much softmax mass a pattern holds. Their distance must not be a multiple of
+the grid's width, or all would be in one column of it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.kernels.routers.tables import Tables
 
-# Video tokens that one row stands for, within bounds that keep the estimate steady and cheap.
+# Video tokens per sampled row; the bounds keep the estimate stable and cheap.
 _TOKENS_PER_ROW = 128
 _MIN_ROWS, _MAX_ROWS = 32, 64
 
 # Share of the rows in the first frame, RainFusion's local sample.
 _LOCAL_SHARE = 1 / 8
 
-# Its multiples fill the unit interval evenly and resonate with no period.
+# Its multiples modulo 1 fill the unit interval evenly, without any period.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
@@ -32,8 +32,8 @@ class Sample:
     """A sample of m query rows.
 
     `rows` int64 [m]: token positions in the model's own order.
-    `kept` float32 [m, C, orders * nk]: 1 where candidate C's list for that row's query block holds
-    the key block; block j of order o stands at o * nk + j, as in `Tables.sums`.
+    `kept` float32 [m, C, orders * nk]: 1 where a candidate's list for the row's query block has
+    the key block; block j of order o is at o * nk + j, as in `Tables.sums`.
     """
 
     rows: Tensor
@@ -48,8 +48,8 @@ def count_rows(layout: VideoLayout) -> int:
 def place_rows(layout: VideoLayout, count: int) -> list[int]:
     """Token positions of `count` video rows, an eighth of them in the first frame.
 
-    One row in each equal stretch of tokens, at a multiple of the golden ratio inside it, so that no
-    period of the grid is met twice.
+    One row in each of `count` equal intervals of tokens, at a multiple of the golden ratio inside
+    it, so that rows share no period of the grid.
     """
     count = min(count, layout.video_tokens)
     local = max(1, int(count * _LOCAL_SHARE)) if layout.frames > 1 else 0

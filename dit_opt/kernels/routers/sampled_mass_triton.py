@@ -66,8 +66,8 @@ def _score_tile(
 
 @triton.jit
 def _add_tile(
-    b_q, b_max, b_sum, p_k, p_bias, p_order, p_shares, is_row, tile, num_keys, scale_log2,
-    stride_n, stride_d,
+    b_q, b_max, b_sum, p_k, p_bias, p_order, p_shares, o_row, is_row, tile, num_keys,
+    scale_log2, stride_n, stride_d,
     TILE_K: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HAS_BIAS: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _add_tile(
     # Rows without any key so far, where inf - inf would be NaN.
     b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
     b_part = tl.sum(tl.math.exp2(b_s - b_ref[:, None]), 1)
-    tl.store(p_shares, b_ref + tl.math.log2(b_part), mask=is_row)
+    tl.store(p_shares + o_row, b_ref + tl.math.log2(b_part), mask=is_row)
     return b_new, b_sum * tl.math.exp2(b_max - b_ref) + b_part
 
 
@@ -123,22 +123,22 @@ def sampled_mass_kernel(
     b_q = tl.load(p_tile, mask=is_row[:, None] & (o_d < DIM)[None, :], other=0.0)
     line = tl.program_id(1) * tl.num_programs(2) + order
     p_orders += order * num_keys
-    p_shares += line * key_tiles * num_rows + o_row
+    p_shares += line * key_tiles * num_rows
     b_max = tl.full([TILE_Q], -float("inf"), tl.float32)
     b_sum = tl.zeros([TILE_Q], tl.float32)
     # Only the last tiles may be ragged: masks would cost all others a third of their time.
     full = num_keys // TILE_K
     for tile in tl.range(0, full):
         b_max, b_sum = _add_tile(
-            b_q, b_max, b_sum, p_k, p_bias, p_orders, p_shares, is_row, tile, num_keys, scale_log2,
-            stride_kn, stride_kd,
+            b_q, b_max, b_sum, p_k, p_bias, p_orders, p_shares, o_row, is_row, tile, num_keys,
+            scale_log2, stride_kn, stride_kd,
             TILE_K, DIM, PADDED_DIM, HAS_BIAS, False, PRECISION,
         )  # fmt: skip
         p_shares += num_rows
     if RAGGED:
         for tile in tl.range(full, key_tiles, num_stages=1):
             b_max, b_sum = _add_tile(
-                b_q, b_max, b_sum, p_k, p_bias, p_orders, p_shares, is_row, tile, num_keys,
+                b_q, b_max, b_sum, p_k, p_bias, p_orders, p_shares, o_row, is_row, tile, num_keys,
                 scale_log2, stride_kn, stride_kd,
                 TILE_K, DIM, PADDED_DIM, HAS_BIAS, True, PRECISION,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """RainFusion's candidates for one grid: token orders, block lists and densities on the device.
 
-They depend on shapes alone, so they are built once per grid and every forward only indexes them;
-that is what keeps the choice per head free of host synchronisations.
+They depend on shapes alone, so they are built once per grid. A call only indexes them, so that a
+choice for each head needs no host synchronisation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dit_opt.kernels.routers.patterns import DENSE, HeadKind, Pattern, box_block
 from dit_opt.kernels.routers.plan import list_kept
 from dit_opt.kernels.routers.sampled_mass import Sums, lay_sums
 
-# Where each kind's order stands in `Tables.orders`.
+# The index of each kind's order in `Tables.orders`.
 _ORDER_OF = {
     HeadKind.DENSE: 0,
     HeadKind.SPATIAL: 0,
@@ -32,7 +32,7 @@ _ORDER_OF = {
     HeadKind.TEXTURAL: 2,
 }
 
-# The highest strips tried for the columns order, and the query blocks they are tried on.
+# The highest strip tried for the columns order, and the number of query blocks it is tried on.
 _MAX_STRIP = 16
 _STRIP_QUERY_BLOCKS = 64
 
@@ -84,10 +84,10 @@ def build_tables(
     block_k: int,
     device: torch.device,
 ) -> Tables:
-    """The candidates for a sequence of `tokens` whose video stands row-major from `video_start` on.
+    """The candidates for a sequence of `tokens` whose video is row-major from `video_start` on.
 
-    Cached. Candidates that keep everything, or the same blocks as another of their order, are left
-    out. Raises ValueError when the grid does not fit into the sequence or a block is empty.
+    Cached. Candidates that keep everything, or the same blocks as another one of their order, are
+    left out. Raises ValueError when the grid does not fit into the sequence or a block is empty.
     """
     if min(block_q, block_k) < 1:
         raise ValueError(f"Blocks of {block_q} x {block_k} tokens are empty; use 1 or more.")
@@ -108,7 +108,7 @@ def build_tables(
         if pattern is not DENSE and mask.all():
             continue
         density = (areas * mask).sum().item() / tokens**2
-        # Of patterns that touch the same blocks the widest, which comes last, gives the name.
+        # Of patterns that touch the same blocks the widest gives the name: it comes last.
         lists[order, mask.numpy().tobytes()] = (density, pattern, *list_kept(mask))
     entries = sorted(lists.values(), key=lambda entry: entry[0])
     stacked = torch.stack(orders)
@@ -128,9 +128,10 @@ def build_tables(
 
 
 def choose_strip(layout: VideoLayout, block_q: int, block_k: int) -> int:
-    """The height of the columns order's strips under which Temporal patterns keep fewest blocks.
+    """The strip height of the columns order with which Temporal patterns keep the fewest blocks.
 
-    Tried out on some of the query blocks; strips whose columns outgrow a query block cannot win.
+    It is tried on some of the query blocks. A strip whose columns do not fit into a query block is
+    never the best.
     """
     temporal = [p for p in list_patterns(layout) if p.kind is HeadKind.TEMPORAL]
     highest = max(1, min(layout.height, block_q // layout.frames, _MAX_STRIP))
@@ -139,7 +140,7 @@ def choose_strip(layout: VideoLayout, block_q: int, block_k: int) -> int:
         order = order_columns(layout, strip)
         queries = box_blocks(layout, order, block_q).take(_STRIP_QUERY_BLOCKS)
         keys = box_blocks(layout, order, block_k)
-        # A product, because a block too many costs a narrow window more than a wide one.
+        # A product, since one more block is worse for a narrow window than for a wide one.
         return math.prod(pattern.lift(queries, keys).float().mean().item() for pattern in temporal)
 
     return min(range(1, highest + 1), key=measure_kept)

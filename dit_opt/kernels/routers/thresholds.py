@@ -1,8 +1,7 @@
 """Thresholds on scores that keep a wanted sum, by bisection on the bits of a float.
 
-Sorting every block of a layer would hold several copies of it in 64-bit indices. Halving the range
-of float32 down to its last bit reads the scores 29 times, whatever they are, and holds one copy;
-the blocks that are kept are the same.
+Sorting all blocks of a layer would take several copies of them and 64-bit indices. Bisection down
+to the last bit of a float32 reads the scores 29 times and keeps the same blocks.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from dit_opt.kernels.native import thresholds as native
 
-# Scores at or under this count as one and the same: a row of 2^17 such shares holds 10^-4.
+# The least score; lower ones are not told apart. A row of 2^17 such shares sums to 10^-4.
 LIGHTEST = 2.0**-30
 
-# Above every finite score: a block with one token of 128 and all mass of its row scores 2^7 per
-# token, and its loss 2^15.
+# Above every finite score: a block of 1 token instead of 128 that has all mass of its row scores
+# 2^7, and 2^15 as a loss.
 HEAVIEST = 2.0**16
 
-# Their bits, which are ordered like the floats.
+# Their bits as integers, which sort as the floats do.
 _LOWEST, _HIGHEST = (struct.unpack("=i", struct.pack("=f", x))[0] for x in (LIGHTEST, HEAVIEST))
 
 
@@ -36,11 +35,11 @@ def find_threshold(
     *,
     within: bool = False,
 ) -> Tensor:
-    """The score from which on entries are kept, float32, of size 1 along `dims`.
+    """The threshold at or above which scores are kept, float32, of size 1 along `dims`.
 
-    The highest one under which the kept gains sum to at least `target` over `dims`; with `within`,
-    the lowest one under which they sum to no more. Where no threshold serves, everything is kept,
-    or with `within` only what scores infinity.
+    The highest one at which the kept gains sum to at least `target` over `dims`; with `within`, the
+    lowest one at which they sum to at most `target`. Where there is none, everything is kept, or
+    with `within` only infinite scores.
 
     Args:
         scores: float32, in [LIGHTEST, HEAVIEST), or infinite for what is always kept.
@@ -49,7 +48,8 @@ def find_threshold(
     steps = (_HIGHEST - _LOWEST + 1).bit_length()
     kernel = _find_kernel(scores)
     search = _search if kernel is None else functools.partial(_search_rows, kernel)
-    # The lowest threshold serves by definition; searching within, the one below it exceeds.
+    # The search starts from bits that hold by definition: the lowest threshold, or with `within`,
+    # where it looks for the last one that exceeds, the one below it.
     low = search(scores, gains, target, dims, _LOWEST - within, steps, within)
     return (low.clamp(max=_HIGHEST) + within).view(torch.float32)
 
@@ -63,7 +63,7 @@ def _search(
     steps: int,
     within: bool,
 ) -> Tensor:
-    """The bits of the last candidate that holds: from `lowest` on, `steps` bits of it."""
+    """The bits of the last threshold that holds: `lowest` plus a number of `steps` bits."""
     low = scores.new_full(_reduce(scores, dims), lowest, dtype=torch.int32)
     nothing = gains.new_zeros(())
     for step in reversed(range(steps)):
@@ -94,18 +94,18 @@ def _search_rows(
     steps: int,
     within: bool,
 ) -> Tensor:
-    """As `_search`, by a kernel for all of it."""
+    """As `_search`, by one kernel for all steps."""
     shape = _reduce(scores, dims)
     groups = math.prod(shape)
     rows = scores.reshape(groups, -1).contiguous()
     gains = gains.expand(scores.shape[scores.dim() - gains.dim() :])
     if rows.shape[-1] % gains.numel():
-        # They differ from group to group.
+        # Gains that differ from group to group cannot repeat.
         gains = gains.expand(scores.shape)
     if not isinstance(target, Tensor):
         target = scores.new_full((), target)
-    goals = target.expand(shape).reshape(groups).contiguous()
-    return search_bits(rows, gains.contiguous(), goals, lowest, steps, within).view(shape)
+    targets = target.expand(shape).reshape(groups).contiguous()
+    return search_bits(rows, gains.contiguous(), targets, lowest, steps, within).view(shape)
 
 
 def _reduce(scores: Tensor, dims: tuple[int, ...]) -> list[int]:
