@@ -31,7 +31,7 @@ from dit_opt.facts.provenance import layer_anchor, model_anchor
 from dit_opt.facts.sites import Form, Site, find_sites
 from dit_opt.inspect.announce import announce, warn_of_sizes
 from dit_opt.inspect.dump import Dumper
-from dit_opt.kernels.native.build import build_ahead
+from dit_opt.kernels.cpp.build import build_ahead
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.passes.graph_edit import copy_graph

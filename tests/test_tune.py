@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from dit_opt import tune
-from dit_opt.kernels.block_sparse_attention import tuning
+from dit_opt.kernels.block_sparse_attention.impl.triton import tuning
 
 SMALL = tune.Workload(tokens=300, heads=2, density=0.5, dtype=torch.float16)
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from dit_opt import variant_trial
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling
 from dit_opt.tune_inputs import Workload
 
 CPU = torch.device("cpu")

@@ -16,7 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT = 16
 _DIVISIBLE = [["tt.divisibility", ALIGNMENT]]
-_TYPES = {
+# Types of elements as Triton writes them.
+TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
@@ -108,15 +109,24 @@ class Launch:
         )
 
 
+def name_strides(tensor: str, axes: str, x: Tensor | None) -> dict[str, int]:
+    """The strides of the first axes by the names that kernels give them, as in "stride_qb".
+
+    They are 0 for None, of which nothing is read.
+    """
+    strides = (0,) * len(axes) if x is None else x.stride()
+    return {f"stride_{tensor}{axis}": stride for axis, stride in zip(axes, strides)}
+
+
 def name_type(value: Any) -> str:
     """The type of an argument as Triton writes it. TypeError where it is none that kernels take."""
-    if isinstance(value, Tensor) and value.dtype in _TYPES:
-        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, Tensor) and value.dtype in TYPE_NAMES:
+        return f"*{TYPE_NAMES[value.dtype]}"
     if hasattr(value, "block_shape"):
         tile = ", ".join(map(str, value.block_shape))
         # A descriptor of Gluon's says how its tile is laid out.
         layout = "" if isinstance(value, TensorDescriptor) else f",{value.layout!r}"
-        return f"tensordesc<{_TYPES[value.base.dtype]}[{tile}]{layout}>"
+        return f"tensordesc<{TYPE_NAMES[value.base.dtype]}[{tile}]{layout}>"
     if type(value) is int:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     if type(value) is float:

@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dit_opt.kernels import token_order_builds
 from dit_opt.kernels.aot import TARGETS, check_build
-from dit_opt.kernels.block_sparse_attention import builds as attention_builds
-from dit_opt.kernels.norm_rope import builds as norm_rope_builds
+from dit_opt.kernels.block_sparse_attention.impl.triton import builds as attention_builds
+from dit_opt.kernels.norm_rope.impl.triton import builds as norm_rope_builds
 from dit_opt.kernels.routers import builds as router_builds
+from dit_opt.kernels.token_order.impl.triton import builds as token_order_builds
 
 LISTS = {
     "attention": attention_builds.list_builds,

@@ -11,8 +11,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.native.arguments import count, point
-from dit_opt.kernels.native.build import load_library
+from dit_opt.kernels.cpp.arguments import count, point
+from dit_opt.kernels.cpp.build import load_library
 
 
 def _find_library(*values: Tensor) -> ctypes.CDLL | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.native.arguments import count, point
-from dit_opt.kernels.native.build import load_library
+from dit_opt.kernels.cpp.arguments import count, point
+from dit_opt.kernels.cpp.build import load_library
 
 
 def list_blocks(kept: Tensor) -> tuple[Tensor, Tensor] | None:

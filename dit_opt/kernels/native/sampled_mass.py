@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.native.arguments import count, point
-from dit_opt.kernels.native.build import load_library
+from dit_opt.kernels.cpp.arguments import count, point
+from dit_opt.kernels.cpp.build import load_library
 from dit_opt.kernels.scratch import SCRATCH
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dit_opt.kernels.aot import Build, make_build
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.launch import TYPE_NAMES
 from dit_opt.kernels.routers import packing_triton, sampled_mass_triton, thresholds_triton
 from dit_opt.kernels.routers.sampled_mass import RowMeans
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Items, query heads and key heads; sizes that are no multiples of 16 are compiled for any size.
 _BATCH, _HEADS, _KEY_HEADS = 2, 6, 2
 
@@ -53,7 +53,7 @@ def make_share_build(
     )
     tile = f"tile {tiling.tile_q}x{tiling.tile_k}"
     config = (
-        f"sampled mass D={dim} {_NAMES[dtype]} block {block_k} {tile} warps {tiling.num_warps} "
+        f"sampled mass D={dim} {TYPE_NAMES[dtype]} block {block_k} {tile} warps {tiling.num_warps} "
         f"stages {tiling.num_stages}" + (" ragged" if ragged else "") + (" bias" if bias else "")
     )
     return make_build(target, launch, config)

@@ -66,7 +66,7 @@ _library.impl("unpack_plan_v1", unpack_plan, "CompositeExplicitAutograd")
 @torch.library.impl(_library, "pack_plan_v1", "CUDA")
 def _pack_on_gpu(counts: Tensor, indices: Tensor, tokens: int, block_k: int) -> Tensor:
     # Imported here because Triton is absent where there is no GPU to run it on.
-    from dit_opt.kernels.block_sparse_attention.triton_tail import pack_lists
+    from dit_opt.kernels.block_sparse_attention.impl.triton.tail import pack_lists
 
     return pack_lists(counts.contiguous(), indices.contiguous(), ceil_div(tokens, block_k))
 

@@ -8,7 +8,6 @@ pass. Keys are gathered as they are read; neither scores nor copies of the keys 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 import triton
@@ -16,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
-from dit_opt.kernels.block_sparse_attention.tilings import (
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import (
     Tiling,
     choose_precision,
     choose_tiling,
     is_amd,
     pad_dim,
 )
-from dit_opt.kernels.launch import Launch, read_architecture
+from dit_opt.kernels.launch import Launch, name_strides, read_architecture
 from dit_opt.kernels.routers.sampled_mass import RowMeans
 from dit_opt.kernels.scores import LOG2_E
 
@@ -299,8 +298,8 @@ def launch_shares(
         "num_heads": heads,
         "group": heads // k.shape[1],
         "key_tiles": key_tiles,
-        **name_strides("q", q),
-        **name_strides("k", k),
+        **name_strides("q", "bhnd", q),
+        **name_strides("k", "bhnd", k),
         "stride_bias_b": bias_strides[0],
         "stride_bias_h": bias_strides[1],
     }
@@ -336,11 +335,6 @@ def launch_means(shares: Tensor, sums: Tensor, means: RowMeans, mass: Tensor) ->
     constexprs = {"TILES": key_tiles // key_blocks, "COLUMNS": COLUMNS, "RUN": RUN}
     grid = (query_blocks, ceil_div(key_blocks, COLUMNS), count * kinds)
     return Launch(average_rows_kernel, grid, args, constexprs, {"num_warps": 4})
-
-
-def name_strides(name: str, x: Tensor) -> dict[str, Any]:
-    """The strides of [B, H, N, D] as kernels name them."""
-    return {f"stride_{name}{axis}": n for axis, n in zip("bhnd", x.stride(), strict=True)}
 
 
 def _choose_tiling(q: Tensor, key_bias: Tensor | None, block_k: int, architecture: str) -> Tiling:

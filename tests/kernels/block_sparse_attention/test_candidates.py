@@ -10,15 +10,15 @@ import torch
 pytest.importorskip("triton")
 
 from dit_opt.kernels.aot import check_build
-from dit_opt.kernels.block_sparse_attention.builds import make_build
-from dit_opt.kernels.block_sparse_attention.candidates import (
+from dit_opt.kernels.block_sparse_attention.impl.triton.builds import make_build
+from dit_opt.kernels.block_sparse_attention.impl.triton.candidates import (
     MOST,
     Demand,
     estimate_demand,
     list_candidates,
     list_variants,
 )
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling, choose_tiling
 
 DIMS, BLOCKS = (64, 128), (64, 128)
 

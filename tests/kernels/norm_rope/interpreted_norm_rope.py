@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from dit_opt.kernels.norm_rope import triton as kernels
+from dit_opt.kernels.norm_rope.impl.triton import prologue as kernels
 from dit_opt.kernels.norm_rope.reference import compute_plainly
 
 from .scenes import LAYOUTS, SCENES, Scene, make_inputs

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from dit_opt.kernels.block_sparse_attention.triton_tail import pack_lists
+from dit_opt.kernels.block_sparse_attention.impl.triton.tail import pack_lists
 from dit_opt.kernels.routers import packing, packing_triton
 from dit_opt.kernels.routers.plan import list_kept
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dit_opt.kernels.native.build import load_library
+from dit_opt.kernels.cpp.build import load_library
 from dit_opt.kernels.routers import budgets
 from dit_opt.kernels.routers.budgets import allot_blocks, rate_recall
 from dit_opt.kernels.routers.plan import Plan

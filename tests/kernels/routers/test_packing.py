@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.kernels.native.build import load_library
+from dit_opt.kernels.cpp.build import load_library
 from dit_opt.kernels.routers import packing
 from dit_opt.kernels.routers.packing import pack_plan, unpack_plan
 from dit_opt.kernels.routers.plan import list_kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.kernels.native.build import load_library
+from dit_opt.kernels.cpp.build import load_library
 from dit_opt.kernels.routers import sampled_mass
 from dit_opt.kernels.routers.sampled_mass import lay_sums, measure_sampled_mass
 
