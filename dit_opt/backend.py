@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 # registering ops is a side effect that must happen before any tracing
 import dit_opt.kernels.block_sparse_attention
 import dit_opt.kernels.norm_rope
-import dit_opt.kernels.routers
+import dit_opt.kernels.searches
 import dit_opt.kernels.token_order  # noqa: F401
 from dit_opt._compat import cache_counts, compile_with_inductor
 from dit_opt.analysis import Analysis, analyse

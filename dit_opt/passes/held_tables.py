@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from dit_opt.kernels.routers.frame_tile import build_tiles
-from dit_opt.kernels.routers.head_orders import build_orders, list_orders
-from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.routers.plan import lay_blocks
-from dit_opt.kernels.routers.sample import count_rows, draw_sample
-from dit_opt.kernels.routers.tables import build_tables
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.plan.plan import lay_blocks
+from dit_opt.kernels.searches.frame_tile import build_tiles
+from dit_opt.kernels.searches.headwise.head_orders import build_orders, list_orders
+from dit_opt.kernels.searches.rainfusion.sample import count_rows, draw_sample
+from dit_opt.kernels.searches.rainfusion.tables import build_tables
 from dit_opt.kernels.token_order import build_cube_order
 from dit_opt.passes.plan_nodes import HEADWISE_CELL
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SparseSite

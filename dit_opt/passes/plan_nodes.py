@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from dit_opt.kernels.routers.packing import WORD
+from dit_opt.kernels.plan.packing import WORD
 from dit_opt.passes.graph_edit import append_placeholder
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SparseForm, SparseSite
 from dit_opt.passes.symbolic_sizes import SizeWriter

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from dit_opt.kernels.routers.head_orders import ORDER_NAMES
-from dit_opt.kernels.routers.rainfusion import candidate_names
+from dit_opt.kernels.searches.headwise.head_orders import ORDER_NAMES
+from dit_opt.kernels.searches.rainfusion.op import candidate_names
 from dit_opt.passes.graph_edit import append_outputs
 from dit_opt.passes.plan_nodes import Place, unpack, write_plan
 from dit_opt.passes.sparse_site import BLOCK_K, BLOCK_Q, SLACK, SparseForm, SparseSite

@@ -54,7 +54,7 @@ class LayerState:
         run: `Position.plans` of the call that searched the plan; it is no plan for another one.
         layout: (T, H, W, start, N) of the site, which gives the choices their meaning.
         plan: what the last search found: each head's choice, int32 `[B, H]`, or its lists, packed
-            (`kernels.routers.packing`), and its order; none where it follows from shapes.
+            (`kernels.plan.packing`), and its order; none where it follows from shapes.
         density: fp32 `[B, H]`, summed over sparse calls, as executed: 1 for a head that was caught.
         recall: fp32 `[B, H]`, summed over searches.
         last_density: fp32 `[B, H]` of the plan in use.
