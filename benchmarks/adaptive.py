@@ -29,11 +29,11 @@ from dit_opt.demo import clips
 from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.kernels.block_sparse_attention.op import block_sparse_attention
-from dit_opt.kernels.routers import head_orders
-from dit_opt.kernels.routers.block_mass import measure_block_mass
-from dit_opt.kernels.routers.budgets import Spread, allot_blocks
-from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.routers.plan import lay_blocks
+from dit_opt.kernels.plan.budgets import Spread, allot_blocks
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.plan.plan import lay_blocks
+from dit_opt.kernels.searches.headwise import head_orders
+from dit_opt.kernels.searches.mass.blocks import measure_block_mass
 from dit_opt.kernels.token_order import gather_tokens
 from dit_opt.options import DEFAULT_REFRESH_EVERY
 from dit_opt.routers import AUTO, find_router

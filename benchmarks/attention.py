@@ -28,8 +28,8 @@ from benchmarks.problems import DTYPES, TOLERANCE, Problem, make_block_mask, mak
 from benchmarks.timing import Milliseconds, time_in_turns
 from dit_opt.demo.machine import describe_machine, list_versions, read_date
 from dit_opt.kernels.block_sparse_attention import block_sparse_attention, reference
-from dit_opt.kernels.routers import rainfusion
-from dit_opt.kernels.routers.tables import build_tables
+from dit_opt.kernels.searches.rainfusion import op as rainfusion
+from dit_opt.kernels.searches.rainfusion.tables import build_tables
 
 OURS = "block_sparse_attention"
 FLEX = "flex_attention"

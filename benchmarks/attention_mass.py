@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from dit_opt.demo import clips
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.demo.sampler import STEPS, denoise
-from dit_opt.kernels.routers.block_mass import measure_block_mass
-from dit_opt.kernels.routers.orders import VideoLayout, order_cubes
+from dit_opt.kernels.plan.orders import VideoLayout, order_cubes
+from dit_opt.kernels.searches.mass.blocks import measure_block_mass
 
 # tokens of a cube of 4 x 4 x 4
 BLOCK = 64

@@ -21,7 +21,7 @@ from dit_opt.kernels.aot import TARGETS, check_builds
 from dit_opt.kernels.block_sparse_attention.experimental.builds import list_builds as list_variants
 from dit_opt.kernels.block_sparse_attention.impl.triton.builds import list_builds as list_attention
 from dit_opt.kernels.norm_rope.impl.triton.builds import list_builds as list_norm_rope
-from dit_opt.kernels.routers.builds import list_builds as list_searches
+from dit_opt.kernels.searches.builds import list_builds as list_searches
 from dit_opt.kernels.token_order.impl.triton.builds import list_builds as list_token_order
 
 # Every list of builds that ship.

@@ -9,7 +9,7 @@ import dit_opt
 from dit_opt import analysis
 from dit_opt.facts.order import OrderRefusal, OrderRegion
 from dit_opt.facts.order_map import OrderReason
-from dit_opt.kernels.routers.head_orders import ORDER_NAMES
+from dit_opt.kernels.searches.headwise.head_orders import ORDER_NAMES
 from tests import tiny_models
 from tests.tiny_models import wan
 from tests.trajectories import big_wan, compiled, relative_error, run_trajectory

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.plan.orders import VideoLayout
 from dit_opt.program.emit import Emitter
 from dit_opt.program.program import SlotGraph
 from dit_opt.program.slots import Slot, SlotRef

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.routers.plan import lay_blocks
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.plan.plan import lay_blocks
 from dit_opt.kernels.token_order import build_cube_order
 from dit_opt.routers.base import BLOCK_K, BLOCK_Q, Goal, Routed, Router, SiteWriter, select_tokens
 from dit_opt.routers.word_lists import read_lists, write_words

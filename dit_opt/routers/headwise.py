@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.head_orders import ORDER_NAMES, build_orders, list_orders
-from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.searches.headwise.head_orders import ORDER_NAMES, build_orders, list_orders
 from dit_opt.program.slots import Slot
 from dit_opt.routers.base import (
     BLOCK_K,

@@ -9,10 +9,10 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.routers.rainfusion import candidate_names
-from dit_opt.kernels.routers.sample import count_rows, draw_sample
-from dit_opt.kernels.routers.tables import build_tables
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.searches.rainfusion.op import candidate_names
+from dit_opt.kernels.searches.rainfusion.sample import count_rows, draw_sample
+from dit_opt.kernels.searches.rainfusion.tables import build_tables
 from dit_opt.program.slots import Slot
 from dit_opt.routers.base import (
     BLOCK_K,

@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_opt.kernels.block_sparse_attention.contract import Arguments
 from dit_opt.kernels.block_sparse_attention.impl.triton import attention as kernel
 from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling
-from dit_opt.kernels.routers.plan import list_kept
+from dit_opt.kernels.plan.plan import list_kept
 
 BLOCK_Q = 128
 

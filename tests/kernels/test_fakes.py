@@ -20,26 +20,24 @@ import dit_opt.backend  # noqa: F401  registers every op
 # By op: of its fake and what that calls. A fake that changes takes the next version in the op's
 # name, and its new hash here.
 RECORDED = {
-    "adaspa_plan_v1": "ec0110883162",
-    "block_mass_v1": "45ccddf798b9",
+    "adaspa_plan_v2": "70a0bcf14a69",
     "block_sparse_attention_v3": "5368bd6ffcea",
     "cube_order_v1": "312e43df89c6",
-    "dense_plan_v1": "e4ca30daea7a",
-    "frame_tile_plan_v1": "7a410c82e7da",
+    "frame_tile_plan_v1": "f535676374fd",
     "gather_bias_v1": "e7a27e82a0e3",
     "gather_tokens_v1": "459d78a9185c",
-    "guard_plan_v1": "10ce40040cd3",
-    "headwise_plan_v1": "abd67432697d",
-    "headwise_refresh_v1": "9c9a104a09e5",
-    "headwise_rows_v1": "1f7c647e27d2",
+    "guard_plan_v1": "ccb4881a12bf",
+    "headwise_plan_v2": "d5822250ff75",
+    "headwise_rows_v1": "fc7b990fc994",
+    "headwise_search_or_reuse_v1": "1ce5c00dcf6f",
+    "keep_all_v1": "7f52f0a59d84",
     "norm_rope_v1": "2f4f1aae1e40",
-    "pack_plan_v1": "290e7f42a176",
-    "rainfusion_plan_v1": "df6cc4e29871",
-    "rainfusion_recognize_v1": "d15af3a5fe77",
+    "pack_plan_v1": "fd203943231d",
+    "rainfusion_plan_v1": "a6ebf8b34927",
+    "rainfusion_recognize_v1": "1e702bc7e6e1",
     "scatter_tokens_v1": "ce262619d4b3",
-    "sol_plan_v1": "f0935dd13061",
-    "subblock_plan_v1": "7f221239fa9c",
-    "unpack_plan_v1": "ac73528905e4",
+    "subblock_plan_v2": "70a0bcf14a69",
+    "unpack_plan_v1": "6dd20cab8612",
 }
 
 

@@ -74,7 +74,7 @@ def test_orders_of_heads_become_plan_gather_attention_scatter():
     new, changed = rewrite(gm, router="headwise")
     assert changed == 2 and sdpa(new) == 2
     for op, times in (
-        (OPS.headwise_plan_v1.default, 2),
+        (OPS.headwise_plan_v2.default, 2),
         (OPS.headwise_rows_v1.default, 2),
         (OPS.gather_tokens_v1.default, 6),
         (OPS.scatter_tokens_v1.default, 2),
@@ -83,7 +83,7 @@ def test_orders_of_heads_become_plan_gather_attention_scatter():
     assert count(new, OPS.pack_plan_v1.default) == 2
     assert len(outputs(new)) == len(outputs(gm)) + 4 * 2
     reused, _ = rewrite(gm, SparseForm(reuse=True), router="headwise")
-    assert count(reused, OPS.headwise_plan_v1.default) == 0
+    assert count(reused, OPS.headwise_plan_v2.default) == 0
     assert count(reused, OPS.headwise_rows_v1.default) == 2
     assert count(reused, OPS.unpack_plan_v1.default) == 2
     added = reused.graph.find_nodes(op="placeholder")[-2:]
@@ -94,7 +94,7 @@ def test_a_variant_can_be_told_to_search_or_to_reuse():
     _, gm = capture_tiny(wan)
     new, _ = rewrite(gm, SparseForm(asks=True), router="headwise")
     assert count(new, OPS.headwise_search_or_reuse_v1.default) == 2
-    for op in (OPS.headwise_plan_v1, OPS.pack_plan_v1, OPS.unpack_plan_v1):
+    for op in (OPS.headwise_plan_v2, OPS.pack_plan_v1, OPS.unpack_plan_v1):
         assert count(new, op.default) == 0
     added = new.graph.find_nodes(op="placeholder")[-3:]
     names = [n.name.rsplit("_", 1)[0] for n in added]

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.routers.orders import VideoLayout, invert_order, order_cubes
+from dit_opt.kernels.plan.orders import VideoLayout, invert_order, order_cubes
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.kernels.routers.orders import VideoLayout, order_cubes
+from dit_opt.kernels.plan.orders import VideoLayout, order_cubes
 from dit_opt.kernels.token_order import gather_tokens, make_cube_order, scatter_tokens
 
 
