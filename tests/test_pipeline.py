@@ -19,8 +19,8 @@ from dit_opt.backend import live_bounds
 from dit_opt.options import OptionError
 from dit_opt.pipeline import _Hook, _StepHook
 from dit_opt.runtime.state import announcement_for, running_grid, set_running_grid
-from tests.tiny_models import ltx_video, wan
 from tests.trajectories import grids_of
+from zoo.small import ltx_video, wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dit_opt.backend import ditopt, live_bounds
-from tests.tiny_models import wan
+from zoo.small import wan
 
 TRAJECTORY = (999.0, 750.0, 500.0, 250.0)
 

@@ -9,8 +9,8 @@ import torch
 
 from dit_opt.facts.nodes import is_pointwise, number_of, op_name, origin_of, sizes_of
 from dit_opt.facts.rules import RULES
-from tests import tiny_models
 from tests.graphs import capture_one
+from zoo import small
 
 
 def node_of(target):
@@ -85,7 +85,7 @@ def test_pointwise_is_what_torch_says():
 
 
 def test_owners_of_graph_inputs():
-    tiny = tiny_models.wan(layers=1)
+    tiny = small.wan(layers=1)
     gm = capture_one(tiny.model, **tiny.inputs)
     owners = [origin_of(n) for n in gm.graph.find_nodes(op="placeholder")]
     users = {name for name, user in owners if user}

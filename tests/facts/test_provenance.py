@@ -6,8 +6,8 @@ from torch import nn
 
 from dit_opt.facts.provenance import find_timestep, layer_anchor, model_anchor
 from dit_opt.facts.sites import find_sites
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
+from zoo import small
 
 
 def names(timestep) -> list[str]:
@@ -19,15 +19,15 @@ def names(timestep) -> list[str]:
 EXPECTED = {
     "wan": ["timestep"],
     "hunyuan_video": ["timestep", "guidance"],
-    "cogvideox": ["timestep"],
-    "ltx_video": ["timestep"],
+    "cogvideox_rope": ["timestep"],
+    "ltx": ["timestep"],
     "flux": ["timestep", "guidance"],
     "sd3": ["timestep"],
     "dit": ["timestep"],
 }
 
 
-@pytest.mark.parametrize("make", tiny_models.ALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", small.ALL, ids=lambda make: make.__name__)
 def test_models(make):
     tiny, gm = capture_tiny(make)
     timestep = find_timestep(gm.graph)
@@ -48,7 +48,7 @@ def test_models(make):
 
 
 def test_timestep_for_each_token():
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     inputs = {**tiny.inputs, "timestep": torch.full((1, 60), 500)}
     timestep = find_timestep(capture_one(tiny.model, **inputs).graph)
     assert names(timestep) == ["timestep"] and timestep.per_token
@@ -114,7 +114,7 @@ def test_a_table_of_the_model_is_no_timestep():
 
 
 def lone_block():
-    block = tiny_models.wan().model.blocks[1]
+    block = small.wan().model.blocks[1]
     rotary = tuple(torch.randn(1, 60, 1, 24) for _ in range(2))
     inputs = (torch.randn(1, 60, 48), torch.randn(1, 7, 48), torch.randn(1, 6, 48), rotary)
     return capture_one(block, *inputs)

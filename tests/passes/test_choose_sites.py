@@ -15,7 +15,7 @@ from dit_opt.options import ROUTERS, OptionError, Options
 from dit_opt.passes.choose_sites import choose_sites
 from dit_opt.passes.site_cost import predict_attention, predict_site
 from tests.graphs import capture_one, capture_tiny
-from tests.tiny_models import cogvideox, flux, hunyuan_video, sd3, wan
+from zoo.small import cogvideox, flux, hunyuan_video, sd3, wan
 
 
 def facts(make=wan):

@@ -8,8 +8,8 @@ import torch
 from dit_opt.backend import live_bounds
 from dit_opt.kernels import token_order
 from dit_opt.kernels.routers import frame_tile, head_orders, plan, sample, tables
-from tests.tiny_models import cogvideox, flux, hunyuan_video, wan
 from tests.trajectories import compiled, run_trajectory
+from zoo.small import cogvideox, flux, hunyuan_video, wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 

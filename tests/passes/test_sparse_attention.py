@@ -15,7 +15,7 @@ from dit_opt.passes.plan_nodes import make_blank_plan
 from dit_opt.passes.sparse_attention import name_heads, sparse_attention
 from dit_opt.passes.sparse_site import SparseForm
 from tests.graphs import capture_one, capture_tiny
-from tests.tiny_models import hunyuan_video, wan
+from zoo.small import hunyuan_video, wan
 
 OPS = torch.ops.ditopt
 SEARCH = SparseForm()

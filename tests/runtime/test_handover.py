@@ -12,8 +12,8 @@ import dit_opt
 from dit_opt.backend import live_bounds
 from dit_opt.runtime.handover import Moment, tell, told_moment, told_spans
 from dit_opt.runtime.schedule import Position
-from tests.tiny_models import break_apart, wan
 from tests.trajectories import big_wan, compiled, grids_of, run_trajectory
+from zoo.small import break_apart, wan
 
 SPANS = ((1, ((60, (3, 4, 5)), (7, None))),)
 OPTIONS = {

@@ -9,8 +9,8 @@ import dit_opt
 from dit_opt.backend import live_bounds
 from dit_opt.runtime import positions as module
 from dit_opt.runtime.positions import find_grid, read_grid
-from tests.tiny_models import flux
 from tests.trajectories import compiled, relative_error
+from zoo.small import flux
 
 OPTIONS = {"router": "rainfusion", "density": 0.6, "min_tokens": 0}
 
