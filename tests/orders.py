@@ -10,8 +10,8 @@ from dit_opt.facts.layouts import declare_grid
 from dit_opt.facts.order import OrderRegion, find_order_region
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import find_tokens
-from dit_opt.program.edit import append_placeholder, copy_graph
 from dit_opt.passes.token_order import order_tokens
+from dit_opt.program.edit import append_placeholder, copy_graph
 
 GRID = (2, 3, 5)
 N = 30

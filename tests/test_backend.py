@@ -16,9 +16,9 @@ from dit_opt.backend import ditopt
 from dit_opt.inspect.summary import NothingReplaced
 from dit_opt.options import OptionError
 from dit_opt.runtime.bound import GradientError
-from tests import tiny_models
-from tests.tiny_models import wan
 from tests.trajectories import TRAJECTORY, big_wan, compiled, relative_error, run_trajectory
+from zoo import small
+from zoo.small import wan
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -50,7 +50,7 @@ def test_the_name_is_an_installed_entry_point():
     "name", ["wan", "hunyuan_video", "cogvideox", "ltx_video", "flux", "sd3", "dit"]
 )
 def test_keeping_every_block_equals_inductor(name):
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     graphs: list[int] = []
 
     def inductor(gm, inputs):
@@ -304,7 +304,7 @@ def test_repeated_blocks_keep_their_plans_apart(eager):
 
 
 def test_a_joint_block_compiled_alone_finds_its_latents_behind_the_text(eager):
-    tiny = tiny_models.cogvideox(grid=(4, 12, 16))
+    tiny = small.cogvideox(grid=(4, 12, 16))
     options = {"density": 0.6, "min_tokens": 0, "dense_steps": 0}
     reference = run_trajectory(compiled(tiny.model, **options), tiny.inputs, [500.0])
     torch.compiler.reset()
@@ -338,7 +338,7 @@ def test_wrong_options_name_the_cause(eager, options, message):
 
 
 def test_an_explicit_router_that_cannot_work_is_an_error(eager):
-    tiny = tiny_models.flux()
+    tiny = small.flux()
     tiny.inputs["img_ids"] = torch.rand(20, 3)
     with pytest.raises(Exception, match="router='rainfusion' was asked for"):
         tiny(compiled(tiny.model, router="rainfusion", min_tokens=0))

@@ -5,7 +5,7 @@ import json
 import pytest
 import sympy
 
-from dit_opt.decisions import Decision, GraphRecord, LayoutSummary, PassRecord, AttentionReason
+from dit_opt.decisions import AttentionReason, Decision, GraphRecord, LayoutSummary, PassRecord
 
 S0 = sympy.Symbol("s0")
 

@@ -12,16 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from dit_opt.runtime.state import announcement_for, running_grid, set_running_grid
 
 import dit_opt
 from dit_opt import model_probe
-from dit_opt.runtime.registry import live_bounds
 from dit_opt.options import OptionError
 from dit_opt.pipeline import _Hook, _StepHook
 from dit_opt.runtime.bound import WITHOUT_STEP
-from dit_opt.runtime.state import announcement_for, running_grid, set_running_grid
-from tests.tiny_models import ltx_video, wan
+from dit_opt.runtime.registry import live_bounds
 from tests.trajectories import grids_of
+from zoo.small import ltx_video, wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -10,9 +10,9 @@ from dit_opt import analysis
 from dit_opt.facts.order import OrderRefusal, OrderRegion
 from dit_opt.facts.order_map import OrderReason
 from dit_opt.kernels.searches.headwise.head_orders import ORDER_NAMES
-from tests import tiny_models
-from tests.tiny_models import wan
 from tests.trajectories import big_wan, compiled, relative_error, run_trajectory
+from zoo import small
+from zoo.small import wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -79,9 +79,9 @@ def test_frame_tiles_follow_from_shapes():
     assert '"recall": null' in dit_opt.report(tiny.model).to_json()
 
 
-@pytest.mark.parametrize("name", [f.__name__ for f in tiny_models.ALL])
+@pytest.mark.parametrize("name", [f.__name__ for f in small.ALL])
 def test_keeping_everything_in_the_order_of_each_head_equals_dense(name):
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     out = tiny(compiled(tiny.model, router="headwise", tail="centroid", **KEEP_ALL))
     torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
     replaced = [d for d in dit_opt.report(tiny.model).decisions if d.replaced]
@@ -90,10 +90,10 @@ def test_keeping_everything_in_the_order_of_each_head_equals_dense(name):
 
 @pytest.mark.parametrize(
     ("name", "tail"),
-    [*((f.__name__, "drop") for f in tiny_models.ALL), ("wan", "centroid"), ("flux", "centroid")],
+    [*((f.__name__, "drop") for f in small.ALL), ("wan", "centroid"), ("flux", "centroid")],
 )
 def test_keeping_everything_in_one_order_equals_dense(name, tail):
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     grid = {} if tiny.grid else {"grid": (1, 4, 5)}
     out = tiny(compiled(tiny.model, router="subblock", tail=tail, **KEEP_ALL, **grid))
     torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
@@ -105,9 +105,9 @@ def test_keeping_everything_in_one_order_equals_dense(name, tail):
     ("make", "options"),
     [
         (big_wan, {}),
-        (lambda: tiny_models.hunyuan_video(grid=(4, 12, 16)), {}),
-        (lambda: tiny_models.cogvideox(grid=(4, 12, 16)), {}),
-        (lambda: tiny_models.flux(), {"grid": (1, 4, 5)}),
+        (lambda: small.hunyuan_video(grid=(4, 12, 16)), {}),
+        (lambda: small.cogvideox(grid=(4, 12, 16)), {}),
+        (lambda: small.flux(), {"grid": (1, 4, 5)}),
     ],
     ids=["wan", "hunyuan_video", "cogvideox", "flux"],
 )
@@ -160,7 +160,7 @@ def find_order(tiny, **options):
     ("numbered", "order"), [(True, "ordered once for the whole graph"), (False, "the grid")]
 )
 def test_routers_that_weigh_blocks_need_no_grid(numbered, order):
-    tiny = tiny_models.flux()
+    tiny = small.flux()
     if not numbered:
         tiny.inputs["img_ids"] = torch.rand(20, 3)
     out = tiny(compiled(tiny.model, router="subblock", **KEEP_ALL))
@@ -178,10 +178,10 @@ def test_routers_that_weigh_blocks_need_no_grid(numbered, order):
     ],
 )
 def test_the_whole_model_tells_its_blocks_the_grid(name, router):
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     tiny.model._repeated_blocks = sorted({type(b).__name__ for b in list_blocks(tiny.model)})
     dit_opt.optimize(tiny.model, regional=True, router=router, **KEEP_ALL)
-    reference = tiny_models.__dict__[name]()
+    reference = getattr(small, name)()
     torch.testing.assert_close(tiny(), reference(), rtol=1e-5, atol=1e-5)
     decisions = [d for g in dit_opt.report(tiny.model).graphs for d in g.record.decisions]
     replaced = [d for d in decisions if d.replaced]

@@ -9,11 +9,11 @@ from PIL import Image
 
 import dit_opt
 from dit_opt._compat import BackendCompilerFailed
-from dit_opt.decisions import Decision, GraphRecord, AttentionReason
+from dit_opt.decisions import AttentionReason, Decision, GraphRecord
 from dit_opt.demo import run
 from dit_opt.demo.run import DemoError, run_demo, write_outputs
-from dit_opt.inspect.summary import NothingReplaced
 from dit_opt.inspect.report import GraphReport, Report
+from dit_opt.inspect.summary import NothingReplaced
 from dit_opt.options import OptionError, Options
 from tests.demo.stubs import ignore, make_contestants, make_task, refuse_options
 

@@ -6,11 +6,11 @@ from torch import nn
 
 from dit_opt.facts.anchors import find_layer_anchor, find_model_anchor
 from dit_opt.facts.sites import find_sites
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
+from zoo import small
 
 
-@pytest.mark.parametrize("make", tiny_models.ALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", small.ALL, ids=lambda make: make.__name__)
 def test_each_site_of_a_model_has_an_anchor_of_its_own(make):
     tiny, gm = capture_tiny(make)
     sites = find_sites(gm.graph)
@@ -24,7 +24,7 @@ def test_each_site_of_a_model_has_an_anchor_of_its_own(make):
 
 
 def test_the_sites_of_a_lone_block_have_anchors():
-    block = tiny_models.wan().model.blocks[1]
+    block = small.wan().model.blocks[1]
     rotary = tuple(torch.randn(1, 60, 1, 24) for _ in range(2))
     inputs = (torch.randn(1, 60, 48), torch.randn(1, 7, 48), torch.randn(1, 6, 48), rotary)
     gm = capture_one(block, *inputs)

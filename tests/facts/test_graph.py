@@ -9,8 +9,8 @@ from dit_opt.facts.masks import MaskKind, classify_mask
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.timestep import find_timestep
 from dit_opt.facts.tokens import find_tokens
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
+from zoo import small
 
 
 def count_calls(monkeypatch, name):
@@ -33,7 +33,7 @@ def attend(x, *ids):
 
 
 def test_facts_are_those_of_the_functions():
-    _, gm = capture_tiny(tiny_models.wan)
+    _, gm = capture_tiny(small.wan)
     facts = Facts(gm)
     assert facts.sites == find_sites(gm.graph)
     assert facts.timestep == find_timestep(gm.graph)
@@ -46,7 +46,7 @@ def test_nothing_is_computed_before_its_first_use_nor_twice(monkeypatch):
     sites, tokens, masks = (
         count_calls(monkeypatch, name) for name in ("find_sites", "find_tokens", "classify_mask")
     )
-    _, gm = capture_tiny(tiny_models.wan)
+    _, gm = capture_tiny(small.wan)
     facts = Facts(gm)
     assert not sites and not tokens
     assert facts.sites is facts.sites
@@ -98,7 +98,7 @@ def test_a_new_fact_needs_no_edit_here():
 
 def test_facts_are_named_after_their_functions():
     assert name_fact(find_timestep) == "timestep" and name_fact(classify_mask) == "mask"
-    _, gm = capture_tiny(tiny_models.flux)
+    _, gm = capture_tiny(small.flux)
     facts = Facts(gm)
     made = {
         "sites": lambda: facts.sites,

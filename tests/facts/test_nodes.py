@@ -9,12 +9,12 @@ from dit_opt.facts.nodes import (
     number_of,
     sizes_of,
 )
-from tests import tiny_models
 from tests.graphs import capture_one
+from zoo import small
 
 
 def test_owners_of_graph_inputs():
-    tiny = tiny_models.wan(layers=1)
+    tiny = small.wan(layers=1)
     gm = capture_one(tiny.model, **tiny.inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
     users = [n for n in placeholders if is_user_input(n)]

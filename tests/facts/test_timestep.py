@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from dit_opt.facts.timestep import find_timestep
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
+from zoo import small
 
 
 def names(timestep) -> list[str]:
@@ -18,15 +18,15 @@ def names(timestep) -> list[str]:
 EXPECTED = {
     "wan": ["timestep"],
     "hunyuan_video": ["timestep", "guidance"],
-    "cogvideox": ["timestep"],
-    "ltx_video": ["timestep"],
+    "cogvideox_rope": ["timestep"],
+    "ltx": ["timestep"],
     "flux": ["timestep", "guidance"],
     "sd3": ["timestep"],
     "dit": ["timestep"],
 }
 
 
-@pytest.mark.parametrize("make", tiny_models.ALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", small.ALL, ids=lambda make: make.__name__)
 def test_models(make):
     tiny, gm = capture_tiny(make)
     timestep = find_timestep(gm.graph)
@@ -35,7 +35,7 @@ def test_models(make):
 
 
 def test_timestep_for_each_token():
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     inputs = {**tiny.inputs, "timestep": torch.full((1, 60), 500)}
     assert names(find_timestep(capture_one(tiny.model, **inputs).graph)) == ["timestep"]
 
@@ -100,7 +100,7 @@ def test_a_table_of_the_model_is_no_timestep():
 
 
 def test_a_lone_block_has_no_timestep():
-    block = tiny_models.wan().model.blocks[1]
+    block = small.wan().model.blocks[1]
     rotary = tuple(torch.randn(1, 60, 1, 24) for _ in range(2))
     inputs = (torch.randn(1, 60, 48), torch.randn(1, 7, 48), torch.randn(1, 6, 48), rotary)
     assert find_timestep(capture_one(block, *inputs).graph) is None

@@ -7,8 +7,8 @@ from dit_opt.facts.nodes import input_name
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.token_ids import TokenIds, find_token_ids
 from dit_opt.facts.tokens import find_tokens
-from tests import tiny_models
 from tests.graphs import capture_one
+from zoo import small
 
 
 def positions_of(function, *args, **kwargs):
@@ -28,7 +28,7 @@ def attend(x):
 
 
 def test_ids_of_packed_latents_are_found():
-    tiny = tiny_models.flux()
+    tiny = small.flux()
     found = positions_of(tiny.model, **tiny.inputs)
     assert found == {"img_ids": (0, 0, 20)}
 
@@ -54,9 +54,9 @@ def test_coordinates_may_come_first():
 
 
 def test_a_proved_grid_and_changing_sizes_ask_for_no_numbers():
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     assert positions_of(tiny.model, **tiny.inputs) == {}
-    tiny = tiny_models.flux()
+    tiny = small.flux()
     assert positions_of(tiny.model, dynamic=True, **tiny.inputs) == {}
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import sympy
 
-from dit_opt.decisions import GraphRecord, AttentionReason
+from dit_opt.decisions import AttentionReason, GraphRecord
 from dit_opt.inspect.differences import suggest_dense
+from dit_opt.inspect.report import GraphReport, LayerReport, Report
 from dit_opt.inspect.text import (
     ALL_DENSE,
     render_decisions,
@@ -16,7 +17,6 @@ from dit_opt.inspect.text import (
     render_report,
     summarise,
 )
-from dit_opt.inspect.report import GraphReport, LayerReport, Report
 from dit_opt.runtime.bound import WITHOUT_STEP
 from tests.test_decisions import make_decision
 

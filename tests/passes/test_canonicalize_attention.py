@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from dit_opt.facts.sites import Form, find_sites
 from dit_opt.passes.canonicalize_attention import canonicalize_attention
 from dit_opt.program.edit import copy_graph
-from tests import tiny_models
 from tests.graphs import capture_one
+from zoo import small
 
 Q = torch.randn(2, 3, 8, 4, generator=torch.Generator().manual_seed(0))
 MASK = torch.zeros(2, 1, 1, 8).index_fill(-1, torch.tensor([5, 7]), float("-inf"))
@@ -174,7 +174,7 @@ def test_heads_that_are_joined_cost_no_copy(join):
 
 
 def test_new_nodes_keep_module_line_and_value():
-    tiny = tiny_models.dit()
+    tiny = small.dit()
     from diffusers.models.attention_processor import AttnProcessor
 
     for block in tiny.model.transformer_blocks:
@@ -193,7 +193,7 @@ def test_new_nodes_keep_module_line_and_value():
 def test_whole_model_stays_the_same():
     from diffusers.models.attention_processor import AttnProcessor
 
-    tiny = tiny_models.dit()
+    tiny = small.dit()
     for block in tiny.model.transformer_blocks:
         block.attn1.set_processor(AttnProcessor())
     expected = tiny()

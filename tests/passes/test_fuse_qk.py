@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dit_opt.passes.qk_prologue import describe_prologues, fold_orders, fuse_prologues
 
 import dit_opt
 from dit_opt import analysis
@@ -15,9 +16,8 @@ from dit_opt.backend import ditopt
 from dit_opt.facts.sites import find_sites
 from dit_opt.options import OptionError
 from dit_opt.program.edit import copy_graph
-from dit_opt.passes.qk_prologue import describe_prologues, fold_orders, fuse_prologues
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
+from zoo import small
 
 OPS = torch.ops.ditopt
 
@@ -55,7 +55,7 @@ CALLS = {"wan": (8, 4), "hunyuan_video": (6, 6), "flux": (2, 2), "sd3": (10, 0)}
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_models_give_the_same_output(name, dynamic, fresh_dynamo):
-    tiny, backend = getattr(tiny_models, name)(), Comparing()
+    tiny, backend = getattr(small, name)(), Comparing()
     expected = tiny()
     found = tiny(torch.compile(tiny.model, backend=backend, dynamic=dynamic))
     assert count(backend.fused[0], OPS.norm_rope_v1.default) == CALLS[name][bool(dynamic)]
@@ -64,7 +64,7 @@ def test_models_give_the_same_output(name, dynamic, fresh_dynamo):
 
 
 def test_a_wrong_table_would_show(fresh_dynamo):
-    tiny, backend = tiny_models.wan(), Comparing()
+    tiny, backend = small.wan(), Comparing()
     model = torch.compile(tiny.model, backend=backend)
     tiny(model)
     for node in backend.fused[0].graph.find_nodes(
@@ -79,7 +79,7 @@ def test_a_wrong_table_would_show(fresh_dynamo):
 
 
 def test_nothing_of_the_old_nodes_is_left():
-    _, gm = capture_tiny(tiny_models.flux)
+    _, gm = capture_tiny(small.flux)
     fused = copy_graph(gm)
     fuse_prologues(fused, [find_sites(fused.graph)[1]])
     before, after = (
@@ -106,7 +106,7 @@ def test_what_others_read_stays():
 
 
 def test_reports_say_what_stops_the_others():
-    _, gm = capture_tiny(tiny_models.hunyuan_video)
+    _, gm = capture_tiny(small.hunyuan_video)
     text = describe_prologues(find_sites(gm.graph))
     assert text.startswith("4 of 6 queries and keys")
     assert "neither normalised by its RMS nor rotated" in text and "refiner_blocks.0.attn" in text
@@ -192,7 +192,7 @@ def test_sites_without_heads_of_their_own_are_left_alone():
 
 
 def test_processors_refuse_it():
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     with pytest.raises(OptionError, match="where Inductor does it"):
         dit_opt.explain(tiny.model, options={"fuse": True, "min_tokens": 0}, **tiny.inputs)
 
@@ -203,7 +203,7 @@ def test_sparse_steps_are_the_same_with_it(router, eager, monkeypatch):
     monkeypatch.setattr(analysis, "refuse_processors", lambda sites: None)
     outputs = []
     for fuse in (False, True):
-        tiny = tiny_models.wan(grid=(3, 16, 16))
+        tiny = small.wan(grid=(3, 16, 16))
         options = {"router": router, "min_tokens": 0, "dense_steps": 0, "fuse": fuse}
         model = torch.compile(tiny.model, backend=ditopt, options=options)
         outputs.append([tiny(model) for _ in range(2)])

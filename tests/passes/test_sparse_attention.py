@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dit_opt.passes.plan_nodes import make_blank_plan
 
 import dit_opt.backend  # noqa: F401 - registers the operators
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import find_tokens
 from dit_opt.options import Options
-from dit_opt.policy.choose_sites import choose_sites
-from dit_opt.program.edit import copy_graph
-from dit_opt.passes.plan_nodes import make_blank_plan
 from dit_opt.passes.sparse_attention import name_heads, sparse_attention
+from dit_opt.policy.choose_sites import choose_sites
 from dit_opt.policy.sparse_site import SparseForm
+from dit_opt.program.edit import copy_graph
 from tests.graphs import capture_one, capture_tiny
-from tests.tiny_models import hunyuan_video, wan
+from zoo.small import hunyuan_video, wan
 
 OPS = torch.ops.ditopt
 SEARCH = SparseForm()

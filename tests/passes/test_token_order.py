@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_opt.facts.order import OrderRegion
-from dit_opt.program.edit import append_placeholder, copy_graph
 from dit_opt.passes.token_order import order_tokens
-from tests import tiny_models
+from dit_opt.program.edit import append_placeholder, copy_graph
 from tests.orders import (
     CHANNELS,
     GRID,
@@ -27,6 +26,7 @@ from tests.orders import (
     trace,
     unpatchify,
 )
+from zoo import small
 
 
 @dataclass
@@ -80,17 +80,17 @@ def count_guards(gm):
 TABLES = {
     # rotary tables: cosines and sines
     "wan": 2,
-    "cogvideox": 2,
+    "cogvideox_rope": 2,
     # the positions of each axis, and those that the key mask compares with lengths
     "hunyuan_video": 4,
-    "ltx_video": 1,
+    "ltx": 1,
     "flux": 1,
     "sd3": 1,
     "dit": 1,
 }
 
 
-@pytest.mark.parametrize("build", tiny_models.ALL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("build", small.ALL, ids=lambda f: f.__name__)
 def test_models_run_in_any_order_of_their_tokens(build):
     tiny = build()
     grid = tiny.grid or (1, 4, 5)
@@ -108,9 +108,7 @@ def test_models_run_in_any_order_of_their_tokens(build):
     assert backend.untabled[0] > 1e-3
 
 
-@pytest.mark.parametrize(
-    "build", [tiny_models.wan, tiny_models.cogvideox, tiny_models.hunyuan_video]
-)
+@pytest.mark.parametrize("build", [small.wan, small.cogvideox, small.hunyuan_video])
 def test_sizes_may_be_symbols(build):
     backend = Comparing(60)
     tiny = build(layers=1)
@@ -122,7 +120,7 @@ def test_sizes_may_be_symbols(build):
     torch.compiler.reset()
     # some models make Dynamo fix a size of the grid, and so a second graph
     assert not any(region.length.is_Integer for region in backend.regions)
-    assert len(backend.regions) == 1 or build is not tiny_models.wan
+    assert len(backend.regions) == 1 or build is not small.wan
     assert len(backend.errors) == 2 and max(backend.errors) < 1e-5
     assert min(backend.untabled) > 1e-3
 

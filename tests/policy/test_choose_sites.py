@@ -15,7 +15,7 @@ from dit_opt.options import ROUTERS, OptionError, Options
 from dit_opt.policy.choose_sites import choose_sites
 from dit_opt.policy.site_cost import predict_attention, predict_site
 from tests.graphs import capture_one, capture_tiny
-from tests.tiny_models import cogvideox, flux, hunyuan_video, sd3, wan
+from zoo.small import cogvideox, flux, hunyuan_video, sd3, wan
 
 
 def facts(make=wan):
@@ -31,7 +31,10 @@ def reasons(options, make=wan, sites=None, tokens=None):
 
 
 def test_self_attention_is_replaced_and_cross_attention_is_not():
-    assert reasons({"min_tokens": 0}) == [AttentionReason.REPLACED, AttentionReason.CROSS_ATTENTION] * 2
+    assert (
+        reasons({"min_tokens": 0})
+        == [AttentionReason.REPLACED, AttentionReason.CROSS_ATTENTION] * 2
+    )
 
 
 def test_a_replaced_site_carries_grid_start_and_target():
@@ -198,7 +201,11 @@ def test_tokens_whose_way_to_the_output_is_lost_stay_dense():
     inputs = torch.randn(2, 60, 16), torch.randn(2, 8, 16)
     assert reasons_of(model, *inputs, density=0.25)[0] == [AttentionReason.UNKNOWN_TOKENS] * 3
     found, choices = reasons_of(model, *inputs, density=0.25, grid=(3, 4, 5))
-    assert found == [AttentionReason.REPLACED, AttentionReason.TEXT_ONLY, AttentionReason.UNKNOWN_TOKENS]
+    assert found == [
+        AttentionReason.REPLACED,
+        AttentionReason.TEXT_ONLY,
+        AttentionReason.UNKNOWN_TOKENS,
+    ]
     assert "68 tokens" in choices[2].decision.detail
 
 

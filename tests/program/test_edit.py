@@ -7,8 +7,8 @@ from torch import nn
 
 from dit_opt._compat import compile_with_inductor, size_expression
 from dit_opt.program.edit import append_outputs, append_placeholder, copy_graph, erase_unused
-from tests import tiny_models
 from tests.graphs import capture_one
+from zoo import small
 
 
 def compile_through(function, edit):
@@ -36,7 +36,7 @@ def compile_through(function, edit):
 
 
 def test_copies_keep_what_dynamo_and_aot_read():
-    tiny = tiny_models.wan(layers=1)
+    tiny = small.wan(layers=1)
     graphs = []
 
     def backend(gm, inputs):

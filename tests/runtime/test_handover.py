@@ -12,8 +12,8 @@ import dit_opt
 from dit_opt.runtime.clock import StepIndex
 from dit_opt.runtime.handover import CallTime, read_call_time, read_spans, tag_outputs
 from dit_opt.runtime.registry import live_bounds
-from tests.tiny_models import break_apart, wan
 from tests.trajectories import big_wan, compiled, grids_of, layouts_of, run_trajectory
+from zoo.small import break_apart, wan
 
 SPANS = ((1, ((60, (3, 4, 5)), (7, None))),)
 OPTIONS = {

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_opt.tuning import tune
 from dit_opt.kernels.block_sparse_attention.impl.triton import tuning
+from dit_opt.tuning import tune
 
 SMALL = tune.Workload(tokens=300, heads=2, density=0.5, dtype=torch.float16)
 
