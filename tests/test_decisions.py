@@ -5,12 +5,20 @@ import json
 import pytest
 import sympy
 
-from dit_opt.decisions import AttentionReason, Decision, GraphRecord, LayoutSummary, PassRecord
+from dit_opt.decisions import (
+    AttentionReason,
+    Decision,
+    GraphRecord,
+    LayoutSummary,
+    PassRecord,
+    RewriteReason,
+    SiteDecision,
+)
 
 S0 = sympy.Symbol("s0")
 
 
-def make_decision(**changes) -> Decision:
+def make_decision(**changes) -> SiteDecision:
     fields = {
         "site": 3,
         "module": "blocks.0.attn1",
@@ -25,7 +33,7 @@ def make_decision(**changes) -> Decision:
         "flops_sparse": sympy.Integer(1000),
         "gain": 2.5,
     }
-    return Decision(**{**fields, **changes})
+    return SiteDecision(**{**fields, **changes})
 
 
 @pytest.mark.parametrize("reason", AttentionReason)
@@ -60,14 +68,30 @@ def test_json_without_a_layout():
     assert out["layout"] is None and out["flops_dense"] is None and out["gain"] is None
 
 
+def record_of(*decisions: SiteDecision, timestep: str | None = None) -> GraphRecord:
+    """The record of a graph with these attention sites."""
+    changed = sum(d.accepted for d in decisions)
+    return GraphRecord((PassRecord("sparse_attention", changed, 0.5, decisions),), timestep)
+
+
 def test_graph_record():
     left = make_decision(site=4, reason=AttentionReason.CROSS_ATTENTION)
-    passes = (PassRecord("sparse", 1, 0.5),)
-    record = GraphRecord((make_decision(), left), "timestep", "Ordered once.", passes)
+    order = PassRecord(
+        "token_order", 1, 0.25, (Decision("", "", RewriteReason.REWRITTEN),), "Once."
+    )
+    sparse = PassRecord("sparse_attention", 1, 0.5, (make_decision(), left))
+    record = GraphRecord((order, sparse), "timestep")
     assert [d.site for d in record.replaced] == [3]
     out = json.loads(json.dumps(record.to_json()))
-    assert out["timestep"] == "timestep" and out["order"] == "Ordered once."
-    assert out["passes"] == [{"name": "sparse", "changed": 1, "seconds": 0.5}]
+    assert out["timestep"] == "timestep"
+    assert [(p["name"], p["changed"], p["seconds"]) for p in out["passes"]] == [
+        ("token_order", 1, 0.25),
+        ("sparse_attention", 1, 0.5),
+    ]
+    assert out["passes"][0]["summary"] == "Once."
+    # those of attention are the graph's, and not said twice
+    assert [d["reason"] for d in out["passes"][0]["decisions"]] == ["REWRITTEN"]
+    assert out["passes"][1]["decisions"] == []
     assert [d["reason"] for d in out["decisions"]] == ["REPLACED", "CROSS_ATTENTION"]
 
 

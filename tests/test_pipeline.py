@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from dit_opt.runtime.state import announcement_for, running_grid, set_running_grid
 
 import dit_opt
 from dit_opt import model_probe
@@ -20,6 +19,7 @@ from dit_opt.options import OptionError
 from dit_opt.pipeline import _Hook, _StepHook
 from dit_opt.runtime.bound import WITHOUT_STEP
 from dit_opt.runtime.registry import live_bounds
+from dit_opt.runtime.scheduler_link import find_link, running_grid, set_running_grid
 from tests.trajectories import grids_of
 from zoo.small import ltx_video, wan
 
@@ -114,7 +114,7 @@ def test_regional_blocks_follow_the_grid_of_each_call(router, make):
 def test_threads_of_a_regional_model_keep_their_own_steps():
     tiny = wan(grid=(4, 12, 16))
     dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
-    announcement = announcement_for(next(tiny.model.parameters()))
+    announcement = find_link(next(tiny.model.parameters()))
     (hook,) = [h for h in tiny.model._forward_pre_hooks.values() if isinstance(h, _StepHook)]
     seen = []
 

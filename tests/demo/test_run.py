@@ -9,10 +9,11 @@ from PIL import Image
 
 import dit_opt
 from dit_opt._compat import BackendCompilerFailed
-from dit_opt.decisions import AttentionReason, Decision, GraphRecord
+from dit_opt.decisions import AttentionReason, GraphRecord, PassRecord, SiteDecision
 from dit_opt.demo import run
 from dit_opt.demo.run import DemoError, run_demo, write_outputs
-from dit_opt.inspect.report import GraphReport, Report
+from dit_opt.inspect.records import GraphReport
+from dit_opt.inspect.report import Report
 from dit_opt.inspect.summary import NothingReplaced
 from dit_opt.options import OptionError, Options
 from tests.demo.stubs import ignore, make_contestants, make_task, refuse_options
@@ -111,14 +112,14 @@ def test_the_cold_pass_is_as_long_as_the_options_need():
 @pytest.mark.parametrize(
     ("calls", "reason", "router", "density"),
     [
-        ({"search": 4}, AttentionReason.REPLACED, "full", 1.0),
-        ({"dense": 4}, AttentionReason.REPLACED, "full", None),
+        ({"search": 4}, AttentionReason.REPLACED, "keep_all", 1.0),
+        ({"dense": 4}, AttentionReason.REPLACED, "keep_all", None),
         ({"dense": 4}, AttentionReason.TOO_SHORT, "", None),
     ],
 )
 def test_keeping_everything_is_a_density_of_one(monkeypatch, calls, reason, router, density):
-    decision = Decision(0, "blocks.0", "", reason, "", (), None, router, None, None, None)
-    record = GraphRecord(decisions=(decision,), timestep=None, order="", passes=())
+    decision = SiteDecision("blocks.0", "", reason, router=router)
+    record = GraphRecord((PassRecord("sparse_attention", 1, 0.0, (decision,)),))
     report = Report((GraphReport(record, calls, (), None),))
     monkeypatch.setattr(dit_opt, "report", lambda model: report)
     assert run_demo(make_contestants(), make_task(steps=2), ignore).density == density

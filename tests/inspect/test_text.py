@@ -6,19 +6,19 @@ from dataclasses import replace
 import pytest
 import sympy
 
-from dit_opt.decisions import AttentionReason, GraphRecord
+from dit_opt.decisions import AttentionReason
 from dit_opt.inspect.differences import suggest_dense
-from dit_opt.inspect.report import GraphReport, LayerReport, Report
+from dit_opt.inspect.records import GraphReport, LayerReport
+from dit_opt.inspect.report import Report
 from dit_opt.inspect.text import (
     ALL_DENSE,
     render_decisions,
-    render_json,
     render_records,
     render_report,
     summarise,
 )
 from dit_opt.runtime.bound import WITHOUT_STEP
-from tests.test_decisions import make_decision
+from tests.test_decisions import make_decision, record_of
 
 CROSS = make_decision(
     site=4,
@@ -84,24 +84,19 @@ def test_no_sites():
 
 
 def test_summary():
-    record = GraphRecord((make_decision(), CROSS, replace(CROSS, site=5)))
+    record = record_of(make_decision(), CROSS, replace(CROSS, site=5))
     line = "ditopt: 1 of 3 attention sites replaced (left alone: CROSS_ATTENTION 2)"
     assert summarise(record) == line
-    assert summarise(GraphRecord((make_decision(),))) == "ditopt: 1 of 1 attention sites replaced"
-
-
-def test_json():
-    record = GraphRecord((make_decision(), CROSS), "timestep")
-    assert json.loads(render_json(record)) == record.to_json()
+    assert summarise(record_of(make_decision())) == "ditopt: 1 of 1 attention sites replaced"
 
 
 def test_records_of_several_graphs():
-    with_sites = GraphRecord((make_decision(), CROSS), "timestep")
-    text = render_records([with_sites, GraphRecord(()), with_sites])
+    with_sites = record_of(make_decision(), CROSS, timestep="timestep")
+    text = render_records([with_sites, record_of(), with_sites])
     assert text.count("1 of 2 attention sites replaced") == 2
     assert "graph 0 of 3" in text and "graph 2 of 3" in text and "timestep: timestep" in text
     assert text.endswith("1 more graph without attention.")
-    assert render_records([GraphRecord(())] * 2) == "No attention site in 2 graphs."
+    assert render_records([record_of()] * 2) == "No attention site in 2 graphs."
 
 
 def test_report():
@@ -119,7 +114,7 @@ def test_report():
         guard=None,
         differences={},
     )
-    record = GraphRecord((make_decision(), CROSS))
+    record = record_of(make_decision(), CROSS)
     graph = GraphReport(record, {"dense": 10, "search": 40}, (layer,), warm=True)
     text = render_report([graph], 0.25)
     assert "warm cache; calls: dense 10, search 40" in text
@@ -133,15 +128,15 @@ def test_report():
 @pytest.mark.parametrize(
     ("decision", "calls", "lacks_step", "said"),
     [
-        (make_decision(), {"observe": 4}, True, WITHOUT_STEP),
-        (make_decision(), {"observe": 4}, False, ALL_DENSE),
-        (make_decision(), {"observe": 4, "search": 1}, False, None),
+        (make_decision(), {"dense": 4}, True, WITHOUT_STEP),
+        (make_decision(), {"dense": 4}, False, ALL_DENSE),
+        (make_decision(), {"dense": 4, "search": 1}, False, None),
         (make_decision(), {}, False, None),
-        (CROSS, {"observe": 4}, False, None),
+        (CROSS, {"dense": 4}, False, None),
     ],
 )
 def test_a_report_tells_why_no_call_was_sparse(decision, calls, lacks_step, said):
-    graph = GraphReport(GraphRecord((decision,)), calls, (), None, lacks_step)
+    graph = GraphReport(record_of(decision), calls, (), None, lacks_step)
     text = render_report([graph], None)
     assert [s for s in (WITHOUT_STEP, ALL_DENSE) if s in text] == ([said] if said else [])
     assert json.loads(Report((graph,)).to_json())["graphs"][0]["lacks_step"] == lacks_step
@@ -161,11 +156,11 @@ def test_what_is_not_a_number_differs_and_is_named():
     text = suggest_dense([whole, broken])
     assert "not a number, first at step 2, in blocks.1.attn1." in text
     assert "consider dense_steps=3." in text
-    graph = GraphReport(GraphRecord((make_decision(),)), {}, (whole, broken), warm=None)
+    graph = GraphReport(record_of(make_decision()), {}, (whole, broken), warm=None)
     assert text in render_report([graph], 0.25)
 
 
 def test_report_of_nothing():
     assert "has not run under ditopt" in render_report([], None)
-    cold = GraphReport(GraphRecord((CROSS,)), {}, (), warm=None)
+    cold = GraphReport(record_of(CROSS), {}, (), warm=None)
     assert "not compiled yet; calls: none" in render_report([cold], None)

@@ -11,7 +11,7 @@ import torch
 from dit_opt.decisions import AttentionReason
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import SiteKind, find_tokens
-from dit_opt.options import ROUTERS, OptionError, Options
+from dit_opt.options import OptionError, Options, list_routers
 from dit_opt.policy.choose_sites import choose_sites
 from dit_opt.policy.site_cost import predict_attention, predict_site
 from tests.graphs import capture_one, capture_tiny
@@ -323,7 +323,7 @@ def test_symbolic_lengths_are_judged_in_each_call():
 
 def test_every_router_has_a_cost():
     times = {}
-    for router in set(ROUTERS) - {"auto", "dense"}:
+    for router in set(list_routers()) - {"auto", "dense"}:
         options = Options(router=router, density=0.2, refresh_every=1)
         found = predict_attention(8, 64, 4, torch.device("cpu"), options)
         _, times[router] = found.spend(8192)
