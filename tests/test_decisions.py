@@ -6,11 +6,13 @@ import pytest
 import sympy
 
 from dit_opt.decisions import (
+    ACCEPTED,
     AttentionReason,
     Decision,
     GraphRecord,
     LayoutSummary,
     PassRecord,
+    Reason,
     RewriteReason,
     SiteDecision,
 )
@@ -36,15 +38,31 @@ def make_decision(**changes) -> SiteDecision:
     return SiteDecision(**{**fields, **changes})
 
 
-@pytest.mark.parametrize("reason", AttentionReason)
+def make_record(*decisions, timestep=None, **fields) -> GraphRecord:
+    """A graph whose sites were decided by one pass."""
+    changed = sum(d.accepted for d in decisions)
+    record = PassRecord("sparse_attention", changed, 0.5, decisions, **fields)
+    return GraphRecord((record,), timestep)
+
+
+@pytest.mark.parametrize(
+    "reason", [*AttentionReason, *RewriteReason], ids=lambda reason: reason.name
+)
 def test_every_reason_is_a_sentence(reason):
     assert reason.message.endswith(".")
     assert reason.remedy == "" or reason.remedy.endswith(".")
-    assert str(reason).startswith(reason.message)
+    assert str(reason).startswith(reason.message) and isinstance(reason, Reason)
+
+
+def test_each_family_has_one_reason_that_accepts():
+    for family in (AttentionReason, RewriteReason):
+        assert len(set(family.__members__) & set(ACCEPTED)) == 1
+    assert Decision("m", "f.py:1", RewriteReason.REWRITTEN).accepted
+    assert not Decision("m", "f.py:1", RewriteReason.NOT_PROVED).accepted
 
 
 def test_replaced():
-    assert make_decision().replaced
+    assert make_decision().replaced and make_decision().accepted
     assert not make_decision(reason=AttentionReason.CAUSAL).replaced
 
 
@@ -68,30 +86,39 @@ def test_json_without_a_layout():
     assert out["layout"] is None and out["flops_dense"] is None and out["gain"] is None
 
 
-def record_of(*decisions: SiteDecision, timestep: str | None = None) -> GraphRecord:
-    """The record of a graph with these attention sites."""
-    changed = sum(d.accepted for d in decisions)
-    return GraphRecord((PassRecord("sparse_attention", changed, 0.5, decisions),), timestep)
+def test_a_decision_of_any_pass_is_json():
+    decision = Decision("blocks.0", "f.py:1", RewriteReason.NOT_PROVED, "It is too odd.")
+    assert json.loads(json.dumps(decision.to_json())) == {
+        "module": "blocks.0",
+        "source": "f.py:1",
+        "accepted": False,
+        "reason": "NOT_PROVED",
+        "message": str(RewriteReason.NOT_PROVED),
+        "detail": "It is too odd.",
+    }
 
 
 def test_graph_record():
     left = make_decision(site=4, reason=AttentionReason.CROSS_ATTENTION)
-    order = PassRecord(
-        "token_order", 1, 0.25, (Decision("", "", RewriteReason.REWRITTEN),), "Once."
+    moved = Decision("blocks.0", "f.py:1", RewriteReason.REWRITTEN)
+    order = PassRecord("token_order", 1, 0.25, (moved,), "Ordered once.")
+    record = GraphRecord(
+        (order, PassRecord("sparse_attention", 1, 0.5, (make_decision(), left))), "timestep"
     )
-    sparse = PassRecord("sparse_attention", 1, 0.5, (make_decision(), left))
-    record = GraphRecord((order, sparse), "timestep")
+    assert [d.site for d in record.decisions] == [3, 4]
     assert [d.site for d in record.replaced] == [3]
     out = json.loads(json.dumps(record.to_json()))
     assert out["timestep"] == "timestep"
-    assert [(p["name"], p["changed"], p["seconds"]) for p in out["passes"]] == [
-        ("token_order", 1, 0.25),
-        ("sparse_attention", 1, 0.5),
-    ]
-    assert out["passes"][0]["summary"] == "Once."
-    # those of attention are the graph's, and not said twice
-    assert [d["reason"] for d in out["passes"][0]["decisions"]] == ["REWRITTEN"]
-    assert out["passes"][1]["decisions"] == []
+    first, second = out["passes"]
+    assert first == {
+        "name": "token_order",
+        "changed": 1,
+        "seconds": 0.25,
+        "summary": "Ordered once.",
+        "decisions": [moved.to_json()],
+    }
+    # decisions about sites are the graph's, and not said twice
+    assert (second["name"], second["decisions"]) == ("sparse_attention", [])
     assert [d["reason"] for d in out["decisions"]] == ["REPLACED", "CROSS_ATTENTION"]
 
 

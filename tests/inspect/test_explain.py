@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 import dit_opt
 from dit_opt.inspect.explain import NothingTraced
 from dit_opt.options import OptionError
+from dit_opt.runtime import compiler
+from tests.trajectories import compiled
 from zoo import small
 
 MODELS = ("wan", "hunyuan_video", "cogvideox", "ltx_video", "flux", "sd3", "dit")
@@ -23,7 +26,7 @@ def fresh_dynamo():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_site_is_listed_once_with_its_grid(name):
-    tiny = getattr(small, name)()
+    tiny = getattr(tiny_models, name)()
     explanation = dit_opt.explain(tiny.model, options={"min_tokens": 0}, **tiny.inputs)
     decisions = explanation.decisions
     assert len(decisions) == tiny.n_sites
@@ -54,13 +57,26 @@ def test_an_explanation_is_json_and_a_table():
     assert "blocks.*.attn1" in str(explanation) and "timestep" in str(explanation)
 
 
-def test_nothing_is_compiled(monkeypatch):
-    from dit_opt import backend
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux"])
+@pytest.mark.parametrize("router", ["headwise", "subblock"])
+def test_explain_and_the_backend_agree(name, router, eager):
+    """They run the same passes."""
+    tiny = getattr(tiny_models, name)()
+    options = {"router": router, "min_tokens": 0}
+    explained = dit_opt.explain(tiny.model, options=options, **tiny.inputs)
+    tiny(compiled(tiny.model, **options))
+    (ran,) = (graph.record for graph in dit_opt.report(tiny.model).graphs)
+    (told,) = explained.graphs
+    assert told.decisions == ran.decisions and told.timestep == ran.timestep
+    for one, other in zip(told.passes, ran.passes, strict=True):
+        assert replace(one, seconds=other.seconds) == other and one.seconds > 0
 
+
+def test_nothing_is_compiled(monkeypatch):
     def refuse(*args):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(backend, "compile_with_inductor", refuse)
+    monkeypatch.setattr(compiler, "compile_with_inductor", refuse)
     tiny = small.wan()
     assert dit_opt.explain(tiny.model, **tiny.inputs).decisions
 

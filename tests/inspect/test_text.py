@@ -1,24 +1,19 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
-import pytest
 import sympy
 
-from dit_opt.decisions import AttentionReason
+from dit_opt.decisions import AttentionReason, GraphRecord
 from dit_opt.inspect.differences import suggest_dense
-from dit_opt.inspect.records import GraphReport, LayerReport
-from dit_opt.inspect.report import Report
+from dit_opt.inspect.records import GraphReport, GuardReport, LayerReport
 from dit_opt.inspect.text import (
-    ALL_DENSE,
     render_decisions,
     render_records,
     render_report,
     summarise,
 )
-from dit_opt.runtime.bound import WITHOUT_STEP
-from tests.test_decisions import make_decision, record_of
+from tests.test_decisions import make_decision, make_record
 
 CROSS = make_decision(
     site=4,
@@ -84,19 +79,20 @@ def test_no_sites():
 
 
 def test_summary():
-    record = record_of(make_decision(), CROSS, replace(CROSS, site=5))
+    record = make_record(make_decision(), CROSS, replace(CROSS, site=5))
     line = "ditopt: 1 of 3 attention sites replaced (left alone: CROSS_ATTENTION 2)"
     assert summarise(record) == line
-    assert summarise(record_of(make_decision())) == "ditopt: 1 of 1 attention sites replaced"
+    assert summarise(make_record(make_decision())) == "ditopt: 1 of 1 attention sites replaced"
 
 
 def test_records_of_several_graphs():
-    with_sites = record_of(make_decision(), CROSS, timestep="timestep")
-    text = render_records([with_sites, record_of(), with_sites])
+    with_sites = make_record(make_decision(), CROSS, timestep="timestep", summary="Moved once.")
+    text = render_records([with_sites, GraphRecord(()), with_sites])
     assert text.count("1 of 2 attention sites replaced") == 2
+    assert text.count("; Moved once.") == 2
     assert "graph 0 of 3" in text and "graph 2 of 3" in text and "timestep: timestep" in text
     assert text.endswith("1 more graph without attention.")
-    assert render_records([record_of()] * 2) == "No attention site in 2 graphs."
+    assert render_records([GraphRecord(())] * 2) == "No attention site in 2 graphs."
 
 
 def test_report():
@@ -114,7 +110,7 @@ def test_report():
         guard=None,
         differences={},
     )
-    record = record_of(make_decision(), CROSS)
+    record = make_record(make_decision(), CROSS)
     graph = GraphReport(record, {"dense": 10, "search": 40}, (layer,), warm=True)
     text = render_report([graph], 0.25)
     assert "warm cache; calls: dense 10, search 40" in text
@@ -123,23 +119,6 @@ def test_report():
     for part in ("0.250", "0.960", "spatial 9, temporal 3", "spatial 0.200, temporal 0.400", "40"):
         assert part in row
     assert "take 2.5 MB" in text and text.endswith("Mean density over sparse steps: 0.250")
-
-
-@pytest.mark.parametrize(
-    ("decision", "calls", "lacks_step", "said"),
-    [
-        (make_decision(), {"dense": 4}, True, WITHOUT_STEP),
-        (make_decision(), {"dense": 4}, False, ALL_DENSE),
-        (make_decision(), {"dense": 4, "search": 1}, False, None),
-        (make_decision(), {}, False, None),
-        (CROSS, {"dense": 4}, False, None),
-    ],
-)
-def test_a_report_tells_why_no_call_was_sparse(decision, calls, lacks_step, said):
-    graph = GraphReport(record_of(decision), calls, (), None, lacks_step)
-    text = render_report([graph], None)
-    assert [s for s in (WITHOUT_STEP, ALL_DENSE) if s in text] == ([said] if said else [])
-    assert json.loads(Report((graph,)).to_json())["graphs"][0]["lacks_step"] == lacks_step
 
 
 def make_layer(module, differences):
@@ -156,11 +135,23 @@ def test_what_is_not_a_number_differs_and_is_named():
     text = suggest_dense([whole, broken])
     assert "not a number, first at step 2, in blocks.1.attn1." in text
     assert "consider dense_steps=3." in text
-    graph = GraphReport(record_of(make_decision()), {}, (whole, broken), warm=None)
+    graph = GraphReport(make_record(make_decision()), {}, (whole, broken), warm=None)
     assert text in render_report([graph], 0.25)
 
 
 def test_report_of_nothing():
     assert "has not run under ditopt" in render_report([], None)
-    cold = GraphReport(record_of(CROSS), {}, (), warm=None)
+    cold = GraphReport(make_record(CROSS), {}, (), warm=None)
     assert "not compiled yet; calls: none" in render_report([cold], None)
+
+
+def test_what_the_guard_found_is_in_its_layers_row():
+    guard = GuardReport(checks=4, kept=0.875, error=0.0625, caught=3, dense_heads=0)
+    layers = [
+        replace(make_layer(f"blocks.{i}.attn1", {}), guard=found)
+        for i, found in enumerate((guard, replace(guard, dense_heads=2), None))
+    ]
+    graph = GraphReport(make_record(make_decision()), {}, tuple(layers), warm=None)
+    found = [row for row in render_report([graph], 0.25).splitlines() if "to_q.weight" in row]
+    assert "kept 0.875, error 0.062, caught 3" in found[0] and "dense" not in found[0]
+    assert "caught 3, dense 2" in found[1] and found[2].rstrip().endswith("off")

@@ -4,9 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dit_opt.decisions import AttentionReason, Decision, RewriteReason
 from dit_opt.facts.sites import Form, find_sites
-from dit_opt.passes.canonicalize_attention import canonicalize_attention
-from dit_opt.program.edit import copy_graph
+from dit_opt.options import Options
+from dit_opt.passes.base import Match
+from dit_opt.passes.canonicalize_attention import CanonicalizeAttention
+from dit_opt.program.program import Program
+from dit_opt.program.spec import check_graph, list_unvalued
 from tests.graphs import capture_one
 from zoo import small
 
@@ -19,6 +23,19 @@ FLAT_MASK = MASK.reshape(2, 1, 8).repeat_interleave(3, 0)
 def count(gm, target) -> int:
     ops = [n.target for n in gm.graph.nodes]
     return sum(t is target or t == target for t in ops)
+
+
+def canonicalize(gm):
+    """A copy with every readable site as one call, whatever it is worth, and their number."""
+    program = Program(gm)
+    unvalued = list_unvalued(program.main)
+    decision = Decision("", "", RewriteReason.REWRITTEN)
+    sites = [s for s in program.facts.sites if s.form is Form.DECOMPOSED and s.refusal is None]
+    matches = [Match(decision, site.node, site) for site in sites]
+    CanonicalizeAttention().rewrite(program, matches, Options())
+    check_graph(program.main, "canonicalize_attention", unvalued)
+    program.main.gm.recompile()
+    return program.main.gm, len(matches)
 
 
 def scaled(q, mask):
@@ -70,8 +87,9 @@ def test_one_call_with_the_same_result(function, q, mask):
     inputs = [args[n.name] for n in gm.graph.find_nodes(op="placeholder")]
     expected = gm(*inputs)[0]
 
-    assert canonicalize_attention(gm, find_sites(gm.graph)) == 1
+    gm, changed = canonicalize(gm)
 
+    assert changed == 1
     assert count(gm, F.scaled_dot_product_attention) == 1
     assert count(gm, "softmax") + count(gm, F.softmax) == 0
     assert len(gm.graph.nodes) < before + 4
@@ -83,8 +101,7 @@ def test_one_call_with_the_same_result(function, q, mask):
 
 
 def test_nothing_of_the_old_attention_stays():
-    gm = capture_one(batched_empty, FLAT, FLAT_MASK)
-    canonicalize_attention(gm, find_sites(gm.graph))
+    gm, _ = canonicalize(capture_one(batched_empty, FLAT, FLAT_MASK))
     targets = [str(n.target) for n in gm.graph.nodes if n.op.startswith("call")]
     assert not any(word in t for t in targets for word in ("empty", "transpose", "baddbmm", "bmm"))
 
@@ -96,10 +113,12 @@ def fused(q, k, v, **kwargs):
 
 
 def canonicalize_fused(gm):
-    assert canonicalize_attention(gm, find_sites(gm.graph)) == 1
+    gm, changed = canonicalize(gm)
+    assert changed == 1
     (node,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
     node.target = fused
     gm.recompile()
+    return gm
 
 
 def attention(q):
@@ -147,8 +166,7 @@ def strides_returned(q):
     ],
 )
 def test_the_result_lies_in_memory_as_before(function):
-    gm = capture_one(function, Q)
-    canonicalize_fused(gm)
+    gm = canonicalize_fused(capture_one(function, Q))
     (out,), expected = gm(Q), function(Q)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert out.stride() == expected.stride()
@@ -166,23 +184,30 @@ def test_the_result_lies_in_memory_as_before(function):
 def test_heads_that_are_joined_cost_no_copy(join):
     gm = capture_one(lambda q: join(attention(q)), Q)
     before = count(gm, "contiguous")
-    canonicalize_fused(gm)
+    gm = canonicalize_fused(gm)
     assert count(gm, "contiguous") == before
     (out,), expected = gm(Q), join(attention(Q))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert out.stride() == expected.stride()
 
 
-def test_new_nodes_keep_module_line_and_value():
-    tiny = small.dit()
+def decomposed_dit():
+    """A model that writes attention out."""
     from diffusers.models.attention_processor import AttnProcessor
 
+    tiny = small.dit()
     for block in tiny.model.transformer_blocks:
         block.attn1.set_processor(AttnProcessor())
+    return tiny
+
+
+def test_new_nodes_keep_module_line_and_value():
+    tiny = decomposed_dit()
     gm = capture_one(tiny.model, **tiny.inputs)
     old = find_sites(gm.graph)
     assert [s.form for s in old] == [Form.DECOMPOSED] * 2
-    assert canonicalize_attention(gm, old) == 2
+    gm, changed = canonicalize(gm)
+    assert changed == 2
     new = find_sites(gm.graph)
     assert [(s.form, s.index, s.module, s.source) for s in new] == [
         (Form.SDPA, s.index, s.module, s.source) for s in old
@@ -191,16 +216,12 @@ def test_new_nodes_keep_module_line_and_value():
 
 
 def test_whole_model_stays_the_same():
-    from diffusers.models.attention_processor import AttnProcessor
-
-    tiny = small.dit()
-    for block in tiny.model.transformer_blocks:
-        block.attn1.set_processor(AttnProcessor())
+    tiny = decomposed_dit()
     expected = tiny()
 
     def backend(gm, inputs):
-        copied = copy_graph(gm)
-        assert canonicalize_attention(copied, find_sites(copied.graph)) == 2
+        copied, changed = canonicalize(gm)
+        assert changed == 2
         return copied.forward
 
     torch.compiler.reset()
@@ -210,8 +231,8 @@ def test_whole_model_stays_the_same():
 
 
 def test_dynamic_shapes():
-    gm = capture_one(batched, FLAT, FLAT_MASK, dynamic=True)
-    assert canonicalize_attention(gm, find_sites(gm.graph)) == 1
+    gm, changed = canonicalize(capture_one(batched, FLAT, FLAT_MASK, dynamic=True))
+    assert changed == 1
     sizes = gm.graph.find_nodes(op="placeholder")
     values = {"l_q_": FLAT, "l_mask_": FLAT_MASK}
     symbols = {str(n.meta["example_value"]): n for n in sizes}
@@ -225,25 +246,41 @@ def _dim_of(symbol, placeholders) -> int:
     return [str(s) for s in q.shape].index(str(symbol.meta["example_value"]))
 
 
-def test_refuses_other_forms_and_refused_sites():
-    gm = capture_one(lambda q: F.scaled_dot_product_attention(q, q, q), Q)
-    with pytest.raises(ValueError, match="is SDPA"):
-        canonicalize_attention(gm, find_sites(gm.graph))
+def find(gm, **options):
+    return CanonicalizeAttention().find(Program(gm).facts, Options(min_tokens=0, **options))
 
+
+def test_sites_that_stay_dense_are_left_as_they_are():
+    """The sums of one call run in another order."""
+    tiny = decomposed_dit()
+    gm = capture_one(tiny.model, **tiny.inputs)
+    for options, reason in (
+        ({}, RewriteReason.REWRITTEN),
+        ({"router": "dense"}, RewriteReason.STAYS_DENSE),
+    ):
+        found = find(gm, **options)
+        assert [m.decision.reason for m in found] == [reason] * 2
+        assert all("attn1" in m.decision.module and m.decision.source for m in found)
+
+
+def test_attention_that_is_one_call_already_is_no_place_to_look_at():
+    assert find(capture_one(lambda q: F.scaled_dot_product_attention(q, q, q), Q)) == []
+
+
+def test_attention_whose_weights_are_used_elsewhere_stays():
     def leaky(q):
         weights = (q @ q.mT).softmax(-1)
         return weights, weights @ q
 
     gm = capture_one(leaky, Q)
-    sites = find_sites(gm.graph)
-    assert len(sites) == 1
-    code = gm.code
-    with pytest.raises(ValueError, match="SHARED_INTERMEDIATE"):
-        canonicalize_attention(gm, sites)
-    assert gm.code == code
+    (site,) = find_sites(gm.graph)
+    assert site.refusal is AttentionReason.SHARED_INTERMEDIATE
+    (match,) = find(gm, density=1)
+    assert match.decision.reason is RewriteReason.STAYS_DENSE
+    assert canonicalize(gm)[1] == 0
 
 
 def test_no_sites_no_change():
     gm = capture_one(lambda q: q + 1, Q)
-    code = gm.code
-    assert canonicalize_attention(gm, []) == 0 and gm.code == code
+    new, changed = canonicalize(gm)
+    assert changed == 0 and new.code == gm.code

@@ -1,4 +1,4 @@
-"""Each reason that this pass gives, on a site that differs in nothing else from a replaced one."""
+"""Each reason, on a site that differs in nothing else from one that is replaced."""
 
 from __future__ import annotations
 
@@ -9,25 +9,35 @@ import sympy
 import torch
 
 from dit_opt.decisions import AttentionReason
+from dit_opt.facts.graph import Facts, InputHints, _read_tokens
+from dit_opt.facts.layouts import SiteKind
 from dit_opt.facts.sites import find_sites
-from dit_opt.facts.tokens import SiteKind, find_tokens
-from dit_opt.options import OptionError, Options, list_routers
-from dit_opt.policy.choose_sites import choose_sites
+from dit_opt.options import OptionError, Options
+from dit_opt.policy.choose_sites import find_choices, find_sparse_sites, mark_ordered
 from dit_opt.policy.site_cost import predict_attention, predict_site
+from dit_opt.program.edit import copy_graph
+from dit_opt.routers import ROUTERS
+from dit_opt.routers.base import Goal
 from tests.graphs import capture_one, capture_tiny
 from zoo.small import cogvideox, flux, hunyuan_video, sd3, wan
 
 
-def facts(make=wan):
-    _, gm = capture_tiny(make)
-    sites = find_sites(gm.graph)
-    return gm, sites, find_tokens(gm.graph, sites)
+def choose(gm, sites=None, tokens=None, hints=None, **options):
+    """The choices for a graph, or for other facts of it."""
+    facts = Facts(gm, hints)
+    if sites is not None:
+        facts.put(tuple(sites), find_sites)
+    if tokens is not None:
+        facts.put(tokens, _read_tokens, facts)
+    return find_choices(facts, Options(**{"min_tokens": 0, **options}))
 
 
-def reasons(options, make=wan, sites=None, tokens=None):
-    gm, found, known = facts(make)
-    choices = choose_sites(gm, sites or found, tokens or known, Options(**options))
-    return [c.decision.reason for c in choices]
+def choose_for(make, **options):
+    return choose(capture_tiny(make)[1], **options)
+
+
+def reasons(options, make=wan, **facts):
+    return [c.decision.reason for c in choose(capture_tiny(make)[1], **facts, **options)]
 
 
 def test_self_attention_is_replaced_and_cross_attention_is_not():
@@ -38,12 +48,11 @@ def test_self_attention_is_replaced_and_cross_attention_is_not():
 
 
 def test_a_replaced_site_carries_grid_start_and_target():
-    gm, sites, tokens = facts(cogvideox)
     options = Options(min_tokens=0, quality=0.9)
-    choice = choose_sites(gm, sites, tokens, options)[0]
+    choice = choose_for(cogvideox, quality=0.9)[0]
     assert choice.sparse is not None
     assert (choice.sparse.grid, choice.sparse.start) == ((3, 4, 5), 7)
-    assert (choice.sparse.target, choice.sparse.by_density) == (0.9, False)
+    assert choice.sparse.goal == Goal(0.9, by_density=False)
     assert choice.decision.layout.grid_source == "latents"
     heads, n, d = 2 * 2, 67, 16
     assert choice.decision.flops_dense == 4 * heads * n * n * d
@@ -53,9 +62,8 @@ def test_a_replaced_site_carries_grid_start_and_target():
 
 
 def test_a_density_is_handed_on_as_one():
-    gm, sites, tokens = facts()
-    choice = choose_sites(gm, sites, tokens, Options(min_tokens=0, density=0.3))[0]
-    assert (choice.sparse.target, choice.sparse.by_density) == (0.3, True)
+    choice = choose_for(wan, density=0.3)[0]
+    assert choice.sparse.goal == Goal(0.3, by_density=True)
 
 
 def test_keeping_everything_needs_no_grid():
@@ -66,8 +74,7 @@ def test_keeping_everything_needs_no_grid():
 
 
 def test_a_given_grid_serves_packed_tokens():
-    gm, sites, tokens = facts(flux)
-    choices = choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(1, 4, 5)))
+    choices = choose_for(flux, grid=(1, 4, 5))
     assert [c.decision.layout.grid_source for c in choices] == ["option"] * 2
     assert choices[0].sparse.grid == (1, 4, 5)
     assert choices[0].sparse.start == 7
@@ -76,21 +83,20 @@ def test_a_given_grid_serves_packed_tokens():
 def test_short_sites_stay_dense():
     assert AttentionReason.TOO_SHORT in reasons({"min_tokens": 61})
     assert AttentionReason.TOO_SHORT not in reasons({"min_tokens": 60})
-    assert AttentionReason.TOO_SHORT in reasons({})
+    assert AttentionReason.TOO_SHORT in reasons({"min_tokens": None})
 
 
 def test_sites_that_no_length_makes_worth_it_stay_dense():
-    assert AttentionReason.NEVER_PAYS in reasons({"density": 0.95})
+    assert AttentionReason.NEVER_PAYS in reasons({"density": 0.95, "min_tokens": None})
     assert AttentionReason.NEVER_PAYS not in reasons({"density": 0.95, "min_tokens": 0})
     # asked for to see that nothing changes
-    assert reasons({"density": 1})[0] is AttentionReason.REPLACED
+    assert reasons({"density": 1, "min_tokens": None})[0] is AttentionReason.REPLACED
 
 
 def test_a_length_that_varies_is_judged_in_each_call():
     tiny = wan()
     gm = capture_one(tiny.model, dynamic=True, **tiny.inputs)
-    sites = find_sites(gm.graph)
-    choice = choose_sites(gm, sites, find_tokens(gm.graph, sites), Options())[0]
+    choice = choose(gm, min_tokens=None)[0]
     assert choice.decision.replaced
     assert choice.sparse.min_tokens == max(choice.decision.pays_from, 1024)
     assert choice.decision.gain < 1
@@ -101,13 +107,13 @@ def test_the_dense_router_replaces_nothing():
 
 
 def test_a_refusal_of_the_call_itself_comes_first():
-    _, sites, _ = facts()
+    sites = Facts(capture_tiny(wan)[1]).sites
     refused = [dataclasses.replace(s, refusal=AttentionReason.CAUSAL) for s in sites]
     assert set(reasons({"min_tokens": 0}, sites=refused)) == {AttentionReason.CAUSAL}
 
 
 def test_unknown_tokens_stay_dense():
-    _, _, tokens = facts()
+    tokens = Facts(capture_tiny(wan)[1]).tokens
     layouts = {
         n: dataclasses.replace(layout, kind=SiteKind.UNKNOWN)
         for n, layout in tokens.layouts.items()
@@ -143,8 +149,7 @@ def test_latents_that_attend_to_text_which_does_not_query_stay_dense():
 
 
 def test_a_key_padding_mask_is_handed_on():
-    gm, sites, tokens = facts(hunyuan_video)
-    sparse = [c.sparse for c in choose_sites(gm, sites, tokens, Options(min_tokens=0)) if c.sparse]
+    sparse = [c.sparse for c in choose_for(hunyuan_video) if c.sparse]
     assert sparse and all(s.key_mask is not None and not s.mask_queries for s in sparse)
 
 
@@ -156,10 +161,7 @@ def attend(x):
 
 
 def reasons_of(function, *args, **options):
-    gm = capture_one(function, *args)
-    sites = find_sites(gm.graph)
-    options = Options(**{"min_tokens": 0, **options})
-    choices = choose_sites(gm, sites, find_tokens(gm.graph, sites), options)
+    choices = choose(capture_one(function, *args), **options)
     return [c.decision.reason for c in choices], choices
 
 
@@ -249,7 +251,8 @@ def test_an_assumed_grid_says_so():
     ],
 )
 def test_tensors_that_the_kernel_does_not_take(changes, reason):
-    gm, sites, _ = facts()
+    gm = capture_tiny(wan)[1]
+    sites = Facts(gm).sites
     site = sites[0]
     nodes = {}
     for name in ("query", "key", "value"):
@@ -273,40 +276,34 @@ def test_a_grid_at_odds_with_the_graph_is_an_error():
 
 
 def test_a_grid_that_agrees_is_taken_from_the_graph():
-    gm, sites, tokens = facts()
-    choice = choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(3, 4, 5)))[0]
+    choice = choose_for(wan, grid=(3, 4, 5))[0]
     assert choice.decision.layout.grid_source == "latents"
 
 
-def symbolic_facts(make):
+def capture_symbolic(make):
     tiny = make(batch=2)
-    gm = capture_one(tiny.model, dynamic=True, **tiny.inputs)
-    sites = find_sites(gm.graph)
-    return gm, sites, find_tokens(gm.graph, sites)
+    return capture_one(tiny.model, dynamic=True, **tiny.inputs)
 
 
 def test_a_proved_grid_of_symbols_stays_where_one_is_given():
-    gm, sites, tokens = symbolic_facts(wan)
-    proved, given = (
-        choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=grid))[0]
-        for grid in (None, (3, 4, 5))
-    )
+    gm = capture_symbolic(wan)
+    proved, given = (choose(gm, grid=grid)[0] for grid in (None, (3, 4, 5)))
     assert given.sparse.grid == proved.sparse.grid
     assert not all(size.is_Integer for size in given.sparse.grid)
     assert given.decision.layout.grid_source == "latents"
 
 
 def test_a_given_grid_is_checked_where_the_proved_one_is_a_number():
-    gm, sites, tokens = symbolic_facts(sd3)
+    gm = capture_symbolic(sd3)
     with pytest.raises(OptionError, match=r"grid=\(4, 1, 5\) contradicts .* proves \(1, .*s"):
-        choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(4, 1, 5)))
-    assert choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(1, 4, 5)))[0].sparse
+        choose(gm, grid=(4, 1, 5))
+    assert choose(gm, grid=(1, 4, 5))[0].sparse
 
 
 def test_a_grid_fits_no_length_that_changes():
-    gm, sites, tokens = symbolic_facts(flux)
+    gm = capture_symbolic(flux)
     with pytest.raises(OptionError, match=r"differ from call to call.*dynamic=False"):
-        choose_sites(gm, sites, tokens, Options(min_tokens=0, grid=(1, 4, 5)))
+        choose(gm, grid=(1, 4, 5))
 
 
 def test_a_router_asked_for_by_name_must_serve_a_site():
@@ -321,12 +318,56 @@ def test_symbolic_lengths_are_judged_in_each_call():
     assert _fewer(sympy.Integer(5), 6) and not _fewer(sympy.Symbol("s0"), 6)
 
 
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
+def test_a_router_is_handed_on_with_what_it_aims_at(router):
+    choice = choose_for(wan, router=router.name)[0]
+    assert choice.sparse.router is router and choice.decision.router == router.name
+    density = router.density
+    assert choice.sparse.goal == Goal(density or 0.9, by_density=density is not None)
+
+
+def test_the_grid_of_the_whole_model_serves_a_block():
+    def block_of_video(x):
+        return attend(x)
+
+    x = torch.randn(2, 60, 16)
+    (choice,) = choose(capture_one(block_of_video, x), hints=InputHints(grid=(3, 4, 5)))
+    assert choice.sparse.grid == (3, 4, 5)
+    assert choice.decision.layout.grid_source == "model"
+
+
+def test_sites_are_those_that_the_graph_has_now():
+    """A pass may have put another query or key in front of a call."""
+    facts = Facts(copy_graph(capture_tiny(wan)[1]))
+    options = Options(min_tokens=0)
+    before = find_sparse_sites(facts, options)
+    graph, site = facts.graph, before[0].site
+    with graph.inserting_before(site.node):
+        query = graph.call_function(torch.neg, (site.query,))
+    query.meta = {**site.query.meta}
+    site.node.replace_input_with(site.query, query)
+    facts.drop(frozenset({"choices", "tokens"}))
+    after = find_sparse_sites(facts, options)
+    assert [sparse.site.query for sparse in after] == [query, before[1].site.query]
+    assert [sparse.grid for sparse in after] == [(3, 4, 5)] * 2
+
+
+def test_ordered_sites_are_marked_and_read_their_masks_in_the_order():
+    choices = choose_for(hunyuan_video)
+    first, last = (c for c in choices if c.sparse)
+    moved = {first.sparse.key_mask: first.node}
+    marked = {c.node: c.sparse for c in mark_ordered(choices, [first.node], moved)}
+    assert marked[first.node].ordered and not marked[last.node].ordered
+    assert marked[first.node].key_mask is first.node
+    assert [c.node for c in choices if marked[c.node] is None] == [choices[0].node]
+
+
 def test_every_router_has_a_cost():
     times = {}
-    for router in set(list_routers()) - {"auto", "dense"}:
-        options = Options(router=router, density=0.2, refresh_every=1)
+    for router in ROUTERS:
+        options = Options(router=router.name, density=0.2, refresh_every=1)
         found = predict_attention(8, 64, 4, torch.device("cpu"), options)
-        _, times[router] = found.spend(8192)
+        _, times[router.name] = found.spend(8192)
     # one searches nothing, the other everything
     assert min(times, key=times.__getitem__) == "frame_tile"
     assert max(times, key=times.__getitem__) == "oracle"

@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from dit_opt._compat import compile_with_inductor, size_expression
-from dit_opt.program.edit import append_outputs, append_placeholder, copy_graph, erase_unused
+from dit_opt.program.edit import (
+    append_outputs,
+    append_placeholder,
+    copy_graph,
+    copy_with_nodes,
+    erase_unused,
+)
 from tests.graphs import capture_one
 from zoo import small
 
@@ -65,6 +71,14 @@ def test_editing_a_copy_leaves_the_original():
     append_placeholder(copied, "state", torch.ones(1))
     copied.recompile()
     assert gm.code == code and copied.code != code
+
+
+def test_a_copy_has_a_node_for_each_of_the_original():
+    gm = capture_one(lambda x: x + 1, torch.ones(4))
+    copied, at = copy_with_nodes(gm)
+    assert list(at) == list(gm.graph.nodes) and list(at.values()) == list(copied.graph.nodes)
+    (output,) = copied.graph.find_nodes(op="output")
+    assert output.args[0] == tuple(at[n] for n in gm.graph.find_nodes(op="output")[0].args[0])
 
 
 def test_copies_share_submodules():
