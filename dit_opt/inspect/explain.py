@@ -66,7 +66,7 @@ def explain(
             else:
                 told = told_spans(enumerate(inputs))
                 analysis, passes = analyse(
-                    gm, parsed, told=told, read=lambda p: read_grid(inputs[p.index], *p[1:])
+                    gm, parsed, told=told, read=lambda p: read_grid(inputs[p.argument], *p[1:])
                 )
         except ValueError as error:
             # raised below: out of a backend, Dynamo would wrap it
