@@ -26,7 +26,7 @@ def fresh_dynamo():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_site_is_listed_once_with_its_grid(name):
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     explanation = dit_opt.explain(tiny.model, options={"min_tokens": 0}, **tiny.inputs)
     decisions = explanation.decisions
     assert len(decisions) == tiny.n_sites
@@ -61,7 +61,7 @@ def test_an_explanation_is_json_and_a_table():
 @pytest.mark.parametrize("router", ["headwise", "subblock"])
 def test_explain_and_the_backend_agree(name, router, eager):
     """They run the same passes."""
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     options = {"router": router, "min_tokens": 0}
     explained = dit_opt.explain(tiny.model, options=options, **tiny.inputs)
     tiny(compiled(tiny.model, **options))

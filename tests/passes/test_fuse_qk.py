@@ -82,7 +82,7 @@ CALLS = {"wan": (8, 4), "hunyuan_video": (6, 6), "flux": (2, 2), "sd3": (10, 0)}
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_models_give_the_same_output(name, dynamic):
-    tiny, backend = getattr(tiny_models, name)(), Comparing()
+    tiny, backend = getattr(small, name)(), Comparing()
     expected = tiny()
     found = tiny(torch.compile(tiny.model, backend=backend, dynamic=dynamic))
     assert count_calls(backend.fused[0], NORM_ROPE) == CALLS[name][bool(dynamic)]
