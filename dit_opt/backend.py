@@ -62,7 +62,7 @@ def ditopt(
         bound, _ = _compile(gm, inputs, parsed, InputHints(grid=hints.grid))
         warn_of_sizes(bound.record, inputs)
         return bound
-    known = _to_input_hints(hints, lambda ids: read_grid(inputs[ids[0]], *ids[1:]))
+    known = _to_input_hints(hints, lambda ids: read_grid(inputs[ids.argument], *ids[1:]))
     first, token_ids = _compile(gm, inputs, parsed, known)
     hints = read_hints(inputs, user_inputs, token_ids)
     if not hints:

@@ -74,7 +74,7 @@ def explain(
         hints = InputHints()
         if parsed.grid is None:
             spans = read_spans(enumerate(inputs))
-            hints = InputHints(spans, lambda ids: read_grid(inputs[ids[0]], *ids[1:]))
+            hints = InputHints(spans, lambda ids: read_grid(inputs[ids.argument], *ids[1:]))
         program = Program(gm, hints)
         spans = program.facts.tokens.spans
         try:

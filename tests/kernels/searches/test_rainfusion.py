@@ -62,7 +62,7 @@ def test_planted_heads_are_recognised(grid):
     tables = build_tables(*grid, *BLOCKS, CPU)
     choice, _ = recognize(q, k, None, 1.0, 0.9, False, tables)
     assert choice.dtype == torch.int32
-    assert [tables.kinds[c] for c in choice[0].tolist()] == PLANTED
+    assert [tables.patterns[c].kind for c in choice[0].tolist()] == PLANTED
     # The checkerboard is of step 4; its subset of step 8 holds half of it.
     assert tables.names[choice[0, 2]] == "textural 4"
 
@@ -71,7 +71,7 @@ def test_one_frame_has_windows_and_checkerboards():
     q, k = plant(GRIDS[3])
     tables = build_tables(*GRIDS[3], *BLOCKS, CPU)
     choice, _ = recognize(q[:, 1:], k[:, 1:], None, 1.0, 0.9, False, tables)
-    assert [tables.kinds[c] for c in choice[0].tolist()] == PLANTED[1:]
+    assert [tables.patterns[c].kind for c in choice[0].tolist()] == PLANTED[1:]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -140,7 +140,7 @@ def test_query_heads_of_a_group_choose_for_themselves():
     grouped = torch.cat([torch.cat(pair, -1) for pair in queries], 1)
     tables = build_tables(*GRIDS[0], *BLOCKS, CPU)
     choice, _ = recognize(grouped, key, None, 1.0, 0.9, False, tables)
-    kinds = [tables.kinds[c] for c in choice[0].tolist()]
+    kinds = [tables.patterns[c].kind for c in choice[0].tolist()]
     assert kinds == [HeadKind.SPATIAL, HeadKind.TEMPORAL, HeadKind.DENSE]
 
 

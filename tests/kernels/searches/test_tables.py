@@ -7,7 +7,7 @@ import torch
 
 from dit_opt.kernels.block_sparse_attention.reference import expand_blocks, expand_lists
 from dit_opt.kernels.plan.orders import VideoLayout
-from dit_opt.kernels.searches.rainfusion.patterns import HeadKind
+from dit_opt.kernels.searches.rainfusion.patterns import DENSE, HeadKind
 from dit_opt.kernels.searches.rainfusion.tables import build_tables, choose_strip
 
 CPU = torch.device("cpu")
@@ -48,12 +48,13 @@ def test_candidates_of_one_order_differ():
 
 def test_a_grid_of_one_block_leaves_only_dense():
     tables = build_tables(2, 3, 4, 0, 24, 128, 64, CPU)
-    assert tables.kinds == (HeadKind.DENSE,)
+    assert tables.patterns == (DENSE,)
 
 
 def test_each_kind_has_its_order():
     tables = build_tables(4, 8, 8, 5, 270, 32, 16, CPU)
-    order_of = dict(zip(tables.kinds, tables.order_of.tolist(), strict=True))
+    kinds = [pattern.kind for pattern in tables.patterns]
+    order_of = dict(zip(kinds, tables.order_of.tolist(), strict=True))
     assert order_of == {
         HeadKind.DENSE: 0,
         HeadKind.SPATIAL: 0,

@@ -73,11 +73,6 @@ class Tables:
         """What each candidate is called in reports."""
         return tuple(pattern.name for pattern in self.patterns)
 
-    @property
-    def kinds(self) -> tuple[HeadKind, ...]:
-        """The kind of each candidate."""
-        return tuple(pattern.kind for pattern in self.patterns)
-
 
 @functools.lru_cache(maxsize=8)
 def build_tables(
