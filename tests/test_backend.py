@@ -97,12 +97,14 @@ def test_sparse_steps_drop_blocks_and_report_it(eager):
     dense = run_trajectory(tiny.model, tiny.inputs)
     outs = run_trajectory(model, tiny.inputs)
     assert relative_error(outs[0], dense[0]) < 1e-6
-    assert 1e-4 < relative_error(outs[1], dense[1]) < 0.5
+    assert all(relative_error(o, d) > 1e-3 for o, d in zip(outs[1:], dense[1:]))
     report = dit_opt.report(tiny.model)
     assert report.graphs[0].calls == {"dense": 1, "search": 2, "reuse": 1}
-    assert 0 < report.density <= 0.6
+    # of the patterns of this grid, the one that keeps 40 of 72 blocks serves each head best
+    assert report.density == pytest.approx(40 / 72)
     rows = report.graphs[0].layers
     assert [r.module for r in rows] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert all(r.density == pytest.approx(40 / 72) < r.recall < 1 for r in rows)
     assert all(sum(r.heads.values()) == 2 and r.calls == 3 and r.searches == 2 for r in rows)
     assert '"reuse": 1' in report.to_json() and "blocks.*.attn1" in str(report)
 
@@ -288,9 +290,10 @@ def test_dynamic_sizes_reach_the_router(eager):
     for grid in ((4, 12, 16), (4, 10, 14)):
         case = wan(grid=grid)
         outs = run_trajectory(model, case.inputs)
-        dense = run_trajectory(model._orig_mod, case.inputs)
-        assert relative_error(outs[0], dense[0]) < 1e-5
-        assert 1e-4 < relative_error(outs[1], dense[1]) < 0.5
+        static = run_trajectory(compiled(case.model, dynamic=False, **SPARSE), case.inputs)
+        dense = run_trajectory(case.model, case.inputs)
+        assert_same(outs, static)
+        assert all(relative_error(o, d) > 1e-3 for o, d in zip(outs[1:], dense[1:]))
 
 
 def test_repeated_blocks_keep_their_plans_apart(eager):

@@ -249,12 +249,15 @@ def test_a_key_padding_mask_becomes_a_bias_in_each_heads_order():
 
 
 @pytest.mark.parametrize("make", [wan, hunyuan_video])
-def test_the_rewritten_graph_computes_dense_attention_when_no_pattern_serves(make, unswitched):
-    """Recall 1 is never reached by a sample, so each head picks `dense`; orders must cancel."""
-    tiny = make(batch=2)
+@pytest.mark.parametrize("router", ["headwise", "rainfusion", "subblock"])
+def test_the_rewritten_graph_that_keeps_everything_computes_dense_attention(
+    make, router, unswitched
+):
+    """Of six blocks of queries and twelve or more of keys; the orders of tokens must cancel."""
+    tiny = make(batch=2, grid=(3, 14, 18))
 
     def backend(gm, inputs):
-        variant, changed = rewrite(gm, quality=0.999999)
+        variant, changed = rewrite(gm, router=router, quality=0.999999)
         assert changed == 2 and variant.graph.inputs == []
         return lambda *args: variant.graph.gm(*args)[: variant.graph.outputs]
 
