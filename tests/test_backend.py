@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import dit_opt
-from dit_opt import backend as backend_module
 from dit_opt.backend import ditopt
 from dit_opt.inspect.summary import NothingReplaced
 from dit_opt.options import OptionError
+from dit_opt.routers.headwise import Headwise
+from dit_opt.runtime import compiler
 from dit_opt.runtime.bound import GradientError
 from tests.trajectories import TRAJECTORY, big_wan, compiled, relative_error, run_trajectory
 from zoo import small
@@ -69,14 +70,14 @@ def test_keeping_every_block_equals_inductor(name):
     assert all(g.calls.get("search") for g in report.graphs if g.record.replaced)
 
 
-def test_a_dense_phase_is_the_graph_that_inductor_would_have_had(monkeypatch):
+def test_a_dense_step_is_the_graph_that_inductor_would_have_had(monkeypatch):
     seen = []
 
     def spy(gm, inputs, patches):
         seen.append([n.target for n in gm.graph.nodes if n.op == "call_function"])
         return gm
 
-    monkeypatch.setattr(backend_module, "compile_with_inductor", spy)
+    monkeypatch.setattr(compiler, "compile_with_inductor", spy)
     tiny = big_wan()
     plain = []
 
@@ -117,14 +118,14 @@ def test_one_variant_serves_searches_and_reuse_and_computes_the_same(monkeypatch
         compiled_graphs.append(gm)
         return gm
 
-    monkeypatch.setattr(backend_module, "compile_with_inductor", count)
+    monkeypatch.setattr(compiler, "compile_with_inductor", count)
     options = {**SPARSE, "router": "headwise"}
     outs, reports = [], []
     for told in (True, False):
         torch.compiler.reset()
         tiny = big_wan()
         if not told:
-            monkeypatch.setattr(backend_module, "can_ask", lambda router: False)
+            monkeypatch.setattr(Headwise, "switchable", False)
         compiled_graphs.clear()
         dit_opt.optimize(tiny.model, regional=regional, **options)
         outs.append(run_trajectory(tiny.model, tiny.inputs))
@@ -139,14 +140,14 @@ def test_one_variant_serves_searches_and_reuse_and_computes_the_same(monkeypatch
 @pytest.mark.parametrize(
     "option", [{"verify_every": 1}, {"router": "adaspa"}], ids=["guard", "other router"]
 )
-def test_others_have_a_variant_for_each_phase(monkeypatch, option):
+def test_others_have_a_variant_for_each_mode(monkeypatch, option):
     compiled_graphs = []
 
     def count(gm, inputs, patches):
         compiled_graphs.append(gm)
         return gm
 
-    monkeypatch.setattr(backend_module, "compile_with_inductor", count)
+    monkeypatch.setattr(compiler, "compile_with_inductor", count)
     tiny = big_wan()
     dit_opt.optimize(tiny.model, **{**SPARSE, "router": "headwise", **option})
     run_trajectory(tiny.model, tiny.inputs)

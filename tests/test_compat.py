@@ -82,6 +82,22 @@ def test_operators_that_write_in_place():
     assert not _compat.writes_in_place(torch.ops.higher_order.flex_attention)
 
 
+def test_meta_kernels_that_compare_sizes_add_no_guard():
+    gm = capture_one(lambda x: x + 1, torch.ones(6, 4), dynamic=True)
+    x = gm.graph.find_nodes(op="placeholder")[-1].meta["example_value"]
+    environment = x.shape[0].node.shape_env
+    before = len(environment.guards)
+    with _compat.without_guards([[3], {"x": x}]):
+        assert x.shape[0] == 6
+        made = torch.empty(3)
+    # what is made there is fake, of the mode that x has
+    assert _compat.is_fake(made) and made.fake_mode is x.fake_mode
+    assert len(environment.guards) == before
+    assert x.shape[0] == 6 and len(environment.guards) > before
+    with _compat.without_guards([3, torch.ones(2)]):
+        assert not _compat.is_fake(torch.empty(3))
+
+
 def test_tensors_without_values_are_told():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

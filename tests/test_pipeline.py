@@ -114,13 +114,13 @@ def test_regional_blocks_follow_the_grid_of_each_call(router, make):
 def test_threads_of_a_regional_model_keep_their_own_steps():
     tiny = wan(grid=(4, 12, 16))
     dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
-    announcement = find_link(next(tiny.model.parameters()))
+    link = find_link(next(tiny.model.parameters()))
     (hook,) = [h for h in tiny.model._forward_pre_hooks.values() if isinstance(h, _StepHook)]
     seen = []
 
     def step(timestep):
         hook(tiny.model, (), {**tiny.inputs, "timestep": torch.tensor([timestep])})
-        seen.append((announcement.position.run, announcement.position.step))
+        seen.append((link.step_index.run, link.step_index.step))
 
     with ThreadPoolExecutor(1) as other:
         for timestep in (999.0, 800.0):
@@ -195,7 +195,7 @@ def test_regional_blocks_are_compiled_for_more_shapes_than_dynamo_allows():
     for i in range(10):
         with torch.no_grad():
             tiny.model(**{**wan(grid=(2, 8, 8 + i)).inputs, "timestep": torch.tensor([900.0 - i])})
-    searched = [bound for bound in live_bounds() if len(list(bound.states))]
+    searched = [bound for bound in live_bounds() if list(bound.store)]
     assert len(searched) == 10
 
 

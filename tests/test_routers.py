@@ -6,11 +6,17 @@ import pytest
 import torch
 
 import dit_opt
-from dit_opt import analysis
-from dit_opt.facts.order import OrderRefusal, OrderRegion
+from dit_opt.facts.order import OrderRefusal
 from dit_opt.facts.order_map import OrderReason
 from dit_opt.kernels.searches.headwise.head_orders import ORDER_NAMES
-from tests.trajectories import big_wan, compiled, relative_error, run_trajectory
+from dit_opt.passes import token_order
+from tests.trajectories import (
+    big_wan,
+    compiled,
+    relative_error,
+    run_trajectory,
+    summary_of,
+)
 from zoo import small
 from zoo.small import wan
 
@@ -32,7 +38,7 @@ LONG = {make.__name__: {"grid": (3, 14, 18)} for make in small.ALL} | {
 def no_order(monkeypatch):
     """Leaves the gathers at each attention call."""
     refusal = OrderRefusal(OrderReason.NO_GRID)
-    monkeypatch.setattr(analysis, "_find_order", lambda *_: refusal)
+    monkeypatch.setattr(token_order, "find_order_region", lambda *_: refusal)
 
 
 def check_searches(tiny, outs, **asked):
@@ -74,7 +80,8 @@ def test_orders_of_heads_live_from_search_to_search(router, tail):
     asked = {"router": router, "tail": tail, "density": 0.5, "refresh_every": 2, **SPARSE}
     outs = run_trajectory(compiled(tiny.model, **asked), tiny.inputs)
     (graph,) = dit_opt.report(tiny.model).graphs
-    assert graph.calls == {"dense": 1, "search": 2, "reuse": 1} and graph.record.order == ""
+    assert graph.calls == {"dense": 1, "search": 2, "reuse": 1}
+    assert summary_of(graph.record, "token_order") == ""
     for row in graph.layers:
         assert row.density == pytest.approx(0.5) and row.density < row.recall <= 1
         assert set(row.heads) <= set(ORDER_NAMES) and sum(row.heads.values()) == 2
@@ -116,7 +123,7 @@ def test_keeping_everything_in_one_order_equals_dense(name, tail):
     torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
     assert dit_opt.report(tiny.model).density == pytest.approx(1)
     (graph,) = dit_opt.report(tiny.model).graphs
-    assert "ordered once" in graph.record.order
+    assert "ordered once" in summary_of(graph.record, "token_order")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +144,8 @@ def test_one_order_computes_what_gathers_at_each_call_do(make, options, request,
     (graph,) = dit_opt.report(tiny.model).graphs
     tables = text.count("_ordered = ")
     # latents, and each table over them, once; the output once
-    assert text.count("index_select(") == tables + 1 and "1 gather" not in graph.record.order
+    assert text.count("index_select(") == tables + 1
+    assert f"by {tables + 1} gathers" in summary_of(graph.record, "token_order")
     torch.compiler.reset()
     request.getfixturevalue("no_order")
     again = tiny(compiled(tiny.model, **asked))
@@ -148,7 +156,7 @@ def test_a_refused_order_is_reported_and_tokens_are_gathered_at_each_call(no_ord
     tiny = big_wan()
     tiny(compiled(tiny.model, router="subblock", density=0.5, min_tokens=0, dense_steps=0))
     (graph,) = dit_opt.report(tiny.model).graphs
-    assert graph.record.order.endswith(OrderReason.NO_GRID.value)
+    assert summary_of(graph.record, "token_order").endswith(OrderReason.NO_GRID.value)
     assert "at each attention call" in str(dit_opt.report(tiny.model))
     assert graph.layers[0].density <= 0.5 + ROUNDING
 
@@ -157,21 +165,11 @@ def test_patterns_of_frames_keep_the_models_own_order():
     tiny = big_wan()
     for router in ("rainfusion", "frame_tile"):
         asked = {"router": router, "density": 0.6, "min_tokens": 0, "dense_steps": 0}
-        explanation = dit_opt.explain(tiny.model, **tiny.inputs, options=asked)
-        assert explanation.graphs[0].order == ""
-    assert isinstance(find_order(tiny, router="subblock"), OrderRegion)
-
-
-def find_order(tiny, **options):
-    found = []
-
-    def backend(gm, _):
-        asked = dit_opt.Options(min_tokens=0, **options)
-        found.append(analysis.analyse(gm, asked)[0].order)
-        return gm
-
-    tiny(torch.compile(tiny.model, backend=backend))
-    return found[0]
+        (record,) = dit_opt.explain(tiny.model, **tiny.inputs, options=asked).graphs
+        assert "token_order" not in {each.name for each in record.passes}
+    asked["router"] = "subblock"
+    (record,) = dit_opt.explain(tiny.model, **tiny.inputs, options=asked).graphs
+    assert {each.name: each.changed for each in record.passes}["token_order"] == 1
 
 
 @pytest.mark.parametrize(
@@ -186,7 +184,7 @@ def test_routers_that_weigh_blocks_need_no_grid(numbered, order):
     (graph,) = dit_opt.report(tiny.model).graphs
     assert all(row.density == pytest.approx(1) for row in graph.layers)
     assert {d.router for d in graph.record.decisions} == {"subblock"}
-    assert order in graph.record.order
+    assert order in summary_of(graph.record, "token_order")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ def grids_of(model):
     return {layout[:3] for layout in layouts_of(model)}
 
 
+def summary_of(record, name):
+    """What a report says of a pass; "" where it did not run, or had nothing to say."""
+    return "".join(each.summary for each in record.passes if each.name == name)
+
+
 def relative_error(out, reference):
     """L2 norm of the difference over that of the reference."""
     return float((out - reference).norm() / reference.norm())

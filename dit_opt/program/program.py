@@ -185,6 +185,8 @@ class Program:
     def __init__(self, gm: GraphModule, hints: InputHints | None = None) -> None:
         self.main = SlotGraph(copy_with_nodes(gm)[0])
         self.dense = self.main
+        # by node of the main graph, while they are two
+        self._dense_nodes: dict[Node, Node] = {}
         self.facts = Facts(self.main.gm, hints)
         self.pieces: list[Piece] = []
         self.plan = ModePlan()
@@ -192,11 +194,14 @@ class Program:
     def keep_dense(self) -> None:
         """Let later edits of `main` not reach dense steps."""
         if self.dense is self.main:
-            self.dense, _ = self.main.copy()
+            self.dense, self._dense_nodes = self.main.copy()
 
     def start_variant(self, mode: Mode) -> Variant:
         """A copy to be lowered to a mode; that of DENSE has none of the sparse passes."""
-        graph, at = (self.dense if mode is Mode.DENSE else self.main).copy()
+        if mode is not Mode.DENSE or self.dense is self.main:
+            return Variant(mode, *self.main.copy(), self.plan)
+        graph, copies = self.dense.copy()
+        at = {node: copies[dense] for node, dense in self._dense_nodes.items()}
         return Variant(mode, graph, at, self.plan)
 
 

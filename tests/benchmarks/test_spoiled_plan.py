@@ -6,6 +6,7 @@ import torch
 import dit_opt
 from benchmarks import spoiled_plan
 from benchmarks.spoiled_plan import Outcome, summarise
+from dit_opt.routers.headwise import WORDS
 from tests.trajectories import big_wan, compiled, run_trajectory
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -19,12 +20,12 @@ def test_lists_are_dealt_out_anew_and_stay_lists():
     asked = {"router": "headwise", "density": 0.4, "min_tokens": 0, "dense_steps": 0}
     model = compiled(tiny.model, **asked, verify_every=1)
     run_trajectory(model, tiny.inputs, [999.0])
-    states = spoiled_plan.list_states()
-    before = [s.plan[0].clone() for s in states]
-    assert spoiled_plan.spoil_plans() == len(states) == 2
-    for state, words in zip(states, before):
-        assert torch.equal(state.plan[0].sort(2).values, words.sort(2).values)
-        assert not torch.equal(state.plan[0], words)
+    plans = spoiled_plan.list_values(WORDS)
+    before = [words.clone() for words in plans]
+    assert spoiled_plan.spoil_plans() == len(plans) == 2
+    for dealt, words in zip(plans, before, strict=True):
+        assert torch.equal(dealt.sort(2).values, words.sort(2).values)
+        assert not torch.equal(dealt, words)
     assert spoiled_plan.count_caught() == 0
     run_trajectory(model, tiny.inputs, [750.0])
     assert spoiled_plan.count_caught() > 0

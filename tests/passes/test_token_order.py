@@ -9,9 +9,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_opt.decisions import RewriteReason
 from dit_opt.facts.order import OrderRegion
-from dit_opt.passes.token_order import order_tokens
+from dit_opt.options import Options
+from dit_opt.passes.sparse_attention import SparseAttention
+from dit_opt.passes.token_order import TokenOrder, order_tokens
 from dit_opt.program.edit import append_placeholder, copy_graph
+from dit_opt.program.modes import Mode
+from dit_opt.program.program import Program
+from tests.graphs import capture_tiny
 from tests.orders import (
     CHANNELS,
     GRID,
@@ -26,6 +32,7 @@ from tests.orders import (
     trace,
     unpatchify,
 )
+from tests.programs import count_calls, run_passes
 from zoo import small
 
 
@@ -283,3 +290,48 @@ def test_layers_that_are_alike_at_every_token_are_proved(name):
 @given(st.lists(st.sampled_from(list(LAYERS)), min_size=1, max_size=5))
 def test_what_is_proved_runs_in_any_order(names):
     check_stack(names)
+
+
+def run_pass(make, **options):
+    _, gm = capture_tiny(make)
+    record, lowering = run_passes(gm, [TokenOrder(), SparseAttention()], **options)
+    return record.passes[0], lowering
+
+
+@pytest.mark.parametrize("make", [small.wan, small.hunyuan_video])
+def test_tokens_of_every_site_are_ordered_once(make):
+    record, lowering = run_pass(make, router="subblock")
+    (decision,) = record.decisions
+    assert decision.reason is RewriteReason.REWRITTEN and record.changed == 1
+    variant = lowering.make_variant(Mode.SEARCH)
+    moved = count_gathers(variant.graph.gm)
+    assert f"by {moved} gathers" in record.summary
+    # the order of the whole graph, and none at the sites
+    assert count_calls(variant.graph.gm, torch.ops.ditopt.cube_order_v1.default) == 1
+    assert count_gathers(lowering.make_variant(Mode.DENSE).graph.gm) == 0
+    whole = [pin for pin in lowering.program.plan.pins if pin.place is None]
+    assert [pin.sizes for pin in whole] == [(3, 4, 5, 60)]
+    order, inverse = whole[0].make([3, 4, 5, 60], torch.device("cpu"))
+    assert torch.equal(order[inverse], torch.arange(60))
+
+
+def test_a_refusal_names_the_node_and_sites_gather_their_tokens():
+    record, lowering = run_pass(small.flux, router="subblock")
+    (decision,) = record.decisions
+    assert decision.reason is RewriteReason.NOT_PROVED and decision.detail
+    assert record.changed == 0 and decision.detail in record.summary
+    assert "at each attention call" in record.summary
+    assert not [pin for pin in lowering.program.plan.pins if pin.place is None]
+
+
+@pytest.mark.parametrize(
+    "options", [{"router": "headwise"}, {"router": "dense"}, {"router": "subblock", "density": 1}]
+)
+def test_an_order_that_nobody_uses_is_not_asked_for(options):
+    assert not TokenOrder().wanted(Options(**options))
+    assert TokenOrder().wanted(Options(router="subblock"))
+
+
+def test_without_a_site_that_is_replaced_there_is_nothing_to_order():
+    _, gm = capture_tiny(small.wan)
+    assert TokenOrder().find(Program(gm).facts, Options(min_tokens=10_000)) == []

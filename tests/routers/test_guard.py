@@ -28,9 +28,12 @@ class Layer(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.to_q = torch.nn.Linear(32, 32).requires_grad_(False)
+        self.embed = torch.nn.Linear(2, 32).requires_grad_(False)
 
     def forward(self, video, timestep):
-        x = video.flatten(2).transpose(1, 2) + timestep.sin().reshape(-1, 1, 1)
+        angle = timestep[:, None] / 1000
+        embedded = self.embed(torch.cat([angle.sin(), angle.cos()], -1))
+        x = video.flatten(2).transpose(1, 2) + embedded[:, None]
         q = self.to_q(x).unflatten(2, (HEADS, 16)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
         return out.transpose(1, 2).unflatten(2, video.shape[2:])

@@ -1,4 +1,4 @@
-"""What is held is all that the ops of a site look up."""
+"""What is pinned is all that the ops of a site look up."""
 
 from __future__ import annotations
 
@@ -44,15 +44,17 @@ CACHES = (
         ("sol", wan),
     ],
 )
-def test_a_call_builds_no_table_that_is_not_held(router, make):
+def test_a_call_builds_no_table_that_is_not_pinned(router, make):
     tiny = make()
     model = compiled(tiny.model, router=router, min_tokens=0, refresh_every=1)
     run_trajectory(model, tiny.inputs, [999.0])
     (bound,) = live_bounds()
     for cache in CACHES:
         cache.cache_clear()
-    held = bound._wiring.hold((), torch.device("cpu"))
-    assert held and all(held)
+    (sizes,) = bound.pin_sizes.values()
+    pins = zip(bound.plan.pins, sizes, strict=True)
+    pinned = [pin.make(of_pin, torch.device("cpu")) for pin, of_pin in pins]
+    assert pinned and all(pinned)
     built = [cache.cache_info().misses for cache in CACHES]
     run_trajectory(model, tiny.inputs, [500.0])
     assert [cache.cache_info().misses for cache in CACHES] == built
