@@ -13,7 +13,6 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
-from torch.fx import Graph
 
 import dit_opt
 from dit_opt import passes, routers
@@ -23,6 +22,7 @@ from dit_opt.facts.sites import module_of, source_of
 from dit_opt.options import Options
 from dit_opt.passes.base import Match, Pass
 from dit_opt.policy.site_cost import predict_attention
+from dit_opt.program.edit import copy_with_nodes
 from dit_opt.program.program import Piece, SlotGraph
 from dit_opt.program.slots import Key, Lives, Slot, SlotRef
 from dit_opt.routers.base import BLOCK_K, BLOCK_Q, Routed, Router
@@ -37,8 +37,9 @@ HOISTED = Slot("hoist.step", frozenset({Key.PARAMETER, Key.STEP}), Lives.WEIGHTS
 class HoistStep(Pass):
     """What depends on the timestep and on weights alone is made once for each step.
 
-    Triggers on the last node of the embedding of the timestep that is a linear layer. A piece with
-    all that it is computed from writes a slot, and the main graph reads the slot.
+    Triggers on the last linear layer of the timestep's embedding. A piece with all that it is
+    computed from writes a slot, and the main graph reads the slot. Only right where all runs have
+    the same timesteps, since a step is known by its number, and where weights change together.
     """
 
     name = "hoist_step"
@@ -93,14 +94,16 @@ def list_needed(node):
 
 def cut(gm, match, ref):
     """The nodes of a match as a graph of their own, which writes a slot."""
-    graph, copies = Graph(), {}
-    for node in gm.graph.nodes:
-        if node in match.what or node is match.node:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(())
-    piece = SlotGraph(torch.fx.GraphModule(gm, graph))
-    piece.write(ref, copies[match.node])
-    piece.gm.recompile()
+    copied, at = copy_with_nodes(gm)
+    (output,) = copied.graph.find_nodes(op="output")
+    output.args = ((),)
+    kept = {at[node] for node in match.what} | {at[match.node], output}
+    for node in reversed(list(copied.graph.nodes)):
+        if node not in kept:
+            copied.graph.erase_node(node)
+    piece = SlotGraph(copied)
+    piece.write(ref, at[match.node])
+    copied.recompile()
     return piece
 
 
