@@ -280,7 +280,7 @@ def test_by_default_a_model_without_a_step_stays_dense_and_says_so(regional, cap
     told = [r.getMessage() for r in caplog.records if r.name.startswith("dit_opt")]
     assert set(told) == {WITHOUT_STEP}
     report = dit_opt.report(tiny.model)
-    assert all(g.lacks_step and set(g.calls) == {"observe"} for g in report.graphs)
+    assert all(g.lacks_step and set(g.calls) == {"dense"} for g in report.graphs)
     assert WITHOUT_STEP in str(report)
 
 
