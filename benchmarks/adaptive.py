@@ -1,6 +1,6 @@
 """What budgets by need, the tail and the searches are worth, on the attention of the demo model.
 
-    python -m benchmarks.adaptive [--density 0.125] [--checkpoint F] [--seconds 5] [--json F]
+    python -m benchmarks.adaptive [--density 0.25] [--checkpoint F] [--seconds 5] [--json F]
 
 Queries, keys and values of every self-attention call are taken from dense forwards of noised clips,
 each head in the order that the default router picks for it. Recall is exact, per row of blocks, and
@@ -29,15 +29,15 @@ from dit_opt.demo import clips
 from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.kernels.block_sparse_attention.op import block_sparse_attention
-from dit_opt.kernels.routers import head_orders, headwise
-from dit_opt.kernels.routers.block_mass import measure_block_mass
-from dit_opt.kernels.routers.budgets import Spread, allot_blocks
-from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.routers.plan import lay_blocks
+from dit_opt.kernels.plan.budgets import Spread, allot_blocks
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.plan.plan import lay_blocks
+from dit_opt.kernels.searches.headwise import head_orders
+from dit_opt.kernels.searches.mass.blocks import measure_block_mass
 from dit_opt.kernels.token_order import gather_tokens
 from dit_opt.options import DEFAULT_REFRESH_EVERY
 from dit_opt.routers import AUTO, find_router
-from dit_opt.routers.base import BLOCK_K, BLOCK_Q, SPREAD
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q
 from dit_opt.routers.headwise import Headwise
 
 TOKENS = GRID[0] * GRID[1] * GRID[2]
@@ -74,14 +74,13 @@ class RecordCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def order_tokens(call: Call, name: str | None = None) -> Call:
+def order_tokens(call: Call, density: float, name: str | None = None) -> Call:
     """A call whose tokens are in the order of that name, or in the one that suits each head."""
     q, k, v = call.q, call.k, call.v
     layout = VideoLayout(*GRID, 0, TOKENS)
     orders = head_orders.build_orders(layout, BLOCK_Q, BLOCK_K, Headwise.cell, q.device)
     if name is None:
-        density = find_router(AUTO).density
-        _, order = headwise.plan(q, k, q.shape[-1] ** -0.5, orders, density=density)
+        order = list_searches(q, k, GRID, density)[AUTO]()[2]
     else:
         order = torch.full(q.shape[:2], head_orders.ORDER_NAMES.index(name))
     return Call(call.layer, *(gather_tokens(x, orders.orders[order.long()]) for x in (q, k, v)))
@@ -113,7 +112,7 @@ def measure_recalls(calls: list[Call], density: float) -> dict[str, dict[str, fl
     for call in calls:
         mass = _measure_mass(call)
         for spread in SPREADS:
-            plan = allot_blocks(mass, blocks=blocks, density=density, spread=spread)
+            plan = allot_blocks(mass, blocks, density, True, spread=spread)
             kept = _mark(plan.counts, plan.indices)
             recalls[spread].append((mass * kept).sum(-1).flatten())
     return {
@@ -131,7 +130,7 @@ def measure_tails(calls: list[Call], density: float) -> list[dict[str, Any]]:
     blocks = lay_blocks(TOKENS, 0, TOKENS, BLOCK_Q, BLOCK_K, torch.device("cpu"))
     found: dict[int, dict[str, list[float]]] = {}
     for call in calls:
-        plan = allot_blocks(_measure_mass(call), blocks=blocks, density=density, spread=SPREAD)
+        plan = allot_blocks(_measure_mass(call), blocks, density, True)
         dense = F.scaled_dot_product_attention(call.q, call.k, call.v)
         row = found.setdefault(call.layer, {"drop": [], "centroid": []})
         for tail in row:
@@ -200,8 +199,7 @@ def _spend(search: float, every: int, kept: dict[str, float]) -> float:
 
 
 def _measure_mass(call: Call) -> torch.Tensor:
-    mass, _ = measure_block_mass(call.q, call.k, call.q.shape[-1] ** -0.5, BLOCK_Q, BLOCK_K)
-    return mass
+    return measure_block_mass(call.q, call.k, call.q.shape[-1] ** -0.5, BLOCK_Q, BLOCK_K)
 
 
 def _mark(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -249,12 +247,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     recorded = record_calls(load_model(args.checkpoint))
-    calls = [order_tokens(call) for call in recorded]
+    calls = [order_tokens(call, args.density) for call in recorded]
     result = {
         "density": args.density,
         "recall": measure_recalls(calls, args.density),
         "recall_in_one_order": {
-            name: measure_recalls([order_tokens(call, name) for call in recorded], args.density)
+            name: measure_recalls(
+                [order_tokens(call, args.density, name) for call in recorded], args.density
+            )
             for name in head_orders.ORDER_NAMES
         },
         "tail": measure_tails(calls, args.density),

@@ -28,8 +28,8 @@ from benchmarks.problems import DTYPES, TOLERANCE, Problem, make_block_mask, mak
 from benchmarks.timing import Milliseconds, time_in_turns
 from dit_opt.demo.machine import describe_machine, list_versions, read_date
 from dit_opt.kernels.block_sparse_attention import block_sparse_attention, reference
-from dit_opt.kernels.routers import rainfusion
-from dit_opt.kernels.routers.tables import build_tables
+from dit_opt.kernels.searches.rainfusion import op as rainfusion
+from dit_opt.kernels.searches.rainfusion.tables import build_tables
 
 OURS = "block_sparse_attention"
 FLEX = "flex_attention"
@@ -128,7 +128,7 @@ def measure_router(
         rivals: dict[str, Callable[[], object]] = dict(list_kernels(problem, with_flex=False))
         del rivals[OURS]
         rivals["recognize"] = lambda p=problem, t=tables: rainfusion.recognize(
-            p.q, p.k, t, p.scale, RECOGNITION_TARGET
+            p.q, p.k, None, p.scale, RECOGNITION_TARGET, False, t
         )
         times = time_in_turns(rivals, seconds, problem.q.device, warm_up=1)
         share = times["recognize"].median / min(

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from dit_opt.demo import clips
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.demo.sampler import STEPS, denoise
-from dit_opt.kernels.routers.block_mass import measure_block_mass
-from dit_opt.kernels.routers.orders import VideoLayout, order_cubes
+from dit_opt.kernels.plan.orders import VideoLayout, order_cubes
+from dit_opt.kernels.searches.mass.blocks import measure_block_mass
 
 # tokens of a cube of 4 x 4 x 4
 BLOCK = 64
@@ -34,7 +34,7 @@ def best_share_mass(q: torch.Tensor, k: torch.Tensor, share: float = 0.25) -> to
     """
     order = order_cubes(VideoLayout(*GRID, 0, q.shape[1]))
     q, k = (x[None, :, order].float() for x in (q, k))
-    mass, _ = measure_block_mass(q, k, q.shape[-1] ** -0.5, BLOCK, BLOCK)
+    mass = measure_block_mass(q, k, q.shape[-1] ** -0.5, BLOCK, BLOCK)
     kept = max(1, round(share * mass.shape[-1]))
     return mass[0].topk(kept, dim=-1).values.sum(-1).mean(-1)
 

@@ -23,13 +23,10 @@ import torch
 from tabulate import tabulate
 
 import dit_opt
-from benchmarks.coverage_images import IMAGES
-from benchmarks.coverage_models import Builder, build
-from benchmarks.coverage_video import VIDEO
 from dit_opt.decisions import AttentionReason
 from dit_opt.demo.machine import describe_run
+from zoo import MODELS, Model
 
-BUILDERS: tuple[Builder, ...] = (*VIDEO, *IMAGES)
 # Sites that are as they should be.
 RIGHTLY_LEFT = (AttentionReason.TEXT_ONLY, AttentionReason.TOO_SHORT)
 
@@ -39,8 +36,8 @@ class Row:
     """What ditopt does with one model.
 
     Attributes:
-        name: of its builder.
-        model: its class, "" where it could not be built.
+        name: in the zoo.
+        model: its class in diffusers.
         graphs: how many Dynamo made.
         replaced, sites: of self- and joint attention, those that were replaced and all of them.
         grids: (T, H, W) of replaced sites, each once.
@@ -49,7 +46,7 @@ class Row:
     """
 
     name: str
-    model: str = ""
+    model: str
     graphs: int = 0
     replaced: int = 0
     sites: int = 0
@@ -68,13 +65,11 @@ class Row:
         return "all" if self.replaced == due else "some" if self.replaced else "none"
 
 
-def explain_model(builder: Builder, density: float) -> Row:
+def explain_model(record: Model, density: float) -> Row:
     """Build a model, run it and explain it; whatever fails makes a row, too."""
-    name, kind = builder.__name__, ""
     torch.compiler.reset()
     try:
-        model, inputs = build(builder)
-        kind = type(model).__name__
+        model, inputs = record.build()
         with torch.no_grad():
             # tables that are made in the first call are there in all later ones
             model(**inputs)
@@ -82,13 +77,13 @@ def explain_model(builder: Builder, density: float) -> Row:
         explanation = dit_opt.explain(model, **inputs, options=options)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        return Row(name, kind, error=f"{type(error).__name__}: {first}")
+        return Row(record.name, record.class_name, error=f"{type(error).__name__}: {first}")
     decisions = explanation.decisions
     left = Counter(d.reason.name for d in decisions if not d.replaced)
     grids = [d.layout.grid for d in decisions if d.replaced and d.layout and d.layout.grid]
     return Row(
-        name,
-        kind,
+        record.name,
+        record.class_name,
         graphs=len(explanation.graphs),
         replaced=len(decisions) - left.total(),
         sites=len(decisions) - left[AttentionReason.CROSS_ATTENTION.name],
@@ -132,14 +127,13 @@ def summarise(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    named = {builder.__name__: builder for builder in BUILDERS}
-    parser.add_argument("--only", nargs="+", choices=named, metavar="NAME", help=", ".join(named))
+    parser.add_argument("--only", nargs="+", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     # diffusers announces what it deprecates, and ditopt where it replaced nothing: rows tell that
     warnings.filterwarnings("ignore")
-    rows = [explain_model(named[name], args.density) for name in args.only or named]
+    rows = [explain_model(MODELS[name], args.density) for name in args.only or MODELS]
     print(render(rows))
     if args.json:
         result: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """From which length on does sparse attention pay, as measured and as the cost model predicts?
 
-    python -m benchmarks.crossover [--device cpu] [--heads 8] [--dim 64] [--density 0.125]
+    python -m benchmarks.crossover [--device cpu] [--heads 8] [--dim 64] [--density 0.25]
         [--tokens 512 1024 2048 4096] [--seconds 5] [--json F]
 
 Times dense attention, sparse attention over the lists of `headwise`, its search and its moves in

@@ -38,14 +38,10 @@ from benchmarks.gpu_prologue import SHAPES, measure_prologue
 from benchmarks.gpu_routers import GRIDS, measure_grid
 from benchmarks.gpu_variants import list_cases as list_variant_cases
 from benchmarks.gpu_variants import measure_variants
+from benchmarks.lint_kernels import LISTS
 from benchmarks.problems import DTYPES
 from dit_opt.demo.machine import describe_run
 from dit_opt.kernels.aot import check_builds
-from dit_opt.kernels.block_sparse_attention.builds import list_builds as list_attention
-from dit_opt.kernels.block_sparse_attention.variant_builds import list_builds as list_variants
-from dit_opt.kernels.norm_rope.builds import list_builds as list_norm_rope
-from dit_opt.kernels.routers.builds import list_builds as list_block_mass
-from dit_opt.kernels.token_order_builds import list_builds as list_token_order
 from dit_opt.routers import AUTO, find_router
 from dit_opt.tuning.tune import Workload, tune_kernel
 
@@ -261,8 +257,7 @@ def _as_text(value: Any) -> Any:
 
 def compile_kernels(target: str = "sm_90") -> int:
     """Compile every shipped kernel ahead of time; how many have faults."""
-    lists = (list_attention, list_variants, list_block_mass, list_norm_rope, list_token_order)
-    rows = list(check_builds([build for listed in lists for build in listed(target)]))
+    rows = list(check_builds([build for listed in LISTS for build in listed(target)]))
     faults = [(build.config, ", ".join(found)) for build, _, found in rows if found]
     log.info("%d kernels compiled for %s, %d with faults", len(rows), target, len(faults))
     if faults:

@@ -18,7 +18,7 @@ from benchmarks.gpu_cases import Case, make_inputs, make_key_mask, make_plan, me
 from benchmarks.gpu_timing import time_captured
 from benchmarks.problems import TOLERANCE, make_block_mask
 from dit_opt.kernels.block_sparse_attention import block_sparse_attention
-from dit_opt.kernels.block_sparse_attention.tuning import find_tiling
+from dit_opt.kernels.block_sparse_attention.impl.triton.tuning import find_tiling
 
 OURS, DEFAULT = "ditopt", "sdpa_default"
 # Rows of an output that are compared with float64.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
-from dit_opt.kernels.routers.plan import list_kept
+from dit_opt.kernels.plan.plan import list_kept
 
 PlanKind = Literal["random", "video", "one dense head"]
 

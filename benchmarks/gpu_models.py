@@ -138,7 +138,7 @@ def measure_model(shape: Shape, device: torch.device) -> dict[str, Any]:
     start = _make_timestep(shape, 0, device)
     first, trials = choose_dense(shape, model, inputs | {"timestep": start}, device)
     torch.compiler.reset()
-    options = {"density": DENSITY, "min_tokens": shape.min_tokens, **mode}
+    options = {"density": DENSITY, "dense_steps": 0, "min_tokens": shape.min_tokens, **mode}
     rivals = {
         "dense": torch.compile(model, dynamic=False, **mode),
         "ditopt": torch.compile(model, dynamic=False, backend=ditopt, options=options),

@@ -19,11 +19,11 @@ from benchmarks.gpu_attention import list_dense, measure_dense, measure_error
 from benchmarks.gpu_cases import Case, make_inputs, make_plan, measure_density
 from benchmarks.gpu_timing import time_captured
 from benchmarks.problems import TOLERANCE
-from dit_opt.kernels.block_sparse_attention import triton as kernel
-from dit_opt.kernels.block_sparse_attention import triton_int8
-from dit_opt.kernels.block_sparse_attention.candidates import list_variants
 from dit_opt.kernels.block_sparse_attention.contract import Arguments
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
+from dit_opt.kernels.block_sparse_attention.experimental import int8
+from dit_opt.kernels.block_sparse_attention.impl.triton import attention as kernel
+from dit_opt.kernels.block_sparse_attention.impl.triton.candidates import list_variants
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling, choose_tiling
 from dit_opt.tuning.inputs import Workload
 from dit_opt.tuning.variant_trial import prove
 
@@ -51,11 +51,11 @@ def bind_variants(
     arguments = Arguments(q, k, v, counts, indices, None, *sizes)
 
     def by(tiling: Tiling) -> Callable[[], Tensor]:
-        return lambda: kernel.launch(arguments, tiling)[0]
+        return lambda: kernel.attend(arguments, tiling)[0]
 
     usual = choose_tiling("sm_90", case.dim, DTYPE.itemsize, case.block_q, case.block_k)
     calls = {PLAIN: by(usual)} | {t.variant: by(t) for t in _list_tilings(case)}
-    return calls | {INT8: lambda: triton_int8.launch(arguments)[0]}
+    return calls | {INT8: lambda: int8.attend(arguments)[0]}
 
 
 def measure_variants(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:

@@ -18,11 +18,14 @@ import torch
 import triton
 
 from dit_opt.kernels.aot import TARGETS, check_builds
-from dit_opt.kernels.block_sparse_attention.builds import list_builds as list_attention
-from dit_opt.kernels.block_sparse_attention.variant_builds import list_builds as list_variants
-from dit_opt.kernels.norm_rope.builds import list_builds as list_norm_rope
-from dit_opt.kernels.routers.builds import list_builds as list_block_mass
-from dit_opt.kernels.token_order_builds import list_builds as list_token_order
+from dit_opt.kernels.block_sparse_attention.experimental.builds import list_builds as list_variants
+from dit_opt.kernels.block_sparse_attention.impl.triton.builds import list_builds as list_attention
+from dit_opt.kernels.norm_rope.impl.triton.builds import list_builds as list_norm_rope
+from dit_opt.kernels.searches.builds import list_builds as list_searches
+from dit_opt.kernels.token_order.impl.triton.builds import list_builds as list_token_order
+
+# Every list of builds that ship.
+LISTS = (list_attention, list_variants, list_searches, list_norm_rope, list_token_order)
 
 HEADERS = {
     "target": "target",
@@ -47,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
 
-    lists = (list_attention, list_variants, list_block_mass, list_norm_rope, list_token_order)
-    builds = [build for target in options.targets for listed in lists for build in listed(target)]
+    builds = [build for target in options.targets for listed in LISTS for build in listed(target)]
     rows = []
     for _, report, faults in check_builds(builds, options.processes):
         rows.append(dataclasses.asdict(report) | {"faults": faults})

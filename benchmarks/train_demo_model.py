@@ -39,7 +39,7 @@ FREQUENCIES = 3
 
 
 @dataclass(frozen=True)
-class Mode:
+class Phase:
     """One stretch of training.
 
     Attributes:
@@ -57,9 +57,9 @@ class Mode:
 
 
 PHASES = (
-    Mode((16, 32, 32), 6, 0.30, 1.4e-3, 3.0),
-    Mode((16, 32, 32), 6, 0.35, 1.2e-3, 20.0),
-    Mode((16, 64, 64), 1, 0.35, 8e-4, 4.0),
+    Phase((16, 32, 32), 6, 0.30, 1.4e-3, 3.0),
+    Phase((16, 32, 32), 6, 0.35, 1.2e-3, 20.0),
+    Phase((16, 64, 64), 1, 0.35, 8e-4, 4.0),
 )
 # the effective number of keys of a query, as a share of all, above which entropy is charged
 SPREAD = 0.04
@@ -167,7 +167,7 @@ def draw_crops(
     return crop, places
 
 
-def run_step(model, phase: Mode, rng: torch.Generator) -> float:
+def run_step(model, phase: Phase, rng: torch.Generator) -> float:
     """Add up the gradients of one step; returns its loss."""
     sigma = sample_noise_level(phase.batch, phase.shift, rng)
     clip, prompts = clips.draw_batch(phase.batch, rng)

@@ -24,7 +24,7 @@ from torch._dynamo.source import (
     ParamBufferSource,
     UnspecializedNNModuleSource,
 )
-from torch._logging import trace_structured
+from torch._logging import trace_structured  # pyright: ignore[reportPrivateImportUsage] - private
 from torch._logging._internal import trace_log
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
@@ -107,7 +107,7 @@ def proved_sizes(size: torch.SymInt) -> dict[sympy.Symbol, sympy.Expr]:
     A table given by the user has a symbol of its own until it meets the tokens; from then on a
     guard says that its length is theirs. `ShapeEnv.guards` is read only.
     """
-    proved: dict[sympy.Symbol, sympy.Expr] = {}
+    proved: dict[Any, Any] = {}
     for guard in size.node.shape_env.guards:
         if not isinstance(guard.expr, sympy.Equality):
             continue
@@ -129,7 +129,8 @@ def compile_with_inductor(
     """
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, inputs, config_patches=dict(patches))
+    compiled: Any = compile_fx(gm, inputs, config_patches=dict(patches))
+    return compiled
 
 
 def allow_recompiles(count: int) -> None:
@@ -179,12 +180,15 @@ def forget_compiled() -> Iterator[None]:
     way to learn which code it compiled.
     """
     from torch._dynamo.convert_frame import register_bytecode_hook
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+    from torch._dynamo.eval_frame import (
+        _debug_get_cache_entry_list,
+        reset_code,  # pyright: ignore[reportPrivateImportUsage] - private
+    )
 
     thread = threading.get_ident()
     found: dict[types.CodeType, bool] = {}
 
-    def note(code: types.CodeType, compiled: types.CodeType) -> None:
+    def note(code: types.CodeType, new_code: types.CodeType) -> None:
         # an entry is made after its bytecode
         if threading.get_ident() == thread and code not in found:
             found[code] = not _debug_get_cache_entry_list(code)

@@ -17,7 +17,7 @@ from dit_opt.decisions import GraphRecord
 from dit_opt.facts.graph import Facts, InputHints
 from dit_opt.facts.token_ids import TokenIds
 from dit_opt.inspect.summary import log_summary, warn_of_sizes
-from dit_opt.kernels.native.build import build_ahead
+from dit_opt.kernels.cpp.build import build_ahead
 from dit_opt.options import Options
 from dit_opt.passes.base import Lowering, run
 from dit_opt.program.dump import Dumper
@@ -62,7 +62,7 @@ def ditopt(
         bound, _ = _compile(gm, inputs, parsed, InputHints(grid=hints.grid))
         warn_of_sizes(bound.record, inputs)
         return bound
-    known = _to_input_hints(hints, lambda ids: read_grid(inputs[ids.index], *ids[1:]))
+    known = _to_input_hints(hints, lambda ids: read_grid(inputs[ids.argument], *ids[1:]))
     first, token_ids = _compile(gm, inputs, parsed, known)
     hints = read_hints(inputs, user_inputs, token_ids)
     if not hints:

@@ -65,9 +65,7 @@ def demo(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE", help="Of the backend, as router=rainfusion; repeatable."
-        ),
+        typer.Option(metavar="NAME=VALUE", help="Of the backend, as density=0.125; repeatable."),
     ] = None,
 ) -> None:
     """Generate one clip with eager PyTorch, Inductor and ditopt, timed.

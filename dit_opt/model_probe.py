@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import GraphModule
 
-from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import find_sites
+from dit_opt.facts.timestep import find_timestep
 from dit_opt.facts.tokens import find_tokens
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from dit_opt import routers
 from dit_opt._compat import expand_mode, inductor_settings
 
 DEFAULT_QUALITY = 0.9
-DEFAULT_DENSE_STEPS = 0
+# This and the densities of routers are careful: smaller ones suit some models and spoil others.
+DEFAULT_DENSE_STEPS = 0.2
 DEFAULT_REFRESH_EVERY = 10
 
 TAILS = ("drop", "centroid")
@@ -36,6 +37,15 @@ class OptionError(ValueError):
     """An option that is unknown, of the wrong type, out of range or at odds with another one."""
 
 
+# The options of passes that have a frozen dataclass of their own, by the name of the pass.
+_PASS_OPTIONS: dict[str, type] = {}
+
+
+def register_options(name: str, kind: type) -> None:
+    """Let `options={name: ...}` hold options of a pass: True, a dict, or an object of `kind`."""
+    _PASS_OPTIONS[name] = kind
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of one compilation. Hashable and comparable.
@@ -50,12 +60,15 @@ class Options:
         density: mean kept share of the score matrix over sparse steps, in (0, 1]; 1 keeps
             everything through the sparse kernel. What heads get because a check caught them comes
             on top. Excludes `quality`. Where neither is given, routers that have a density of
-            their own keep that, others aim at a quality.
+            their own keep that, others aim at a quality. 0.125 with `dense_steps=0` is faster, and
+            spoils some models.
         quality: kept softmax mass to aim at, per head, in (0, 1).
         tail: what stands in for dropped blocks: `drop`, which is nothing, or `centroid`, their
             mean key and value.
         dense_steps: steps at the start of a trajectory that stay dense: an int counts steps, a
-            float in [0, 1] is a share of the trajectory.
+            float in [0, 1] is a share of the noise range (0.2: while the noise level is above 0.8),
+            and so at least one step unless it is 0. None takes the default share. A graph that
+            nothing tells the step stays dense in every call, with a warning, unless this is 0.
         refresh_every: steps between two searches for a plan; None takes the default where plans can
             be told apart by layer, and searches in each step elsewhere.
         verify_every: steps between two checks of plans on a few rows, in between searches and at
@@ -72,6 +85,7 @@ class Options:
             environment.
         mode: a `torch.compile` mode, handed on to Inductor.
         inductor: Inductor settings, handed on; they win over `mode`.
+        passes: (name, options) of the passes that have options of their own and are asked for.
 
     Raises:
         OptionError: see there. The message names the option, its value and the way out.
@@ -93,6 +107,7 @@ class Options:
     mode: str | None = None
     # Its values may be unhashable; equal options still hash alike.
     inductor: Mapping[str, Any] | None = field(default=None, hash=False)
+    passes: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -108,8 +123,11 @@ class Options:
             OptionError: an unknown or reserved key, or a value that `Options` refuses.
         """
         values = dict(mapping or {})
+        found = {name: values.pop(name) for name in _PASS_OPTIONS if name in values}
         for key in values:
             _check_name(key)
+        parsed = ((name, _parse_pass(name, value)) for name, value in sorted(found.items()))
+        values["passes"] = tuple(item for item in parsed if item[1] is not None)
         if mode is not None:
             if values.get("mode", mode) != mode:
                 raise OptionError(
@@ -118,6 +136,10 @@ class Options:
                 )
             values["mode"] = mode
         return cls(**values)
+
+    def of_pass(self, name: str) -> Any:
+        """The options of a pass that has its own; None where it is not asked for."""
+        return dict(self.passes).get(name)
 
     @property
     def effective_density(self) -> float | None:
@@ -185,8 +207,31 @@ def read_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _parse_pass(name: str, value: Any) -> Any:
+    """The options of a pass as an object of its class; None where they switch it off."""
+    kind = _PASS_OPTIONS[name]
+    if value is None or value is False:
+        return None
+    if value is True:
+        return kind()
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise _refuse(name, value, f"True, False, a dict, or a {kind.__name__}")
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in value:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise OptionError(
+                f"Option {name!r} has {key!r}, which is none of its own: {', '.join(known)}.{hint}"
+            )
+    return kind(**value)
+
+
 def _check_name(key: Any) -> None:
-    names = [f.name for f in dataclasses.fields(Options)]
+    names = [f.name for f in dataclasses.fields(Options) if f.name != "passes"]
+    names += list(_PASS_OPTIONS)
     if key in names:
         return
     if key in RESERVED_OPTIONS:
@@ -248,7 +293,9 @@ def _check_dense_steps(name: str, value: Any) -> int | float | None:
     if isinstance(value, float) and 0 <= value <= 1:
         return value
     raise _refuse(
-        name, value, "a number of steps (an int >= 0), a share of them (a float in [0, 1]), or None"
+        name,
+        value,
+        "a number of steps (an int >= 0), a share of the noise range (a float in [0, 1]), or None",
     )
 
 

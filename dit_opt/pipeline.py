@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+# importing it registers the options of passes
+import dit_opt.passes  # noqa: F401
 from dit_opt._compat import allow_recompiles
 from dit_opt.model_probe import ModelProbe, Path, walk_arguments
 from dit_opt.options import Options
@@ -88,7 +90,7 @@ def optimize(
             handle.remove()
         if regional:
             probe = ModelProbe(model)
-            hooks: list[_Hook] = [_StepHook(probe, link, parsed.effective_refresh_every)]
+            hooks: list[_Hook] = [_StepHook(probe, link, parsed)]
             if parsed.grid is None:
                 hooks.append(_GridHook(probe))
                 settings["dynamic"] = bool(dynamic)
@@ -97,7 +99,8 @@ def optimize(
                 *(model.register_forward_pre_hook(hook, with_kwargs=True) for hook in hooks),
                 model.register_forward_hook(_EndHook(), always_call=True),
             ]
-            model.compile_repeated_blocks(**settings)
+            compile_blocks: Any = model.compile_repeated_blocks
+            compile_blocks(**settings)
         else:
             model.compile(**settings)
         log.info("compiling %s with ditopt on its first call", type(model).__name__)
@@ -147,10 +150,10 @@ class _StepHook(_Hook):
     One stream for each thread and each shape of the first tensor argument, as in a whole graph.
     """
 
-    def __init__(self, probe: ModelProbe, link: SchedulerLink, refresh_every: int) -> None:
+    def __init__(self, probe: ModelProbe, link: SchedulerLink, options: Options) -> None:
         self._probe = probe
         self._link = link
-        self._refresh_every = refresh_every
+        self._options = options
         self._warned = False
 
     def __call__(
@@ -187,13 +190,15 @@ class _StepHook(_Hook):
         return {path: x for path, x in walk_arguments(arguments) if path in paths}
 
     def _warn_without_step(self, module: torch.nn.Module) -> None:
-        if self._refresh_every > 1 and not self._warned:
+        every = self._options.effective_refresh_every
+        # where there is a dense start, the blocks stay dense, and say so themselves
+        if every > 1 and not self._options.effective_dense_steps and not self._warned:
             log.warning(
                 "No argument of %s is known to tell the denoising step, so its blocks search in "
                 "every call and refresh_every=%d has no effect. Give forward the step in an "
                 "argument called `timestep`, or compile the whole model (regional=False).",
                 type(module).__name__,
-                self._refresh_every,
+                every,
             )
         self._warned = True
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from dit_opt.program.edit import copy_graph
-from tests.tiny_models import TinyModel
+from zoo.small import TinyModel
 
 
 def capture(

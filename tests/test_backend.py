@@ -17,9 +17,9 @@ from dit_opt.options import OptionError
 from dit_opt.routers.headwise import Headwise
 from dit_opt.runtime import compiler
 from dit_opt.runtime.bound import GradientError
-from tests import tiny_models
-from tests.tiny_models import wan
 from tests.trajectories import TRAJECTORY, big_wan, compiled, relative_error, run_trajectory
+from zoo import small
+from zoo.small import wan
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -51,7 +51,7 @@ def test_the_name_is_an_installed_entry_point():
     "name", ["wan", "hunyuan_video", "cogvideox", "ltx_video", "flux", "sd3", "dit"]
 )
 def test_keeping_every_block_equals_inductor(name):
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     graphs: list[int] = []
 
     def inductor(gm, inputs):
@@ -98,12 +98,14 @@ def test_sparse_steps_drop_blocks_and_report_it(eager):
     dense = run_trajectory(tiny.model, tiny.inputs)
     outs = run_trajectory(model, tiny.inputs)
     assert relative_error(outs[0], dense[0]) < 1e-6
-    assert 1e-4 < relative_error(outs[1], dense[1]) < 0.5
+    assert all(relative_error(o, d) > 1e-3 for o, d in zip(outs[1:], dense[1:]))
     report = dit_opt.report(tiny.model)
     assert report.graphs[0].calls == {"dense": 1, "search": 2, "reuse": 1}
-    assert 0 < report.density <= 0.6
+    # of the patterns of this grid, the one that keeps 40 of 72 blocks serves each head best
+    assert report.density == pytest.approx(40 / 72)
     rows = report.graphs[0].layers
     assert [r.module for r in rows] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert all(r.density == pytest.approx(40 / 72) < r.recall < 1 for r in rows)
     assert all(sum(r.heads.values()) == 2 and r.calls == 3 and r.searches == 2 for r in rows)
     assert '"reuse": 1' in report.to_json() and "blocks.*.attn1" in str(report)
 
@@ -289,9 +291,10 @@ def test_dynamic_sizes_reach_the_router(eager):
     for grid in ((4, 12, 16), (4, 10, 14)):
         case = wan(grid=grid)
         outs = run_trajectory(model, case.inputs)
-        dense = run_trajectory(model._orig_mod, case.inputs)
-        assert relative_error(outs[0], dense[0]) < 1e-5
-        assert 1e-4 < relative_error(outs[1], dense[1]) < 0.5
+        static = run_trajectory(compiled(case.model, dynamic=False, **SPARSE), case.inputs)
+        dense = run_trajectory(case.model, case.inputs)
+        assert_same(outs, static)
+        assert all(relative_error(o, d) > 1e-3 for o, d in zip(outs[1:], dense[1:]))
 
 
 def test_repeated_blocks_keep_their_plans_apart(eager):
@@ -305,7 +308,7 @@ def test_repeated_blocks_keep_their_plans_apart(eager):
 
 
 def test_a_joint_block_compiled_alone_finds_its_latents_behind_the_text(eager):
-    tiny = tiny_models.cogvideox(grid=(4, 12, 16))
+    tiny = small.cogvideox(grid=(4, 12, 16))
     options = {"density": 0.6, "min_tokens": 0, "dense_steps": 0}
     reference = run_trajectory(compiled(tiny.model, **options), tiny.inputs, [500.0])
     torch.compiler.reset()
@@ -339,7 +342,7 @@ def test_wrong_options_name_the_cause(eager, options, message):
 
 
 def test_an_explicit_router_that_cannot_work_is_an_error(eager):
-    tiny = tiny_models.flux()
+    tiny = small.flux()
     tiny.inputs["img_ids"] = torch.rand(20, 3)
     with pytest.raises(Exception, match="router='rainfusion' was asked for"):
         tiny(compiled(tiny.model, router="rainfusion", min_tokens=0))
@@ -451,7 +454,7 @@ def test_lengths_that_are_padded_in_the_graph(eager):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     base = Padded()
-    model = compiled(base, dynamic=True, density=1, min_tokens=0)
+    model = compiled(base, dynamic=True, density=1, min_tokens=0, dense_steps=0)
     for tokens in (130, 300):
         x = torch.randn(1, tokens, 32)
         assert relative_error(model(x), base(x)) < 1e-5

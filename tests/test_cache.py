@@ -12,7 +12,7 @@ SCRIPT = """
 import hashlib, json, torch
 import dit_opt
 from dit_opt.backend import ditopt
-from tests.tiny_models import wan
+from zoo.small import wan
 
 torch.set_num_threads(1)
 tiny = wan(grid=(4, 12, 16), layers=1)

@@ -72,8 +72,8 @@ def test_tuning_needs_a_gpu(invoke, monkeypatch):
 @pytest.mark.parametrize("options", [[], ["--variants"]])
 def test_variants_are_tuned_on_request_only(invoke, monkeypatch, options):
     pytest.importorskip("triton")
-    from dit_opt.kernels.block_sparse_attention.tilings import Tiling
-    from dit_opt.kernels.block_sparse_attention.tuning import Trial
+    from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling
+    from dit_opt.kernels.block_sparse_attention.impl.triton.tuning import Trial
     from dit_opt.tuning import tune
 
     def tune_kernel(dims, workload, device, with_variants):

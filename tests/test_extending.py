@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import dit_opt
 from dit_opt import passes, routers
 from dit_opt.decisions import Decision, RewriteReason
-from dit_opt.facts.nodes import origin_of
+from dit_opt.facts.nodes import is_user_input
 from dit_opt.facts.sites import module_of, source_of
 from dit_opt.options import Options
 from dit_opt.passes.base import Match, Pass
@@ -49,7 +49,7 @@ class HoistStep(Pass):
         if facts.timestep is None:
             return []
         matches = []
-        inputs = [n for n in facts.graph.find_nodes(op="placeholder") if origin_of(n)[1]]
+        inputs = [n for n in facts.graph.find_nodes(op="placeholder") if is_user_input(n)]
         others = set(inputs) - set(facts.timestep.candidates)
         for node in facts.graph.find_nodes(op="call_function", target=F.linear):
             needed = list_needed(node)

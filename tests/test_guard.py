@@ -6,10 +6,6 @@ import pytest
 import torch
 
 import dit_opt
-from dit_opt.passes.sparse_attention import PLAN_DENSITY
-from dit_opt.routers.base import BOOST
-from dit_opt.routers.frame_tile import PLANNED_BOOST
-from dit_opt.runtime.registry import live_bounds
 from tests.trajectories import big_wan, compiled
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -53,26 +49,9 @@ def test_every_router_can_be_guarded(router):
     for row in graph.layers:
         assert row.guard.checks == graph.calls["search"] + graph.calls["verify"]
         assert 0.3 < row.guard.kept <= 1 and row.guard.error >= 0
-    assert "kept 0." in str(dit_opt.report(tiny.model)) or "kept 1." in str(
-        dit_opt.report(tiny.model)
-    )
-
-
-def test_a_frame_tile_head_that_is_dense_is_so_in_every_step(monkeypatch):
-    """The plan of a search lives on with the heads that it made dense."""
-    tiny = peaked_wan()
-    options = {**ASKED, "density": 0.6, "router": "frame_tile", "verify_every": 1}
-    # every check of a plan that lives on catches every head
-    monkeypatch.setattr("dit_opt.routers.guard.SLACK", -2.0)
-    sample(tiny, compiled(tiny.model, **options))
-    (graph,) = dit_opt.report(tiny.model).graphs
-    parameters = {id(p) for p in tiny.model.parameters()}
-    found = [entry for bound in live_bounds() for entry in bound.store]
-    values = [(slot, e.value) for owner, (slot, _), _, e in found if id(owner) in parameters]
-    for slot, number in ((BOOST, torch.inf), (PLANNED_BOOST, torch.inf), (PLAN_DENSITY, 1)):
-        kept = [value for other, value in values if other is slot]
-        assert len(kept) == 2 and all((value == number).all() for value in kept)
-    assert graph.calls["verify"] > 3
+        guard = row.guard
+        text = f"kept {guard.kept:.3f}, error {guard.error:.3f}, caught {guard.caught}"
+        assert text in str(dit_opt.report(tiny.model))
 
 
 def test_side_by_side_reports_each_layer_and_step_and_changes_nothing():
@@ -89,7 +68,8 @@ def test_side_by_side_reports_each_layer_and_step_and_changes_nothing():
         assert all(0 < d < 2 for d in row.differences.values())
     text = str(report)
     assert "difference to dense" in text and "step 15" in text
-    assert "consider" in text or "No step and no layer" in text
+    # every step is far off: the first ones are the worst of a peaked softmax
+    assert "consider dense_steps=" in text
 
 
 def test_dense_beside_dense_differs_by_nothing():

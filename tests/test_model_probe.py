@@ -14,12 +14,12 @@ from dit_opt.model_probe import (
     keep_one_of_each_block,
     read_model,
 )
-from tests import tiny_models
-from tests.tiny_models import break_apart, hunyuan_video, sd3, wan
+from zoo import small
+from zoo.small import break_apart, hunyuan_video, sd3, wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-WITH_GRID = [make for make in tiny_models.ALL if make().grid is not None]
+WITH_GRID = [make for make in small.ALL if make().grid is not None]
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_forward_that_is_bound_to_the_whole_model_is_traced_whole(traced):
 
 
 def test_no_grid_is_none(traced):
-    assert read(tiny_models.flux(layers=2)) is None
+    assert read(small.flux(layers=2)) is None
     # once with one block of each kind, once with all
     assert traced == [2, 4]
 

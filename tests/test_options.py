@@ -13,8 +13,9 @@ from dit_opt.options import (
     Options,
     list_routers,
     read_options,
+    register_options,
 )
-from dit_opt.routers import AUTO, find_router
+from dit_opt.routers import AUTO, ROUTERS, find_router
 
 
 def test_defaults():
@@ -65,7 +66,11 @@ def test_a_router_without_a_recall_keeps_a_density():
 
 
 def test_auto_stands_for_a_router():
-    assert find_router(Options().router).name == AUTO in list_routers()
+    assert find_router(Options().router) in ROUTERS and find_router("auto").name == AUTO
+    assert find_router("sol").name == "sol"
+    assert list_routers() == ("auto", "dense", *(router.name for router in ROUTERS))
+    with pytest.raises(LookupError, match="did you mean 'headwise'"):
+        find_router("headwize")
 
 
 @pytest.mark.parametrize(
@@ -186,3 +191,45 @@ def test_options_are_literals_or_text():
     }
     with pytest.raises(OptionError, match="name=value"):
         read_options(["quality"])
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyOptions:
+    width: int = 3
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr("dit_opt.options._PASS_OPTIONS", {})
+    register_options("toy", ToyOptions)
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        (True, ToyOptions()),
+        ({"width": 5}, ToyOptions(5)),
+        (ToyOptions(7), ToyOptions(7)),
+        (False, None),
+        (None, None),
+    ],
+)
+def test_options_of_a_pass_are_an_object_a_dict_or_true(toy, given, parsed):
+    options = Options.parse({"toy": given, "router": "sol"})
+    assert options.of_pass("toy") == parsed and options.router == "sol"
+    assert hash(options) == hash(Options.parse({"toy": given, "router": "sol"}))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"widht": 5}, "did you mean 'width'|Did you mean 'width'"), (3, "a dict, or a ToyOptions")],
+)
+def test_wrong_options_of_a_pass_are_refused(toy, given, message):
+    with pytest.raises(OptionError, match=message):
+        Options.parse({"toy": given})
+
+
+def test_a_pass_that_is_not_asked_for_has_no_options(toy):
+    assert Options.parse({}).of_pass("toy") is None
+    with pytest.raises(OptionError, match="Did you mean 'toy'"):
+        Options.parse({"toi": True})

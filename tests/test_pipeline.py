@@ -17,14 +17,16 @@ import dit_opt
 from dit_opt import model_probe
 from dit_opt.options import OptionError
 from dit_opt.pipeline import _Hook, _StepHook
+from dit_opt.runtime.bound import WITHOUT_STEP
 from dit_opt.runtime.registry import live_bounds
 from dit_opt.runtime.scheduler_link import find_link, running_grid, set_running_grid
-from tests.tiny_models import ltx_video, wan
 from tests.trajectories import grids_of
+from zoo.small import ltx_video, wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-OPTIONS = {"density": 0.6, "min_tokens": 0, "refresh_every": 1}
+OPTIONS = {"density": 0.6, "min_tokens": 0, "dense_steps": 0, "refresh_every": 1}
+DENSE_START = {**OPTIONS, "dense_steps": 0.2}
 
 
 def make_pipeline(count: int = 1):
@@ -51,7 +53,7 @@ def calls(model):
 @pytest.mark.parametrize("regional", [False, True])
 def test_a_share_of_the_trajectory_is_counted_in_the_schedulers_steps(regional):
     pipe, inputs = make_pipeline()
-    assert dit_opt.optimize(pipe, regional=regional, dense_steps=0.2, **OPTIONS) is pipe
+    assert dit_opt.optimize(pipe, regional=regional, **DENSE_START) is pipe
     run(pipe, inputs, 10)
     layers = 2 if regional else 1
     assert calls(pipe.transformer) == {"dense": 2 * layers, "search": 8 * layers}
@@ -59,7 +61,7 @@ def test_a_share_of_the_trajectory_is_counted_in_the_schedulers_steps(regional):
 
 def test_a_second_transformer_takes_over_in_the_middle():
     pipe, inputs = make_pipeline(2)
-    dit_opt.optimize(pipe, dense_steps=0.2, **OPTIONS)
+    dit_opt.optimize(pipe, **DENSE_START)
     run(pipe, inputs, 10, boundary=900)
     first, second = calls(pipe.transformer), calls(pipe.transformer_2)
     assert first["dense"] == 2
@@ -97,7 +99,7 @@ def test_regional_blocks_follow_the_grid_of_each_call(router, make):
     # as many tokens in another aspect ratio, then more tokens
     grids = [(4, 12, 16), (4, 16, 12), (4, 12, 20), (4, 12, 16)]
     tiny = {grid: make(grid=grid) for grid in grids}
-    options = {"router": router, "density": 0.6, "min_tokens": 0, "refresh_every": 1}
+    options = {**OPTIONS, "router": router}
     regional, whole = tiny[grids[0]].model, copy.deepcopy(tiny[grids[0]].model)
     dit_opt.optimize(regional, regional=True, **options)
     dit_opt.optimize(whole, **options)
@@ -148,7 +150,7 @@ def test_a_copy_of_a_regional_model_is_an_ordinary_model_and_leaves_the_original
     untouched = copy.deepcopy(tiny.model)
     alone = copy.deepcopy(tiny.model)
     for model in (tiny.model, alone):
-        dit_opt.optimize(model, regional=True, dense_steps=2, **OPTIONS)
+        dit_opt.optimize(model, regional=True, **{**OPTIONS, "dense_steps": 2})
 
     def step(model, timestep):
         with torch.no_grad():
@@ -175,8 +177,9 @@ def test_a_copy_of_a_regional_model_can_be_compiled_itself():
     tiny = wan(grid=(4, 12, 16))
     dit_opt.optimize(tiny.model, regional=True, **OPTIONS)
     whole, regional = copy.deepcopy(tiny.model), copy.deepcopy(tiny.model)
-    dit_opt.optimize(whole, fullgraph=True, dense_steps=1, **OPTIONS)
-    dit_opt.optimize(regional, regional=True, dense_steps=1, **OPTIONS)
+    options = {**OPTIONS, "dense_steps": 1}
+    dit_opt.optimize(whole, fullgraph=True, **options)
+    dit_opt.optimize(regional, regional=True, **options)
     for timestep in (999.0, 900.0):
         with torch.no_grad():
             for model in (whole, regional):
@@ -247,7 +250,7 @@ def test_a_model_that_embeds_no_step_is_told_of_once(caplog):
         tiny.model,
         lambda plain, step, **others: plain(timestep=torch.tensor([float(step)]), **others),
     )
-    dit_opt.optimize(tiny.model, regional=True, **{**REUSING, "dense_steps": 0})
+    dit_opt.optimize(tiny.model, regional=True, **{**OPTIONS, "refresh_every": 10})
     inputs = {key: x for key, x in tiny.inputs.items() if key != "timestep"}
     with caplog.at_level(logging.WARNING, "dit_opt"), torch.no_grad():
         for step in (999, 500):
@@ -255,6 +258,30 @@ def test_a_model_that_embeds_no_step_is_told_of_once(caplog):
     told = [r.getMessage() for r in caplog.records if "refresh_every=10" in r.getMessage()]
     assert len(told) == 1 and "WanTransformer3DModel" in told[0]
     assert calls(tiny.model) == {"search": 4}
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_by_default_a_model_without_a_step_stays_dense_and_says_so(regional, caplog):
+    tiny = wan(grid=(4, 12, 16))
+    rename_arguments(
+        tiny.model,
+        lambda plain, step, **others: plain(timestep=torch.tensor([float(step)]), **others),
+    )
+    inputs = {key: x for key, x in tiny.inputs.items() if key != "timestep"}
+    explanation = dit_opt.explain(tiny.model, options={"min_tokens": 0}, step=999, **inputs)
+    assert explanation.lacks_step and WITHOUT_STEP in str(explanation)
+    assert not dit_opt.explain(
+        tiny.model, options={"min_tokens": 0, "dense_steps": 0}, step=999, **inputs
+    ).lacks_step
+    dit_opt.optimize(tiny.model, regional=regional, dynamic=False, min_tokens=0)
+    with caplog.at_level(logging.WARNING, "dit_opt"), torch.no_grad():
+        for step in (999, 500):
+            tiny.model(step=step, **inputs)
+    told = [r.getMessage() for r in caplog.records if r.name.startswith("dit_opt")]
+    assert set(told) == {WITHOUT_STEP}
+    report = dit_opt.report(tiny.model)
+    assert all(g.lacks_step and set(g.calls) == {"dense"} for g in report.graphs)
+    assert WITHOUT_STEP in str(report)
 
 
 def count_runs(model):

@@ -10,8 +10,14 @@ from typer.testing import CliRunner
 
 from dit_opt.cli import app
 from dit_opt.decisions import AttentionReason
-from dit_opt.options import Options, list_routers
-from dit_opt.routers import AUTO
+from dit_opt.options import (
+    DEFAULT_DENSE_STEPS,
+    DEFAULT_QUALITY,
+    DEFAULT_REFRESH_EVERY,
+    Options,
+    list_routers,
+)
+from dit_opt.routers import AUTO, ROUTERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,7 +25,19 @@ README = (ROOT / "README.md").read_text()
 
 def test_every_option_is_in_the_table():
     table = README[README.index("### Options") : README.index("### Routers")]
-    assert list_first_column(table) == {f.name for f in dataclasses.fields(Options)}
+    assert list_first_column(table) == {f.name for f in dataclasses.fields(Options)} - {"passes"}
+
+
+def test_the_defaults_are_those_of_the_options():
+    rows = dict(re.findall(r"^\| `(\w+)` \| .*? \| (.*?) \| ", README, re.M))
+    assert rows["dense_steps"] == str(DEFAULT_DENSE_STEPS)
+    assert rows["refresh_every"] == str(DEFAULT_REFRESH_EVERY)
+    (kept,) = re.findall(
+        r"([^.,]*, [^.,]*) keep a density of 1/4; the others keep a quality", README
+    )
+    densities = {router.name: router.density for router in ROUTERS if router.density}
+    assert dict.fromkeys(re.findall(r"`(\w+)`", kept), 0.25) == densities
+    assert f"the others keep a quality\nof {DEFAULT_QUALITY}." in README
 
 
 def test_every_router_is_in_the_table():

@@ -7,11 +7,9 @@ import torch
 
 import dit_opt
 from dit_opt.facts.order import OrderRefusal
-from dit_opt.facts.order_modes import OrderReason
-from dit_opt.kernels.routers.head_orders import ORDER_NAMES
+from dit_opt.facts.order_map import OrderReason
+from dit_opt.kernels.searches.headwise.head_orders import ORDER_NAMES
 from dit_opt.passes import token_order
-from tests import tiny_models
-from tests.tiny_models import wan
 from tests.trajectories import (
     big_wan,
     compiled,
@@ -19,6 +17,8 @@ from tests.trajectories import (
     run_trajectory,
     summary_of,
 )
+from zoo import small
+from zoo.small import wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -26,6 +26,12 @@ SPARSE = {"min_tokens": 0, "dense_steps": 1}
 # a density is a sum in float32
 ROUNDING = 1e-6
 KEEP_ALL = {"min_tokens": 0, "dense_steps": 0, "quality": 0.999999}
+# Six blocks of queries and twelve of keys, or one more, of which the last ones are not full.
+LONG = {make.__name__: {"grid": (3, 14, 18)} for make in small.ALL} | {
+    "flux": {"grid": (26, 30)},
+    "sd3": {"grid": (26, 30)},
+    "dit": {"size": 27},
+}
 
 
 @pytest.fixture
@@ -35,23 +41,35 @@ def no_order(monkeypatch):
     monkeypatch.setattr(token_order, "find_order_region", lambda *_: refusal)
 
 
+def check_searches(tiny, outs, **asked):
+    """The steps are dense, search, search and reuse: all but the last answer as if each searched.
+
+    Nobody can tell from random weights how far off an answer may be: see tests/test_known_mass.py.
+    """
+    torch.compiler.reset()
+    dense = run_trajectory(tiny.model, tiny.inputs)
+    anew = run_trajectory(compiled(tiny.model, **{**asked, "refresh_every": 1}), tiny.inputs)
+    assert relative_error(outs[0], dense[0]) < 1e-6
+    assert all(relative_error(o, d) > 1e-3 for o, d in zip(outs[1:], dense[1:]))
+    assert all(relative_error(o, a) < 1e-6 for o, a in zip(outs[:3], anew[:3]))
+    assert relative_error(outs[3], anew[3]) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("router", "tail"), [("adaspa", "centroid"), ("subblock", "drop"), ("sol", "drop")]
 )
 def test_plans_live_from_search_to_search(router, tail):
     tiny = big_wan()
-    model = compiled(tiny.model, router=router, tail=tail, density=0.5, refresh_every=2, **SPARSE)
-    dense = run_trajectory(tiny.model, tiny.inputs)
-    outs = run_trajectory(model, tiny.inputs)
-    assert relative_error(outs[0], dense[0]) < 1e-6
-    assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
+    asked = {"router": router, "tail": tail, "density": 0.5, "refresh_every": 2, **SPARSE}
+    outs = run_trajectory(compiled(tiny.model, **asked), tiny.inputs)
     (graph,) = dit_opt.report(tiny.model).graphs
     assert graph.calls == {"dense": 1, "search": 2, "reuse": 1}
     for row in graph.layers:
-        assert 0.25 < row.density <= 0.5 + ROUNDING and row.density < row.recall <= 1
+        assert row.density == pytest.approx(0.5) and row.density < row.recall <= 1
         assert row.heads == {router: 2} and (row.calls, row.searches) == (3, 2)
         # the lists of 2 heads with 6 x 12 blocks: a word of bits for each row
         assert row.plan_bytes == 4 * 2 * 6
+    check_searches(tiny, outs, **asked)
 
 
 @pytest.mark.parametrize(
@@ -60,19 +78,16 @@ def test_plans_live_from_search_to_search(router, tail):
 def test_orders_of_heads_live_from_search_to_search(router, tail):
     tiny = big_wan()
     asked = {"router": router, "tail": tail, "density": 0.5, "refresh_every": 2, **SPARSE}
-    model = compiled(tiny.model, **asked)
-    dense = run_trajectory(tiny.model, tiny.inputs)
-    outs = run_trajectory(model, tiny.inputs)
-    assert relative_error(outs[0], dense[0]) < 1e-6
-    assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
+    outs = run_trajectory(compiled(tiny.model, **asked), tiny.inputs)
     (graph,) = dit_opt.report(tiny.model).graphs
     assert graph.calls == {"dense": 1, "search": 2, "reuse": 1}
     assert summary_of(graph.record, "token_order") == ""
     for row in graph.layers:
-        assert 0.25 < row.density <= 0.5 + ROUNDING and row.density < row.recall <= 1
+        assert row.density == pytest.approx(0.5) and row.density < row.recall <= 1
         assert set(row.heads) <= set(ORDER_NAMES) and sum(row.heads.values()) == 2
         # the lists of 2 heads with 6 x 12 blocks, a word of bits for each row, and their orders
         assert row.plan_bytes == 4 * 2 * (6 + 1)
+    check_searches(tiny, outs, **asked)
 
 
 def test_frame_tiles_follow_from_shapes():
@@ -80,30 +95,33 @@ def test_frame_tiles_follow_from_shapes():
     model = compiled(tiny.model, router="frame_tile", density=0.6, refresh_every=2, **SPARSE)
     dense = run_trajectory(tiny.model, tiny.inputs)
     outs = run_trajectory(model, tiny.inputs)
-    assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
+    assert all(relative_error(o, d) > 1e-3 for o, d in zip(outs[1:], dense[1:]))
     (graph,) = dit_opt.report(tiny.model).graphs
-    assert all(0 < row.density <= 0.6 and row.plan_bytes == 0 for row in graph.layers)
+    # one reference frame of four, and the frames of each block of queries: 36 of 72 blocks
+    assert all(row.density == 0.5 and row.plan_bytes == 0 for row in graph.layers)
     assert '"recall": null' in dit_opt.report(tiny.model).to_json()
 
 
-@pytest.mark.parametrize("name", [f.__name__ for f in tiny_models.ALL])
+@pytest.mark.parametrize("name", [f.__name__ for f in small.ALL])
 def test_keeping_everything_in_the_order_of_each_head_equals_dense(name):
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)(**LONG[name])
     out = tiny(compiled(tiny.model, router="headwise", tail="centroid", **KEEP_ALL))
     torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
+    assert dit_opt.report(tiny.model).density == pytest.approx(1)
     replaced = [d for d in dit_opt.report(tiny.model).decisions if d.replaced]
     assert replaced and {d.router for d in replaced} == {"headwise"}
 
 
 @pytest.mark.parametrize(
     ("name", "tail"),
-    [*((f.__name__, "drop") for f in tiny_models.ALL), ("wan", "centroid"), ("flux", "centroid")],
+    [*((f.__name__, "drop") for f in small.ALL), ("wan", "centroid"), ("flux", "centroid")],
 )
 def test_keeping_everything_in_one_order_equals_dense(name, tail):
-    tiny = getattr(tiny_models, name)()
-    grid = {} if tiny.grid else {"grid": (1, 4, 5)}
+    tiny = getattr(small, name)(**LONG[name])
+    grid = {} if tiny.grid else {"grid": (1, *LONG[name]["grid"])}
     out = tiny(compiled(tiny.model, router="subblock", tail=tail, **KEEP_ALL, **grid))
     torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
+    assert dit_opt.report(tiny.model).density == pytest.approx(1)
     (graph,) = dit_opt.report(tiny.model).graphs
     assert "ordered once" in summary_of(graph.record, "token_order")
 
@@ -112,9 +130,9 @@ def test_keeping_everything_in_one_order_equals_dense(name, tail):
     ("make", "options"),
     [
         (big_wan, {}),
-        (lambda: tiny_models.hunyuan_video(grid=(4, 12, 16)), {}),
-        (lambda: tiny_models.cogvideox(grid=(4, 12, 16)), {}),
-        (lambda: tiny_models.flux(), {"grid": (1, 4, 5)}),
+        (lambda: small.hunyuan_video(grid=(4, 12, 16)), {}),
+        (lambda: small.cogvideox(grid=(4, 12, 16)), {}),
+        (lambda: small.flux(grid=(24, 32)), {"grid": (1, 24, 32)}),
     ],
     ids=["wan", "hunyuan_video", "cogvideox", "flux"],
 )
@@ -158,12 +176,13 @@ def test_patterns_of_frames_keep_the_models_own_order():
     ("numbered", "order"), [(True, "ordered once for the whole graph"), (False, "the grid")]
 )
 def test_routers_that_weigh_blocks_need_no_grid(numbered, order):
-    tiny = tiny_models.flux()
+    tiny = small.flux(**LONG["flux"])
     if not numbered:
-        tiny.inputs["img_ids"] = torch.rand(20, 3)
+        tiny.inputs["img_ids"] = torch.rand(26 * 30, 3)
     out = tiny(compiled(tiny.model, router="subblock", **KEEP_ALL))
     torch.testing.assert_close(out, tiny(), rtol=1e-5, atol=1e-5)
     (graph,) = dit_opt.report(tiny.model).graphs
+    assert all(row.density == pytest.approx(1) for row in graph.layers)
     assert {d.router for d in graph.record.decisions} == {"subblock"}
     assert order in summary_of(graph.record, "token_order")
 
@@ -176,10 +195,10 @@ def test_routers_that_weigh_blocks_need_no_grid(numbered, order):
     ],
 )
 def test_the_whole_model_tells_its_blocks_the_grid(name, router):
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     tiny.model._repeated_blocks = sorted({type(b).__name__ for b in list_blocks(tiny.model)})
     dit_opt.optimize(tiny.model, regional=True, router=router, **KEEP_ALL)
-    reference = tiny_models.__dict__[name]()
+    reference = getattr(small, name)()
     torch.testing.assert_close(tiny(), reference(), rtol=1e-5, atol=1e-5)
     decisions = [d for g in dit_opt.report(tiny.model).graphs for d in g.record.decisions]
     replaced = [d for d in decisions if d.replaced]
@@ -228,9 +247,10 @@ def test_dynamic_sizes_reach_plans_and_orders(router):
     for grid in ((4, 12, 16), (4, 10, 14), (4, 12, 16)):
         case = wan(grid=grid)
         outs = run_trajectory(model, case.inputs)
-        dense = run_trajectory(model._orig_mod, case.inputs)
-        assert relative_error(outs[0], dense[0]) < 1e-5
-        assert all(1e-5 < relative_error(o, d) < 0.5 for o, d in zip(outs[1:], dense[1:]))
+        static = run_trajectory(compiled(case.model, dynamic=False, **asked), case.inputs)
+        dense = run_trajectory(case.model, case.inputs)
+        torch.testing.assert_close(outs, static, rtol=1e-5, atol=1e-5)
+        assert all(relative_error(o, d) > 1e-3 for o, d in zip(outs[1:], dense[1:]))
 
 
 def test_repeated_blocks_keep_their_lists_apart():

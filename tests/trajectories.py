@@ -6,7 +6,7 @@ import torch
 
 from dit_opt.backend import ditopt
 from dit_opt.runtime.registry import live_bounds
-from tests.tiny_models import wan
+from zoo.small import wan
 
 TRAJECTORY = (999.0, 750.0, 500.0, 250.0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -48,10 +49,7 @@ def compare_clips(clip: torch.Tensor, reference: torch.Tensor) -> Likeness:
     a, b = ((x[0].double().cpu().clamp(-1, 1) + 1) / 2 for x in (clip, reference))
     error = (a - b).square().mean()
     psnr = -10 * torch.log10(error)
-    ssim = [
-        float(structural_similarity(x.numpy(), y.numpy(), data_range=1.0, channel_axis=0))
-        for x, y in zip(a.unbind(1), b.unbind(1))
-    ]
+    ssim = [_compare_frames(x, y) for x, y in zip(a.unbind(1), b.unbind(1))]
     return Likeness(min(float(psnr), MAX_PSNR_DB), sum(ssim) / len(ssim))
 
 
@@ -108,3 +106,10 @@ def _enlarge(clip: torch.Tensor) -> list[Image.Image]:
     frames = [Image.fromarray(frame.numpy()) for frame in to_frames(clip)]
     size = (frames[0].width * UPSCALE, frames[0].height * UPSCALE)
     return [f.resize(size, Image.Resampling.NEAREST) for f in frames]
+
+
+def _compare_frames(frame: torch.Tensor, reference: torch.Tensor) -> float:
+    found: Any = structural_similarity(
+        frame.numpy(), reference.numpy(), data_range=1.0, channel_axis=0
+    )
+    return float(found)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dit_opt.demo import clips
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
 
 CHECKPOINT = Path(__file__).with_name("model.safetensors")
 CONFIG: dict[str, Any] = {
@@ -44,12 +41,12 @@ def save_checkpoint(path: Path, state: dict[str, torch.Tensor]) -> None:
     part.replace(path)
 
 
-def load_model(path: Path = CHECKPOINT) -> WanTransformer3DModel:
+def load_model(path: Path = CHECKPOINT) -> torch.nn.Module:
     """The demo model in fp32 and eval mode.
 
     Raises CheckpointError where the file is missing, cut short or of another model.
     """
-    from diffusers import WanTransformer3DModel
+    from diffusers import WanTransformer3DModel  # pyright: ignore[reportPrivateImportUsage] - lazy
 
     if not path.exists():
         raise CheckpointError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage] - lazy
 
 from dit_opt.demo import clips
 
@@ -25,6 +26,13 @@ class Step:
     latents: torch.Tensor
 
 
+def make_scheduler(steps: int, device: str | torch.device = "cpu") -> Any:
+    """The demo's scheduler, with the timesteps of one run."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler
+
+
 def denoise(
     model: Callable[..., tuple[torch.Tensor, ...]],
     prompt: clips.Prompt,
@@ -38,8 +46,7 @@ def denoise(
 
     The two guidance branches are two calls, as the video pipelines of diffusers make them.
     """
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    scheduler.set_timesteps(steps, device=device)
+    scheduler = make_scheduler(steps, device)
     noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))
     latents = noise.to(device)
     places = clips.locate(size)[None].to(device)

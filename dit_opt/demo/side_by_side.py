@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
 import dit_opt
 from dit_opt.demo import clips
 from dit_opt.demo.model import load_model
-from dit_opt.demo.sampler import SHIFT, STEPS, Step, denoise
+from dit_opt.demo.sampler import STEPS, Step, denoise, make_scheduler
 from dit_opt.options import Options
 from dit_opt.passes.sparse_attention import make_schedule
 from dit_opt.program.modes import Mode
-from dit_opt.runtime.clock import StepIndex, choose_mode
+from dit_opt.runtime.clock import StepIndex, choose_mode, is_dense
 
 Model = Callable[..., tuple[torch.Tensor, ...]]
 # told of the start and of every finished step: the name of the run, steps done, steps in all
@@ -100,7 +99,7 @@ class Contestants:
     def dense_steps(self, steps: int) -> int:
         """How many of `steps` ditopt runs dense at the start."""
         asked = self.options.effective_dense_steps
-        return min(steps, asked if isinstance(asked, int) else round(asked * steps))
+        return sum(is_dense(index, asked) for index in self._list_indices(steps))
 
     def cold_steps(self, steps: int) -> int:
         """The first of `steps` steps, in which every graph variant that they need runs once.
@@ -109,11 +108,19 @@ class Contestants:
         """
         schedule = make_schedule(self.options)
         first: dict[Mode, int] = {}
-        for step in range(steps):
-            index = StepIndex(0, (0, 0), step, 0, 1 - step / steps, from_start=True, total=steps)
+        for step, index in enumerate(self._list_indices(steps)):
             mode = choose_mode(index, schedule, has_plan=Mode.SEARCH in first)
             first.setdefault(mode, step)
         return min(steps, max(self.dense_steps(steps) + 2, *(i + 1 for i in first.values())))
+
+    def _list_indices(self, steps: int) -> list[StepIndex]:
+        """Where each step of a run stands."""
+        scheduler = make_scheduler(steps)
+        levels = [float(t) / scheduler.config.num_train_timesteps for t in scheduler.timesteps]
+        return [
+            StepIndex(0, (0, 0), step, 0, level, from_start=True, total=steps)
+            for step, level in enumerate(levels)
+        ]
 
 
 def load_contestants(
@@ -124,7 +131,8 @@ def load_contestants(
     Raises CheckpointError (see `load_model`) and OptionError.
     """
     parsed = Options.parse(options)
-    eager = load_model(checkpoint).to(device)
+    eager: Any = load_model(checkpoint)
+    eager.to(device)
     pipeline = compile_pipeline(checkpoint, steps, device, options)
     return Contestants(eager, torch.compile(eager), pipeline, parsed)
 
@@ -133,9 +141,9 @@ def compile_pipeline(
     checkpoint: Path, steps: int, device: str = "cpu", options: Mapping[str, Any] | None = None
 ) -> Pipeline:
     """The demo model as a pipeline, set up for ditopt. Raises as `load_contestants` does."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    scheduler.set_timesteps(steps, device=device)
-    pipeline = Pipeline(load_model(checkpoint).to(device), scheduler)
+    scheduler = make_scheduler(steps, device)
+    transformer: torch.nn.Module = load_model(checkpoint)
+    pipeline = Pipeline(transformer.to(device), scheduler)
     return dit_opt.optimize(pipeline, **(options or {}))
 
 

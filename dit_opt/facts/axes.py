@@ -51,9 +51,10 @@ class Origin:
 
     @property
     def weight(self) -> tuple[bool, bool, int, bool]:
-        """Order of claims: latents are user inputs, floats, of many dimensions, or [B, N, C].
+        """Sort key for the input to name: latents before ids, masks and tables.
 
-        Ids and masks are integers or smaller, tables have dimensions of size 1 to broadcast.
+        Latents are user inputs, floating, of many dimensions or [B, N, C]; ids and masks are
+        integers or smaller, and tables have dimensions of size 1.
         """
         return self.user, self.floating, self.extents, self.rank == 3
 
@@ -62,8 +63,8 @@ class Origin:
 class Axis:
     """One index space.
 
-    `origins` are the inputs it stems from, best first; `note` says which op made it where no input
-    did. `bound` is what unification found it to be: nothing yet, another axis, a product
+    `origins` are the inputs it stems from, by `Origin.weight`; without any, `note` says which op
+    made it. `bound` is what unification found it to be: nothing yet, another axis, a product
     (`Product`) or a concatenation (`Sum`).
     """
 

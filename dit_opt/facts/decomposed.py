@@ -5,17 +5,15 @@ Older attention processors and hand-written models write it so, and then no fuse
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Node
 
 from dit_opt._compat import size_expression
 from dit_opt.decisions import AttentionReason
+from dit_opt.facts.ops import Trait, argument, has, is_op
 from dit_opt.facts.writes import find_targets, find_write
 
 
@@ -49,17 +47,17 @@ def match_decomposed(node: Node) -> Decomposed | None:
         return None
     weights, value, _ = product
     found = Decomposed(node, value)
-    while not _is(weights, "softmax"):
-        if _is(weights, "dropout"):
-            p, training = _argument(weights, 1, "p", 0.5), _argument(weights, 2, "training", True)
+    while not is_op(weights, "softmax"):
+        if is_op(weights, "dropout"):
+            p, training = argument(weights, 1, "p", 0.5), argument(weights, 2, "training", True)
             found = replace(found, dropout_p=float(p) if training else 0.0)
-        elif not _is(weights, *_CASTS):
+        elif not _is_cast(weights):
             return None
         found = replace(found, interior=(weights, *found.interior))
         weights = weights.args[0]
         if not isinstance(weights, Node):
             return None
-    if _argument(weights, 1, "dim", None) not in (-1, _rank(weights) - 1):
+    if argument(weights, 1, "dim") not in (-1, _rank(weights) - 1):
         return None
     found = replace(found, interior=(weights, *found.interior))
     scores = weights.args[0] if weights.args else weights.kwargs.get("input")
@@ -71,54 +69,15 @@ def match_decomposed(node: Node) -> Decomposed | None:
     return replace(found, refusal=AttentionReason.UNREADABLE_SCORES, detail=str(scores))
 
 
-_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "matmul": (operator.matmul, torch.matmul, torch.bmm),
-    "baddbmm": (torch.baddbmm,),
-    "einsum": (torch.functional.einsum, torch.einsum),
-    "softmax": (F.softmax, torch.softmax),
-    "dropout": (F.dropout, torch.dropout),
-    "add": (operator.add, operator.iadd, torch.add),
-    "mul": (operator.mul, operator.imul, torch.mul),
-    "div": (operator.truediv, operator.itruediv, torch.div),
-    "transpose": (torch.transpose, torch.swapaxes, torch.swapdims),
-    "permute": (torch.permute,),
-}
-_METHODS = {
-    "bmm": "matmul",
-    "__matmul__": "matmul",
-    "add_": "add",
-    "mul_": "mul",
-    "div_": "div",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-}
-_CASTS = ("to", "float", "half", "bfloat16", "type_as", "type")
-_NAMES = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
-
-
-def _is(node: Any, *names: str) -> bool:
-    if not isinstance(node, Node):
-        return False
-    if node.op == "call_method":
-        return _METHODS.get(str(node.target), str(node.target)) in names
-    return node.op == "call_function" and _NAMES.get(node.target) in names
-
-
-def _argument(node: Node, position: int, name: str, default: Any) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
 def _read_product(node: Any) -> tuple[Node, Node, bool] | None:
-    """The factors of a batched matrix product; True where the second one stands transposed."""
-    if _is(node, "einsum"):
+    """The factors of a batched matrix product; True where the second one is transposed."""
+    if is_op(node, "einsum"):
         factors = node.args[1:]
         if len(factors) == 2 and isinstance(node.args[0], str):
             transposed = _read_equation(node.args[0])
             if transposed is not None:
                 return (*factors, transposed)
-    if not _is(node, "matmul"):
+    if not is_op(node, "matmul", "bmm"):
         return None
     factors = [*node.args, *node.kwargs.values()]
     if len(factors) != 2 or not all(isinstance(f, Node) for f in factors):
@@ -144,10 +103,10 @@ def _read_scores(node: Any, found: Decomposed) -> Decomposed | None:
     if not isinstance(node, Node):
         return None
     found = replace(found, interior=(node, *found.interior))
-    if _is(node, *_CASTS):
+    if _is_cast(node):
         return _read_scores(node.args[0], found)
-    if _is(node, "add") and found.mask is None and found.scale == 1.0:
-        left, right = node.args[0], _argument(node, 1, "other", None)
+    if is_op(node, "add") and found.mask is None and found.scale == 1.0:
+        left, right = node.args[0], argument(node, 1, "other")
         if "alpha" in node.kwargs:
             return None
         for scores, mask in ((left, right), (right, left)):
@@ -156,19 +115,19 @@ def _read_scores(node: Any, found: Decomposed) -> Decomposed | None:
                 if complete is not None:
                     return complete
         return None
-    if _is(node, "mul", "div"):
-        scores, factor = node.args[0], _argument(node, 1, "other", None)
-        if _is(node, "mul") and isinstance(factor, Node):
+    if is_op(node, "mul", "div"):
+        scores, factor = node.args[0], argument(node, 1, "other")
+        if is_op(node, "mul") and isinstance(factor, Node):
             scores, factor = factor, scores
         # a mask that was added before would be scaled too
         if isinstance(factor, (int, float)) and "rounding_mode" not in node.kwargs:
             complete = _read_scores(scores, replace(found, mask=None))
             if complete is None or complete.mask is not None:
                 return None
-            factor = float(factor) if _is(node, "mul") else 1.0 / factor
+            factor = float(factor) if is_op(node, "mul") else 1.0 / factor
             return replace(complete, mask=found.mask, scale=complete.scale * factor)
         return None
-    if _is(node, "baddbmm"):
+    if is_op(node, "baddbmm"):
         beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
         if len(node.args) != 3 or not isinstance(alpha, (int, float)) or beta not in (0, 1):
             return None
@@ -182,7 +141,7 @@ def _read_scores(node: Any, found: Decomposed) -> Decomposed | None:
 
 
 def _is_additive(mask: Any) -> bool:
-    """A boolean mask would be added as zeros and ones; SDPA would read it as a choice."""
+    """Whether a mask is floating: adding booleans adds 0 and 1, where SDPA reads a selection."""
     dtype = _dtype(mask) if isinstance(mask, Node) else None
     return dtype is not None and dtype.is_floating_point
 
@@ -197,21 +156,25 @@ def _read_factors(q: Any, k: Any, transposed: bool, found: Decomposed) -> Decomp
 def _untranspose(node: Any) -> Node | None:
     """What `node` is the transpose of, in its last two dimensions."""
     rank = _rank(node)
-    if _is(node, "transpose"):
+    if is_op(node, "transpose"):
         dims = {d % rank for d in node.args[1:3] if isinstance(d, int)}
         return node.args[0] if dims == {rank - 2, rank - 1} else None
-    if _is(node, "permute"):
+    if is_op(node, "permute"):
         dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
         swapped = [*range(rank - 2), rank - 1, rank - 2]
         return node.args[0] if [d % rank for d in dims] == swapped else None
-    if isinstance(node, Node) and node.target is getattr and node.args[1] == "mT":
-        return node.args[0]
-    return None
+    return node.args[0] if is_op(node, "getattr") and node.args[1] == "mT" else None
+
+
+def _is_cast(node: Any) -> bool:
+    """A cast to a floating dtype; rounding to 8 bits or integers is no mere cast."""
+    dtype = _dtype(node) if has(node, Trait.CAST) else None
+    return dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _uncast(node: Node, value: Node) -> Node:
     """Undo an upcast of q or k to float32: fused kernels add up in float32 by themselves."""
-    if _is(node, *_CASTS) and isinstance(node.args[0], Node):
+    if _is_cast(node) and isinstance(node.args[0], Node):
         inner = node.args[0]
         if _dtype(node) == torch.float32 and _dtype(inner) == _dtype(value):
             return inner
@@ -219,7 +182,7 @@ def _uncast(node: Node, value: Node) -> Node:
 
 
 def _judge(found: Decomposed) -> Decomposed:
-    """Refuse what one call of scaled_dot_product_attention cannot say."""
+    """Refuse what one call of scaled_dot_product_attention cannot express."""
     inside = {*found.interior, found.node}
     escaping = [n.name for n in found.interior if not inside.issuperset(n.users)]
     tensors = [n for n in (found.query, found.key, found.value) if n is not None]
@@ -243,12 +206,12 @@ def _judge(found: Decomposed) -> Decomposed:
 
 
 def _find_late_write(found: Decomposed) -> Node | None:
-    """A write that one call would not make, or after which it would come.
+    """A write that makes one call differ from the written-out form.
 
-    It stands at the last product and reads query, key and mask there; the scores did so before.
+    The call reads query, key and mask at the last product; the scores read them earlier.
     """
     for node in found.interior:
-        # As `mask += scores`, or any `out=`.
+        # As `mask += scores` or any `out=`: the call would not make it.
         if not set(found.interior).issuperset(find_targets(node)):
             return node
     product = found.interior[0]
@@ -266,10 +229,10 @@ def _find_late_write(found: Decomposed) -> Node | None:
 
 
 def _find_casts(factor: Any, operand: Node) -> list[Node]:
-    """What copies an operand on its way into a product; transposes are views."""
+    """The casts between an operand and a product, which copy; transposes are views."""
     casts = []
     while factor is not operand:
-        casts += [factor] if _is(factor, *_CASTS) else []
+        casts += [factor] if _is_cast(factor) else []
         factor = factor.args[0]
     return casts
 
@@ -278,7 +241,7 @@ def _find_product(scores: Any, depth: int = 8) -> Node | None:
     """A matrix product that `scores` comes from through operations that keep its shape."""
     if not isinstance(scores, Node) or depth == 0:
         return None
-    if _read_product(scores) is not None or _is(scores, "baddbmm"):
+    if _read_product(scores) is not None or is_op(scores, "baddbmm"):
         return scores
     for node in scores.all_input_nodes:
         if _rank(node) == _rank(scores) and _shape(node) == _shape(scores):

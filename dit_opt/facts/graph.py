@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 from torch.fx import Graph, GraphModule, Node
 
 from dit_opt.facts.masks import Mask, classify_mask
-from dit_opt.facts.provenance import Timestep, find_timestep
 from dit_opt.facts.sites import Site, find_sites
+from dit_opt.facts.sizes import Grid
 from dit_opt.facts.spans import Spans
+from dit_opt.facts.timestep import Timestep, find_timestep
 from dit_opt.facts.token_ids import TokenIds, find_token_ids, read_grids
 from dit_opt.facts.tokens import Tokens, find_tokens
 
@@ -42,8 +43,8 @@ class InputHints:
     """
 
     spans: Mapping[int, Spans] = field(default_factory=dict)
-    read_grid: Callable[[TokenIds], tuple[int, int, int] | None] | None = None
-    grid: tuple[int, int, int] | None = None
+    read_grid: Callable[[TokenIds], Grid | None] | None = None
+    grid: Grid | None = None
 
 
 class Facts:

@@ -1,8 +1,8 @@
 """Grids: (T, H, W) of a token axis, from the dimensions of the latents or from the position tables.
 
-A wrong grid makes a wrong sparse pattern, so each way out of here is a proof or a reason why there
-is none. The one exception says so: tables of two factors prove these two, and that they are the
-rows and columns of one frame, and not frames and places in them, is assumed.
+A wrong grid makes a wrong sparse pattern, so every result is a proof, or the reason why there is
+none. The one exception is marked `assumed`: tables of two factors prove both sizes, and that they
+are the rows and columns of one frame, rather than frames and tokens per frame, is assumed.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from dit_opt.facts.labels import Labels
 from dit_opt.facts.sizes import are_equal
 from dit_opt.facts.spans import Span, Spans
 
-__all__ = ["Grid", "find_grid", "find_spans", "origin_of_axes", "stack_grids"]
+__all__ = ["TokenGrid", "find_grid", "find_spans", "origin_of_axes", "stack_grids"]
 
 
 @dataclass(frozen=True)
-class Grid:
+class TokenGrid:
     """Sizes (T, H, W) of the video tokens, row-major; an image has T = 1.
 
-    `source` is "latents" (patch embedding), "tables" (position tables), "option" (the user said
-    so), "model" (the whole model did) or "positions" (the numbers that come with the tokens did).
-    `assumed`: only H * W and where it is cut are proved.
+    `source` says what proves or declares them: "latents" (patch embedding), "tables" (position
+    tables), "option" (the user), "model" (the whole model, for one of its blocks) or "positions"
+    (token ids). `assumed`: only the two factors are proved, not that they are H and W.
     """
 
     sizes: tuple[sympy.Expr, sympy.Expr, sympy.Expr]
@@ -36,7 +36,7 @@ class Grid:
     assumed: bool = False
 
 
-def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
+def find_grid(labels: Labels, tokens: Dim) -> TokenGrid | str:
     """The grid of a token axis, or the reason (a clause) why the graph does not prove one."""
     axes = resolve(tokens)
     origins = [origin_of_axes((axis,)) for axis in axes]
@@ -51,20 +51,24 @@ def find_grid(labels: Labels, tokens: Dim) -> Grid | str:
 
 
 def find_spans(graph: Graph, labels: Labels) -> dict[int, Spans]:
-    """By position, how the tokens lie in the outputs of a graph that hold any on a proved grid.
+    """The spans of the graph's outputs, by index, of those with tokens on a proved grid.
 
-    In numbers, so that the graph that reads them next may have them; sizes that differ from call to
-    call are left out.
+    They are plain numbers for the graph that takes the outputs next, so dimensions of dynamic size
+    are left out.
     """
     (output,) = graph.find_nodes(op="output")
     (outputs,) = output.args
     found = {}
     for i, node in enumerate(outputs if isinstance(outputs, (tuple, list)) else [outputs]):
         dims = labels[node] if labels.is_tensor(node) else []
-        spans = {d: [_find_span(labels, part) for part in segments(x)] for d, x in enumerate(dims)}
-        told = {d: x for d, x in spans.items() if None not in x and any(grid for _, grid in x)}
-        if told:
-            found[i] = tuple((d, tuple(x)) for d, x in told.items())
+        spans = []
+        for d, dim in enumerate(dims):
+            parts = [_find_span(labels, part) for part in segments(dim)]
+            known = tuple(part for part in parts if part is not None)
+            if len(known) == len(parts) and any(grid for _, grid in known):
+                spans.append((d, known))
+        if spans:
+            found[i] = tuple(spans)
     return found
 
 
@@ -73,25 +77,24 @@ def _find_span(labels: Labels, part: Dim) -> Span | None:
     if not length.is_Integer:
         return None
     grid = find_grid(labels, part)
-    if not isinstance(grid, Grid) or grid.assumed:
+    if not isinstance(grid, TokenGrid) or grid.assumed:
         return int(length), None
     t, h, w = map(int, grid.sizes)
     return int(length), (t, h, w)
 
 
-def stack_grids(grids: Sequence[Grid]) -> Grid | str:
-    """The grid of clips or pictures one behind the other; the reason (a sentence) why they have
-    none.
+def stack_grids(grids: Sequence[TokenGrid]) -> TokenGrid | str:
+    """The grid of concatenated clips or pictures, or the reason (a sentence) why there is none.
 
-    Those of one height and width are frames of one grid: the last of a clip and the first of the
-    next are no neighbours in time, which costs a pattern a little there and is wrong nowhere.
+    Those of equal height and width count as frames of one grid. Patterns then take the last frame
+    of a clip and the first of the next for neighbours in time, which costs a little quality there.
     """
     first = grids[0]
     if not all(_same(grid.sizes[1:], first.sizes[1:]) for grid in grids):
         sizes = ", ".join(f"({', '.join(map(str, grid.sizes))})" for grid in grids)
         return f"The latents are of several grids, {sizes}."
     frames = sum((grid.sizes[0] for grid in grids), sympy.S.Zero)
-    return Grid((frames, *first.sizes[1:]), first.source, any(grid.assumed for grid in grids))
+    return TokenGrid((frames, *first.sizes[1:]), first.source, any(grid.assumed for grid in grids))
 
 
 def origin_of_axes(dim: Dim) -> Origin | None:
@@ -101,7 +104,7 @@ def origin_of_axes(dim: Dim) -> Origin | None:
     return next(iter(found)) if len(keys) == 1 else None
 
 
-def _from_latents(axes: Dim, origins: Sequence[Origin]) -> Grid | str:
+def _from_latents(axes: Dim, origins: Sequence[Origin]) -> TokenGrid | str:
     """Factors of one latent dimension belong together; the last two dimensions are H and W."""
     runs = [list(run) for _, run in itertools.groupby(zip(axes, origins, strict=True), _dim_of)]
     dims = [run[0][1].dim for run in runs]
@@ -114,11 +117,11 @@ def _from_latents(axes: Dim, origins: Sequence[Origin]) -> Grid | str:
         )
     one = sympy.S.One
     if len(sizes) == 3:
-        return Grid((sizes[0], sizes[1], sizes[2]), "latents")
+        return TokenGrid((sizes[0], sizes[1], sizes[2]), "latents")
     if dims == [rank - 2, rank - 1]:
-        return Grid((one, sizes[0], sizes[1]), "latents")
+        return TokenGrid((one, sizes[0], sizes[1]), "latents")
     if dims == [rank - 3, rank - 1]:
-        return Grid((sizes[0], one, sizes[1]), "latents")
+        return TokenGrid((sizes[0], one, sizes[1]), "latents")
     return (
         f"The tokens range over the dimensions {dims} of '{source}' with {rank} dimensions, "
         f"and nothing tells which of T, H, W these are"
@@ -129,8 +132,8 @@ def _dim_of(pair: tuple[Axis, Origin]) -> int:
     return pair[1].dim
 
 
-def _from_tables(labels: Labels, axes: Dim) -> Grid | None:
-    """The dimensions that a table had before they were joined to the token axis."""
+def _from_tables(labels: Labels, axes: Dim) -> TokenGrid | None:
+    """The grid from the dimensions that position tables had before a reshape merged them."""
     if any(leaf in labels.disputed for leaf in leaves(axes)):
         return None
     borders = {0, len(axes)}
@@ -150,17 +153,17 @@ def _from_tables(labels: Labels, axes: Dim) -> Grid | None:
     marks = sorted(borders)
     runs = [size(axes[a:b]) for a, b in itertools.pairwise(marks)]
     if len(runs) == 3:
-        return Grid((runs[0], runs[1], runs[2]), "tables")
+        return TokenGrid((runs[0], runs[1], runs[2]), "tables")
     # A trailing size 1 may be W = 1 or no part of the grid.
     if any(s[-1] == 1 for s in full):
         return None
-    # A size-1 axis leaves no factor behind, only a place among the joined dimensions.
+    # An axis of size 1 is no factor; only the merged dimensions show where it was.
     named = [s for s in full if len(s) == 3]
     if named and all(_same(s, named[0]) for s in named) and len(runs) <= 2:
         if [s for s in named[0] if s != 1] == [r for r in runs if r != 1]:
-            return Grid((named[0][0], named[0][1], named[0][2]), "tables")
+            return TokenGrid((named[0][0], named[0][1], named[0][2]), "tables")
     if len(runs) == 2 and not named and any(len(s) == 2 for s in full):
-        return Grid((sympy.S.One, runs[0], runs[1]), "tables", assumed=True)
+        return TokenGrid((sympy.S.One, runs[0], runs[1]), "tables", assumed=True)
     return None
 
 
@@ -187,7 +190,7 @@ def _explain(labels: Labels, axes: Dim, origins: Sequence[Origin | None]) -> str
     others = sorted(
         {o.source for leaf in leaves(axes) for o in leaf.origins if o.user} - {first.source}
     )
-    # Positions come as ids or tables of the user where another input shares the token axis.
+    # Another input that shares the token axis holds ids or tables of the user.
     positions = (
         f"and positions come as {', '.join(map(repr, others))} from outside"
         if others

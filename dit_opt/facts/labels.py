@@ -28,13 +28,13 @@ from dit_opt.facts.nodes import (
     find_data,
     find_proved_sizes,
     holds_tensor,
-    is_pointwise,
-    op_name,
-    origin_of,
+    input_name,
+    is_user_input,
     sizes_of,
 )
+from dit_opt.facts.ops import Trait, op_name, traits_of
 from dit_opt.facts.sizes import are_equal
-from dit_opt.facts.spans import Spans, lay_out
+from dit_opt.facts.spans import Spans, apply_spans
 
 __all__ = [
     "Label",
@@ -50,9 +50,9 @@ log = logging.getLogger(__name__)
 Label: TypeAlias = "list[Dim] | tuple[Any, ...] | None"
 Rule: TypeAlias = Callable[..., Any]
 
-# A later pass sees what an earlier one unified: a slice taken before its source was tied to a
-# concatenation.
-PASSES = 3
+# A sweep sees what earlier ones unified, as the segments of a tensor that were not known yet where
+# it is sliced.
+SWEEPS = 3
 INPUTS = ("placeholder", "get_attr")
 
 
@@ -66,19 +66,20 @@ class Labels:
     Args:
         graph: pre-grad graph; nodes hold fake tensors in `meta["example_value"]`. It is read only.
         rules: one function per op name, called with the labels and the node's arguments.
-        told: how the tokens of inputs lie, as far as an earlier graph proved it.
+        hints: how the tokens of inputs lie, where an earlier graph proved it.
 
     Attributes:
-        joins: (dims, dim): a reshape of a constant table made one dimension of several, row-major.
-        ended: the node at which an axis was last seen to end, by axis.
+        joins: (dims, dim) of each reshape that merges dimensions of a constant table.
+        ended: by axis, the last node at which it ends.
         disputed: axes for which two tables have different structures.
-        ends: the dimensions along which each node reads positions, mixes or clashes.
-        makes: the dimensions that begin at each node.
-        unknown: why a node was not labelled by a rule.
+        ends: by node, the dimensions whose axes end there: it indexes or mixes their elements, or
+            its operands disagree.
+        makes: by node, the dimensions whose axes begin there.
+        unknown: by node, why no rule labelled it.
     """
 
     def __init__(
-        self, graph: Graph, rules: dict[str, Rule], told: Mapping[Node, Spans] | None = None
+        self, graph: Graph, rules: dict[str, Rule], hints: Mapping[Node, Spans] | None = None
     ) -> None:
         self.node: Node
         self.joins: list[tuple[tuple[Dim, ...], Dim]] = []
@@ -90,12 +91,12 @@ class Labels:
         self._labels: dict[Node, Label] = {}
         self._memo: dict[tuple[Any, ...], Axis] = {}
         self._rules = rules
-        self._told = told or {}
+        self._hints = hints or {}
         self._nodes = tuple(n for n in graph.nodes if n.op != "output")
         self._data = find_data(self._nodes)
         self._sizes: dict[int, tuple[sympy.Expr, ...]] = {}
         self._proved = find_proved_sizes(self._nodes)
-        for _ in range(PASSES):
+        for _ in range(SWEEPS):
             before = dict(self._labels)
             for record in (self.joins, self.ended, self.ends, self.makes, self.unknown):
                 record.clear()
@@ -126,14 +127,14 @@ class Labels:
         self.node, name = node, op_name(node)
         value = node.meta.get("example_value")
         if node.op in INPUTS:
-            label = self._begin(value, origin_of(node), "")
-            for d, spans in self._told.get(node, ()):
-                lay_out(_dims(label)[d], spans)
+            label = self._begin(value, node, "")
+            for d, spans in self._hints.get(node, ()):
+                apply_spans(_dims(label)[d], spans)
             return label
         if not holds_tensor(value) and name != "setitem":
             return None
         rule = self._rules.get(name)
-        if rule is None and is_pointwise(name):
+        if rule is None and traits_of(name) & Trait.POINTWISE:
             rule = self._rules["pointwise"]
         try:
             if rule is None:
@@ -142,7 +143,7 @@ class Labels:
             if self._fits(label, value):
                 return label
             reason: Exception = NoRule("sizes of the rule and of the tensor differ")
-        # An argument form that a rule does not know ends the axes; it must not end the compilation.
+        # Arguments that a rule does not expect end the axes; they must not fail the compilation.
         except (
             NoRule,
             TypeError,
@@ -159,29 +160,27 @@ class Labels:
                 self.end(dim)
         return self._begin(value, None, f"made by `{name}` (node {node.name})")
 
-    def _begin(self, value: Any, origin: tuple[str, bool] | None, note: str) -> Label:
-        """New axes for a value; `origin`: (name of the graph input, whether the user gives it)."""
+    def _begin(self, value: Any, source: Node | None, note: str) -> Label:
+        """New axes for a value; `source` is the graph input that it is, or None."""
         if isinstance(value, (tuple, list)):
             return tuple(
-                self._begin_one(v, origin, note, (i,)) if isinstance(v, torch.Tensor) else None
+                self._begin_one(v, source, note, (i,)) if isinstance(v, torch.Tensor) else None
                 for i, v in enumerate(value)
             )
-        return self._begin_one(value, origin, note, ()) if isinstance(value, torch.Tensor) else None
+        return self._begin_one(value, source, note, ()) if isinstance(value, torch.Tensor) else None
 
     def _begin_one(
-        self, value: torch.Tensor, origin: tuple[str, bool] | None, note: str, slot: tuple[int, ...]
+        self, value: torch.Tensor, source: Node | None, note: str, slot: tuple[int, ...]
     ) -> list[Dim]:
         lengths = self._sizes_of(value)
+        if source is None:
+            return [self.new((*slot, i), length, (), note) for i, length in enumerate(lengths)]
+        name, user = input_name(source), is_user_input(source)
         extents = sum(length != 1 for length in lengths)
         floating = value.is_floating_point() or value.is_complex()
         return [
             self.new(
-                (*slot, i),
-                length,
-                [Origin(origin[0], i, len(lengths), extents, floating, origin[1])]
-                if origin
-                else (),
-                note,
+                (*slot, i), length, [Origin(name, i, len(lengths), extents, floating, user)], note
             )
             for i, length in enumerate(lengths)
         ]
@@ -204,12 +203,12 @@ class Labels:
             )
         )
 
-    # What rules are made of.
+    # Called by rules.
 
     def new(
         self, slot: Any, length: sympy.Expr, origins: Iterable[Origin] = (), note: str = ""
     ) -> Dim:
-        """A dimension of a new axis, the same in every pass; `slot` tells those of a node apart."""
+        """A dimension of one new axis, the same in every sweep; `slot` is its key in the node."""
         dim = self._once(slot, length, origins, note)
         self.makes.setdefault(self.node, []).append(dim)
         return dim
@@ -227,18 +226,21 @@ class Labels:
         return (self._memo[key],)
 
     def join(self, dims: Sequence[Dim], slot: Any) -> Dim:
-        """The concatenation of dimensions, by the same axis in every pass."""
+        """The concatenation of dimensions: one axis, the same in every sweep."""
         length = sum((size(d) for d in dims), sympy.S.Zero)
         return () if length == 1 else join(dims, self._once(slot, length)[0])
 
     def end(self, dim: Dim) -> None:
-        """The op reads positions along a dimension, or mixes them: its axes end here."""
+        """End the axes of a dimension: the op indexes or mixes its elements."""
         self.ends.setdefault(self.node, []).append(dim)
         for leaf in leaves(dim):
             self.ended[leaf] = self.node
 
     def agree(self, *dims: Dim) -> Dim:
-        """Tie dimensions that an op walks together; size 1 broadcasts. Raises NoRule on a clash."""
+        """Unify dimensions that an op iterates over together; those of size 1 broadcast.
+
+        Raises NoRule where they cannot be unified.
+        """
         wide = [d for d in dims if size(d) != 1]
         for other in wide[1:]:
             if not unify(wide[0], other):
@@ -246,7 +248,7 @@ class Labels:
         return wide[0] if wide else ()
 
     def tie(self, x: Dim, y: Dim) -> None:
-        """Tie two dimensions if they can agree; where they cannot, both end."""
+        """Unify two dimensions; where they cannot be, both end."""
         if not unify(x, y):
             self.end(x)
             self.end(y)
@@ -277,7 +279,7 @@ class Labels:
         return len(value)
 
     def is_table(self, node: Node) -> bool:
-        """Whether a value is made of weights and sizes alone, as position tables are."""
+        """Whether a value depends on weights and sizes only, as position tables do."""
         return node not in self._data
 
 

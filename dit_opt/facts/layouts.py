@@ -7,10 +7,10 @@ from enum import Enum
 
 import sympy
 
-from dit_opt.facts.grids import Grid
-from dit_opt.facts.sizes import are_equal
+from dit_opt.facts.grids import TokenGrid
+from dit_opt.facts.sizes import Grid, are_equal
 
-__all__ = ["Grid", "Layout", "Segment", "SegmentKind", "SiteKind", "declare_grid"]
+__all__ = ["Layout", "Segment", "SegmentKind", "SiteKind", "TokenGrid", "declare_grid"]
 
 
 class SiteKind(Enum):
@@ -51,7 +51,7 @@ class Layout:
     kind: SiteKind
     query: tuple[Segment, ...]
     key: tuple[Segment, ...]
-    grid: Grid | None
+    grid: TokenGrid | None
     reason: str
 
     @property
@@ -62,17 +62,17 @@ class Layout:
 
 def declare_grid(
     layout: Layout,
-    sizes: tuple[int, int, int],
+    sizes: Grid,
     source: str = "option",
     among_text: bool = False,
 ) -> Layout:
-    """The layout with a grid that the user gives, or the whole model, where the graph proves none.
+    """The layout with a grid from outside of the graph, where the graph proves none.
 
-    The one segment of T * H * W tokens becomes the latents. A layout with a grid of its own, or in
-    which no segment or more than one has that many tokens, comes back as it is but for the reason.
+    The one segment of T * H * W tokens becomes the latents. Where no segment or more than one has
+    that many tokens, only the reason changes; a layout with a grid is returned as it is.
 
-    Segments of TEXT are left out unless `among_text`: in a graph that does not show which tokens
-    reach its output, the latents are one more user input.
+    Segments of TEXT are candidates only with `among_text`, for graphs that do not show which tokens
+    reach their output: there the latents look like any other user input.
     """
     if layout.grid is not None:
         return layout
@@ -93,4 +93,4 @@ def declare_grid(
     named = tuple(replace(s, kind=SegmentKind.LATENTS) if s is latents else s for s in layout.query)
     key = named if layout.key == layout.query else layout.key
     t, h, w = map(sympy.Integer, sizes)
-    return replace(layout, query=named, key=key, grid=Grid((t, h, w), source), reason="")
+    return replace(layout, query=named, key=key, grid=TokenGrid((t, h, w), source), reason="")

@@ -6,7 +6,6 @@ queries, or as the outer product of a validity vector with itself.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -17,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from dit_opt._compat import size_expression
+from dit_opt.facts.ops import Trait, has, is_op
 from dit_opt.facts.sites import Site
 from dit_opt.facts.writes import find_write
 
@@ -50,8 +50,8 @@ def classify_mask(site: Site) -> Mask:
 
     KEY_PADDING: every dimension but the batch and the keys is 1, or was made from such a tensor by
     expand or repeat. OUTER: `a & b`, both made from one `[B, N]` tensor, one broadcast over the
-    queries and the other over the keys. OTHER: anything else, as a mask of fewer dimensions than
-    the query that differs between heads, and what is written in place on the way to the site.
+    queries and the other over the keys. OTHER: anything else, as a mask of lower rank than the
+    query that differs between heads, or one that is made with writes in place.
     """
     mask = site.mask
     if mask is None:
@@ -59,7 +59,7 @@ def classify_mask(site: Site) -> Mask:
     if site.query is None or site.key is None or _shape(mask) is None:
         return Mask(MaskKind.OTHER)
     shape = _shape(mask)
-    # One of more dimensions than the query would give the result as many.
+    # A mask of higher rank than the query would broadcast the result.
     if not 0 < len(shape) <= len(_shape(site.query)) or shape[-1] != _shape(site.key)[-2]:
         return Mask(MaskKind.OTHER)
     if all(size == 1 for size in shape[1:-1]) and _is_batch(shape[:-1], site):
@@ -77,13 +77,13 @@ def classify_mask(site: Site) -> Mask:
 
 
 def _is_batch(sizes: tuple[sympy.Expr, ...], site: Site) -> bool:
-    """Whether what a mask holds before its keys is 1 throughout, or else the batch of the site."""
+    """Whether the dimensions of a mask before its keys are all 1, or the batch of the site."""
     assert site.mask is not None and site.query is not None
     if all(size == 1 for size in sizes):
         return True
     mask, query = _shape(site.mask), _shape(site.query)
-    # A shorter mask is aligned to the right, so its first dimension is no batch. One of more items
-    # than the query would give the result as many.
+    # A mask of lower rank is aligned to the right, so its first dimension is no batch. Against a
+    # query with a batch of 1, it would broadcast the result.
     return len(mask) == len(query) and query[0] != 1
 
 
@@ -110,22 +110,15 @@ def _classify_outer(mask: Node, site: Site) -> Mask:
 def _is_conjunction(node: Node) -> bool:
     if len(node.args) != 2:
         return False
+    # A product of numbers is added to scores.
     of_bools = _shape(node) is not None and _example(node).dtype == torch.bool
-    return node.target in _AND or (of_bools and node.target in _TIMES)
+    return is_op(node, "bitwise_and", "logical_and") or (of_bools and is_op(node, "mul"))
 
 
 def _is_written(path: Sequence[Node], root: Node, site: Site) -> bool:
-    """Whether anything from the root to the mask is written before the site reads the root anew."""
+    """Whether a value between root and mask is written to after it was read and before the site."""
     made = min((n for n in path if n is not root), default=site.node)
     return find_write(path, after=made, before=site.node) is not None
-
-
-# Boolean tensors only: & of integers is no conjunction, a product of numbers is added to scores.
-_AND = (operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "__and__")
-_TIMES = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
-_VIEWS = ("view", "reshape", "unsqueeze", "squeeze")
-_CASTS = ("bool", "to", "float", "type", "contiguous", "clone")
-_VIEW_FUNCTIONS = {torch.reshape: "reshape", torch.unsqueeze: "unsqueeze"}
 
 
 @dataclass(frozen=True)
@@ -146,14 +139,13 @@ def _trace(node: Node) -> _Vector | None:
     if shape is None or not shape:
         return None
     source = node.args[0] if node.args else None
-    name = _name(node)
-    if name in ("expand", "repeat", "transpose") and isinstance(source, Node):
+    if is_op(node, "expand", "repeat", "transpose") and isinstance(source, Node):
         inner = _trace(source)
         inner_shape = _shape(source)
         if inner is None or inner_shape is None:
             return None
-        if name == "transpose":
-            a, b = (d % len(shape) for d in node.args[1:3])
+        if is_op(node, "transpose"):
+            a, b = (int(d) % len(shape) for d in node.args[1:3])
             # the batch stays where it is
             if 0 in (a, b) and inner_shape[0] != 1:
                 return None
@@ -164,7 +156,7 @@ def _trace(node: Node) -> _Vector | None:
             grown = [d for d, size in enumerate(inner_shape) if size != shape[d + added]]
             if any(inner_shape[d] != 1 for d in grown) or inner.dim in grown:
                 return None
-            # dimensions before the batch would take its place
+            # new dimensions in front would move the batch
             if added and inner.dim != 0 and inner_shape[0] != 1:
                 return None
         return _Vector(inner.root, dim, (*inner.path, node))
@@ -183,7 +175,7 @@ def _read_vector(node: Node, shape: tuple[sympy.Expr, ...]) -> _Vector | None:
         return None
     path, wanted = [node], [s for s in shape if s != 1]
     # views that only insert or drop ones keep the order of the values
-    while _name(path[-1]) in _VIEWS or _is_new_axis(path[-1]):
+    while has(path[-1], Trait.RESHAPE) or _is_new_axis(path[-1]):
         source = path[-1].args[0]
         inner = _shape(source) if isinstance(source, Node) else None
         if inner is None or [s for s in inner if s != 1] != wanted:
@@ -195,7 +187,7 @@ def _read_vector(node: Node, shape: tuple[sympy.Expr, ...]) -> _Vector | None:
 
 def _is_new_axis(node: Any) -> bool:
     """`x[:, None, :]`: full slices and new axes only."""
-    if not isinstance(node, Node) or node.target is not operator.getitem:
+    if not is_op(node, "getitem"):
         return False
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     return all(i is None or i is Ellipsis or i == slice(None) for i in index)
@@ -203,17 +195,9 @@ def _is_new_axis(node: Any) -> bool:
 
 def _is_identity(node: Any) -> bool:
     """A cast or copy that keeps the dtype."""
-    if _name(node) not in _CASTS or not isinstance(node.args[0], Node):
+    if not has(node, Trait.CAST | Trait.COPY) or not isinstance(node.args[0], Node):
         return False
     return _shape(node.args[0]) is not None and _example(node.args[0]).dtype == _example(node).dtype
-
-
-def _name(node: Any) -> str:
-    if not isinstance(node, Node):
-        return ""
-    if node.op == "call_method":
-        return str(node.target)
-    return _VIEW_FUNCTIONS.get(node.target, getattr(node.target, "__name__", ""))
 
 
 def _example(node: Node) -> torch.Tensor:

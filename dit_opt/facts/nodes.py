@@ -1,4 +1,4 @@
-"""Nodes: the public name of an op, the owner of a graph input, sizes and numbers.
+"""Nodes: who gives a graph input, what a value is computed from, sizes and numbers.
 
 Rules and facts read nodes only through these, so that none of them adds a guard.
 """
@@ -6,86 +6,54 @@ Rules and facts read nodes only through these, so that none of them adds a guard
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from functools import lru_cache
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt._compat import operator_name, proved_sizes, size_expression
+from dit_opt._compat import proved_sizes, size_expression
 
 __all__ = [
     "find_data",
     "find_proved_sizes",
     "holds_tensor",
-    "is_pointwise",
+    "input_name",
+    "is_user_input",
     "number_of",
-    "op_name",
-    "origin_of",
     "sizes_of",
+    "walk_ancestors",
 ]
 
 
-# Where functions are written whose names say what they do. Others may have the same bare names.
-_HOMES = frozenset(
-    "_operator aten builtins torch torch._tensor torch.functional torch.nn.functional".split()
-)
-
-
-def op_name(node: Node) -> str:
-    """The public name of an op, one for its function, method, in-place form and overloads.
-
-    An op that is not torch's keeps its namespace or module, as `einops.einops.repeat`, and no rule
-    has such a name.
-    """
-    if isinstance(node.target, str):
-        return _plain_name(node.target)
-    home, name = _home_of(node.target)
-    name = _plain_name(name)
-    return name if home in _HOMES or home.startswith("torch._C.") else f"{home}.{name}"
-
-
-def _home_of(target: Any) -> tuple[str, str]:
-    """(namespace or module, name) of a function or an operator."""
-    operator = operator_name(target)
-    if operator is not None:
-        home, _, name = operator.partition(".")
-        return home, name
-    name = getattr(target, "__name__", str(target))
-    owner = getattr(target, "__objclass__", None)
-    if isinstance(owner, type) and issubclass(torch.Tensor, owner):
-        return torch.Tensor.__module__, name
-    # A function that wraps one of torch has taken over its `__module__`.
-    written = getattr(target, "__globals__", {}).get("__name__")
-    return str(written or getattr(target, "__module__", None)), name
-
-
-@lru_cache(maxsize=4096)
-def _plain_name(name: str) -> str:
-    name = name.split(".")[0]
-    # `and_`, `or_` and `xor_` end in an underscore and are not in place.
-    in_place = name.endswith("_") and not name.startswith("_")
-    return name[:-1] if in_place and name not in ("and_", "or_", "xor_") else name
-
-
-@lru_cache(maxsize=4096)
-def is_pointwise(name: str) -> bool:
-    """Whether torch tags the op as elementwise with broadcasting."""
-    packet = getattr(torch.ops.aten, name, None)
-    return packet is not None and any(
-        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
-    )
-
-
-def origin_of(node: Node) -> tuple[str, bool]:
-    """(short name of a graph input, whether the user gives it rather than the module)."""
-    inner = node.op == "get_attr" or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+def is_user_input(node: Node) -> bool:
+    """Whether a graph input is an argument of the call, not a weight or buffer of the module."""
+    if node.op == "get_attr" or isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return False
     # Buffers look like any other tensor; Dynamo names inputs after where it found them.
-    if inner or re.search(r"_(parameters|buffers)_|^l_self_|^g_", node.name):
-        return node.name, False
-    return re.sub(r"^l_(kwargs_)?|_$", "", node.name), True
+    return not re.search(r"_(parameters|buffers)_|^l_self_|^g_", node.name)
+
+
+def input_name(node: Node) -> str:
+    """The name of a graph input; for one of the user's, that of the model's argument."""
+    return re.sub(r"^l_(kwargs_)?|_$", "", node.name) if is_user_input(node) else node.name
+
+
+def walk_ancestors(node: Node) -> Iterator[Node]:
+    """The node and all tensors that it is computed from, nearest first.
+
+    Sizes are not followed: a timestep expanded to the batch of the latents is not made from them.
+    """
+    queue, seen = deque([node]), {node}
+    while queue:
+        current = queue.popleft()
+        yield current
+        for parent in current.all_input_nodes:
+            if parent not in seen and holds_tensor(parent.meta.get("example_value")):
+                seen.add(parent)
+                queue.append(parent)
 
 
 def sizes_of(value: torch.Tensor) -> tuple[sympy.Expr, ...]:
@@ -110,7 +78,7 @@ def holds_tensor(value: Any) -> bool:
 
 
 def find_proved_sizes(nodes: Iterable[Node]) -> dict[sympy.Symbol, sympy.Expr]:
-    """What the guards of a graph prove of its sizes."""
+    """What the guards of a graph prove about its sizes, as substitutions."""
     for node in nodes:
         value = node.meta.get("example_value")
         for length in value.shape if isinstance(value, torch.Tensor) else ():
@@ -124,7 +92,7 @@ def find_data(nodes: Iterable[Node]) -> set[Node]:
     data: set[Node] = set()
     for node in nodes:
         if node.op == "placeholder":
-            if isinstance(node.meta.get("example_value"), torch.Tensor) and origin_of(node)[1]:
+            if isinstance(node.meta.get("example_value"), torch.Tensor) and is_user_input(node):
                 data.add(node)
         elif holds_tensor(node.meta.get("example_value")):
             data.update([node] if any(n in data for n in node.all_input_nodes) else [])

@@ -1,9 +1,9 @@
-"""Where the video tokens may be kept in another order: from their making to their leaving.
+"""The part of a graph in which the video tokens may be kept in another order.
 
 Sparse patterns want neighbours in (T, H, W) to be neighbours in memory. A permutation of the tokens
 that is the same for all heads can be applied once, to the tokens and to every table over them, and
-undone once, if every node between acts alike at every token. The proof is layout propagation: see
-`order_modes`.
+undone once, if every node between treats all tokens alike. The proof is layout propagation: see
+`order_map`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch.fx import Graph, Node
 from dit_opt.facts.axes import resolve, segments, size
 from dit_opt.facts.labels import Labels, NoRule
 from dit_opt.facts.layouts import Layout, SegmentKind
-from dit_opt.facts.nodes import op_name, origin_of
+from dit_opt.facts.nodes import input_name
+from dit_opt.facts.ops import is_op, op_name
 from dit_opt.facts.order_aliases import find_stale_write
-from dit_opt.facts.order_modes import Modes, OrderReason
-from dit_opt.facts.runs import TokenRun
+from dit_opt.facts.order_map import OrderMap, OrderReason
 from dit_opt.facts.sites import Site, module_of, source_of
+from dit_opt.facts.token_axes import TokenAxes
 
 __all__ = ["OrderReason", "OrderRefusal", "OrderRegion", "TokenEdge", "find_order_region"]
 
@@ -35,8 +36,8 @@ class TokenEdge:
         dim: its dimension with the tokens.
         starts: where the video tokens begin in that dimension, once for each time it holds them.
         total: size of that dimension, text included.
-        users: the nodes that read it on the other side: in the order where it begins, in the
-            model's own where it ends.
+        users: the nodes that read it permuted, where the order begins; those that read it in the
+            model's own order, where it ends.
     """
 
     node: Node
@@ -48,13 +49,13 @@ class TokenEdge:
 
 @dataclass(frozen=True)
 class OrderRegion:
-    """The part of a graph in which the video tokens may stand in any one order.
+    """The part of a graph in which the video tokens may be kept in any one order.
 
     Attributes:
         grid: (T, H, W) of the video tokens, row-major in the model's own order.
         length: their number.
         entries: the values made from the latents that are to be permuted.
-        tables: the same of values made without the latents: position tables, masks, ids.
+        tables: likewise, of values made without the latents: position tables, masks, ids.
         exits: the values on which the permutation is to be undone.
         sites: the attention calls whose queries are in the order, in graph order.
     """
@@ -120,43 +121,43 @@ def find_order_region(
     chosen = _choose_tokens(labels, sites)
     if isinstance(chosen, OrderRefusal):
         return chosen
-    run, layout, source = chosen
-    modes = Modes(graph, labels, run)
-    crossing = modes.find_crossing()
+    tokens, layout, source = chosen
+    orders = OrderMap(graph, labels, tokens)
+    crossing = orders.find_crossing()
     if crossing is not None:
         detail = labels.unknown.get(crossing, "")
-        return _refuse(modes.plain[crossing], crossing, detail and f"In detail: {detail}.")
-    stale = find_stale_write(modes)
+        return _refuse(orders.pinned[crossing], crossing, detail and f"In detail: {detail}.")
+    stale = find_stale_write(orders)
     if stale is not None:
         return _refuse(OrderReason.IN_PLACE, stale)
     edges: dict[str, list[TokenEdge]] = {"entries": [], "exits": []}
-    for side, values in (("entries", _entries(modes)), ("exits", _exits(modes))):
+    for side, values in (("entries", _entries(orders)), ("exits", _exits(orders))):
         for node, users in values:
-            edge = _edge(modes, node, users)
+            edge = _edge(orders, node, users)
             if isinstance(edge, OrderRefusal):
                 return edge
             edges[side].append(edge)
-    data = _made_from(modes, source)
+    data = _made_from(orders, source)
     assert layout.grid is not None
     return OrderRegion(
         layout.grid.sizes,
-        run.length,
+        tokens.length,
         tuple(e for e in edges["entries"] if e.node in data),
         tuple(e for e in edges["entries"] if e.node not in data),
         tuple(edges["exits"]),
         tuple(
             s.node
             for s, _ in sites
-            if s.query is not None and modes.holds(s.query) and s.node not in modes.plain
+            if s.query is not None and orders.holds(s.query) and s.node not in orders.pinned
         ),
     )
 
 
 def _choose_tokens(
     labels: Labels, sites: Sequence[tuple[Site, Layout]]
-) -> tuple[TokenRun, Layout, str | None] | OrderRefusal:
+) -> tuple[TokenAxes, Layout, str | None] | OrderRefusal:
     """(the axes of the latent tokens, a layout with them, the input they stem from)."""
-    found: list[tuple[TokenRun, Site, Layout, str | None]] = []
+    found: list[tuple[TokenAxes, Site, Layout, str | None]] = []
     for site, layout in sites:
         places = [i for i, s in enumerate(layout.query) if s.kind is SegmentKind.LATENTS]
         if layout.grid is None or len(places) != 1 or site.query is None:
@@ -167,14 +168,14 @@ def _choose_tokens(
             return _refuse(OrderReason.NO_TOKENS, site.node, f"In detail: {error}.")
         if len(parts) != len(layout.query):
             return _refuse(OrderReason.STACKED, site.node)
-        run = TokenRun(parts[places[0]])
-        if found and run != found[0][0]:
+        tokens = TokenAxes(parts[places[0]])
+        if found and tokens != found[0][0]:
             names = f"{found[0][1].node.name} and {site.node.name}"
             return OrderRefusal(OrderReason.SEVERAL_TOKENS, detail=f"They differ in {names}.")
-        found.append((run, site, layout, layout.query[places[0]].source))
+        found.append((tokens, site, layout, layout.query[places[0]].source))
     if found:
-        run, _, layout, source = found[0]
-        return run, layout, source
+        tokens, _, layout, source = found[0]
+        return tokens, layout, source
     without = [(s, x) for s, x in sites if any(p.kind is SegmentKind.LATENTS for p in x.query)]
     if without:
         return _refuse(OrderReason.NO_GRID, without[0][0].node, without[0][1].reason)
@@ -184,50 +185,52 @@ def _choose_tokens(
     return OrderRefusal(OrderReason.NO_TOKENS)
 
 
-def _entries(modes: Modes) -> Iterator[tuple[Node, tuple[Node, ...]]]:
-    """The values that plain nodes make, each with the nodes that read it in the order."""
-    for node in modes.nodes:
-        if modes.is_entry(node) and modes.labels.is_tensor(node):
-            users = tuple(u for u in node.users if u not in modes.plain and _reads_values(modes, u))
+def _entries(orders: OrderMap) -> Iterator[tuple[Node, tuple[Node, ...]]]:
+    """The values that pinned nodes make, each with the nodes that read it permuted."""
+    for node in orders.nodes:
+        if orders.is_entry(node) and orders.labels.is_tensor(node):
+            users = tuple(
+                u for u in node.users if u not in orders.pinned and _reads_values(orders, u)
+            )
             if users:
                 yield node, users
 
 
-def _exits(modes: Modes) -> Iterator[tuple[Node, tuple[Node, ...]]]:
-    """The values in the order that plain nodes read, each with these nodes."""
+def _exits(orders: OrderMap) -> Iterator[tuple[Node, tuple[Node, ...]]]:
+    """The permuted values that pinned nodes read, each with these nodes."""
     users: dict[Node, list[Node]] = {}
-    for user in modes.nodes:
-        for node in modes.undone_inputs(user):
+    for user in orders.nodes:
+        for node in orders.undone_inputs(user):
             users.setdefault(node, []).append(user)
     for node, readers in users.items():
         yield node, tuple(readers)
 
 
-def _reads_values(modes: Modes, node: Node) -> bool:
-    """Whether a node does more than ask for a shape."""
-    return modes.labels.label_of(node) is not None or op_name(node) == "setitem"
+def _reads_values(orders: OrderMap, node: Node) -> bool:
+    """Whether a node reads more than a shape."""
+    return orders.labels.label_of(node) is not None or is_op(node, "setitem")
 
 
-def _edge(modes: Modes, node: Node, users: tuple[Node, ...]) -> TokenEdge | OrderRefusal:
-    if not modes.labels.is_tensor(node):
-        return _refuse(modes.plain[users[0]], users[0], "It reads a tuple of tensors as one.")
-    dims = [(d, dim) for d, dim in enumerate(modes.labels[node]) if modes.run.count(dim)]
+def _edge(orders: OrderMap, node: Node, users: tuple[Node, ...]) -> TokenEdge | OrderRefusal:
+    if not orders.labels.is_tensor(node):
+        return _refuse(orders.pinned[users[0]], users[0], "It reads a tuple of tensors as one.")
+    dims = [(d, dim) for d, dim in enumerate(orders.labels[node]) if orders.tokens.count(dim)]
     if len(dims) > 1:
         return _refuse(OrderReason.PAIRWISE, node)
     ((d, dim),) = dims
-    starts = modes.run.starts(dim)
+    starts = orders.tokens.starts(dim)
     if starts is None:
         return _refuse(OrderReason.FOLDED, node)
     return TokenEdge(node, d, starts, size(resolve(dim)), users)
 
 
-def _made_from(modes: Modes, source: str | None) -> set[Node]:
-    """What is computed from an input of the graph, by values and not by sizes."""
+def _made_from(orders: OrderMap, source: str | None) -> set[Node]:
+    """The tensors that are computed from an input; its sizes do not count."""
     made: set[Node] = set()
-    for node in modes.nodes:
+    for node in orders.nodes:
         if node.op == "placeholder":
-            made.update([node] if origin_of(node)[0] == source else [])
-        elif modes.labels.label_of(node) is not None:
+            made.update([node] if input_name(node) == source else [])
+        elif orders.labels.label_of(node) is not None:
             made.update([node] if any(a in made for a in node.all_input_nodes) else [])
     return made
 

@@ -1,7 +1,7 @@
-"""Writes in place that a permutation would cut off from other names of the same memory.
+"""In-place writes that aliases of the same memory would miss once tokens are permuted.
 
-A gather copies. Where a graph writes to one side of it and later reads the other, the copy would
-miss the write, so such graphs keep their order.
+A gather copies. Where a graph writes to its input and later reads its output, or the other way
+round, the write would be missed, so such graphs keep the model's order.
 """
 
 from __future__ import annotations
@@ -11,91 +11,91 @@ from typing import TypeAlias
 
 from torch.fx import Node
 
-from dit_opt.facts.nodes import op_name
-from dit_opt.facts.order_modes import Modes
-from dit_opt.facts.writes import VIEWS, find_targets
+from dit_opt.facts.ops import Trait, has
+from dit_opt.facts.order_map import OrderMap
+from dit_opt.facts.writes import find_targets
 
 __all__ = ["find_stale_write"]
 
-# A value: as its node makes it, in the order, or with the order undone. Each is a memory of its own
-# unless the node is a view.
-Name: TypeAlias = "tuple[Node, str]"
+# A version of a value: as its node makes it (RAW), permuted, or with the permutation undone. Each
+# has memory of its own unless the node is a view.
+Version: TypeAlias = "tuple[Node, str]"
 RAW, ORDERED, UNDONE = "raw", "ordered", "undone"
 INPUTS = ("placeholder", "get_attr")
 
 
-def find_stale_write(modes: Modes) -> Node | None:
+def find_stale_write(orders: OrderMap) -> Node | None:
     """The first write in place that a value read later, or the caller of the graph, would miss."""
-    position = {node: i for i, node in enumerate(modes.nodes)}
-    writes = [(node, _read(modes, t, node)) for node in modes.nodes for t in find_targets(node)]
+    position = {node: i for i, node in enumerate(orders.nodes)}
+    writes = [(node, _read(orders, t, node)) for node in orders.nodes for t in find_targets(node)]
     if not writes:
         return None
     memory, family = _Sets(), _Sets()
-    created: dict[Name, int] = {}
-    last_read: dict[Name, int] = {}
-    for node in modes.nodes:
-        own = _made(modes, node)
+    created: dict[Version, int] = {}
+    last_read: dict[Version, int] = {}
+    for node in orders.nodes:
+        own = _made(orders, node)
         created[own] = position[node]
         for source in node.all_input_nodes:
-            name = _read(modes, source, node)
-            created.setdefault(name, position[node if name[1] == UNDONE else source])
-            last_read[name] = position[node]
-            family.unite(_made(modes, source), name)
-            if source in _aliased(modes, node):
-                memory.unite(name, own)
-                family.unite(name, own)
+            version = _read(orders, source, node)
+            created.setdefault(version, position[node if version[1] == UNDONE else source])
+            last_read[version] = position[node]
+            family.unite(_made(orders, source), version)
+            if source in _aliased(orders, node):
+                memory.unite(version, own)
+                family.unite(version, own)
     members = defaultdict(list)
-    for name in created:
-        members[family.find(name)].append(name)
+    for version in created:
+        members[family.find(version)].append(version)
     for node, target in writes:
-        # A shape that is changed in place changes under an older name, too.
-        reshaped = op_name(node) in VIEWS and modes.holds(node)
+        # A shape that is changed in place changes for the input, too.
+        reshaped = has(node, Trait.ALIAS) and orders.holds(node)
         if target[1] == UNDONE or reshaped:
             return node
-        for name in members[family.find(target)]:
-            if memory.find(name) == memory.find(target):
+        for version in members[family.find(target)]:
+            if memory.find(version) == memory.find(target):
                 continue
-            stale = created[name] < position[node] < last_read.get(name, -1)
-            if stale or (name[0].op in INPUTS and name[1] == RAW):
+            stale = created[version] < position[node] < last_read.get(version, -1)
+            if stale or (version[0].op in INPUTS and version[1] == RAW):
                 return node
     return None
 
 
-def _made(modes: Modes, node: Node) -> Name:
-    """The value as its node makes it."""
-    return node, ORDERED if modes.is_ordered(node) else RAW
+def _made(orders: OrderMap, node: Node) -> Version:
+    """The version that a node makes."""
+    return node, ORDERED if orders.is_ordered(node) else RAW
 
 
-def _read(modes: Modes, source: Node, reader: Node) -> Name:
-    """The value as a node reads it."""
-    if not modes.holds(source):
+def _read(orders: OrderMap, source: Node, reader: Node) -> Version:
+    """The version that a node reads."""
+    if not orders.holds(source):
         return source, RAW
-    if modes.is_entry(source):
-        return source, RAW if reader in modes.plain else ORDERED
-    return source, UNDONE if reader in modes.plain else ORDERED
+    if orders.is_entry(source):
+        return source, RAW if reader in orders.pinned else ORDERED
+    return source, UNDONE if reader in orders.pinned else ORDERED
 
 
-def _aliased(modes: Modes, node: Node) -> list[Node]:
-    """The values of which a node's own may be another name."""
-    if node in modes.labels.unknown:
+def _aliased(orders: OrderMap, node: Node) -> list[Node]:
+    """The inputs that the value of a node may alias."""
+    if node in orders.labels.unknown:
         return node.all_input_nodes
-    if op_name(node) not in VIEWS:
+    if not has(node, Trait.ALIAS):
         return find_targets(node)
     first = node.args[0] if node.args else None
     return [first] if isinstance(first, Node) else node.all_input_nodes
 
 
 class _Sets:
-    """Disjoint sets of names."""
+    """Disjoint sets of versions."""
 
     def __init__(self) -> None:
-        self._parents: dict[Name, Name] = {}
+        self._parents: dict[Version, Version] = {}
 
-    def find(self, name: Name) -> Name:
-        while (parent := self._parents.get(name, name)) != name:
-            self._parents[name] = self._parents.get(parent, parent)
-            name = parent
-        return name
+    def find(self, version: Version) -> Version:
+        while (parent := self._parents.get(version, version)) != version:
+            self._parents[version] = self._parents.get(parent, parent)
+            version = parent
+        return version
 
-    def unite(self, a: Name, b: Name) -> None:
+    def unite(self, a: Version, b: Version) -> None:
         self._parents[self.find(a)] = self.find(b)

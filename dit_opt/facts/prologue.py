@@ -15,23 +15,24 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dit_opt.facts.nodes import number_of, op_name, sizes_of
+from dit_opt.facts.nodes import number_of, sizes_of
+from dit_opt.facts.ops import Trait, argument, has, is_op
 from dit_opt.facts.rms_norm import Norm, match_norm
 from dit_opt.facts.rotation import Rotation, match_rotation, strip_casts
 from dit_opt.facts.writes import find_write
 
-__all__ = ["Norm", "Part", "Prologue", "find_prologue"]
+__all__ = ["Norm", "Prologue", "ProloguePart", "find_prologue"]
 
 
 @dataclass(frozen=True)
-class Part:
+class ProloguePart:
     """Tokens that come from one projection.
 
     Attributes:
         source: `[B, N, H, D]`, `[B, H, N, D]` (`token_dim` 2), or `[B, N, H * D]`. heads: H.
         norm, rotation: in this order, or None.
-        start: the first rotated token, a number or a node of one; all tokens of the rotation's
-            tables follow it.
+        start: index of the first rotated token, an int or a node; the tables cover all tokens from
+            there on.
     """
 
     source: Node
@@ -50,7 +51,7 @@ class Prologue:
     """
 
     node: Node
-    parts: tuple[Part, ...]
+    parts: tuple[ProloguePart, ...]
     interior: tuple[Node, ...]
 
 
@@ -62,11 +63,11 @@ def find_prologue(node: Node) -> Prologue | str:
     """
     if len(_shape(node)) != 4:
         return "it is not [B, H, N, D]"
-    reader = _Reader()
+    reader = _PrologueReader()
     try:
         value, token_dim = reader.drop_transpose(node)
         parts = reader.read(value, token_dim)
-    # An argument form that no reader knows refuses; it must not end the compilation.
+    # Arguments in an unknown form are a refusal; they must not fail the compilation.
     except (TypeError, IndexError, ValueError, AttributeError) as error:
         return f"an operation is written in a form that is not known ({error})"
     if isinstance(parts, str):
@@ -79,7 +80,7 @@ def find_prologue(node: Node) -> Prologue | str:
     known = [n for n in interior if n.target is operator.setitem]
     write = find_write([node, *interior, *(part.source for part in parts)], known)
     if write is None and interior:
-        # Tables may be made by writes, but what reads them moves to the end of all this.
+        # Tables may be made with writes, but not written once they are read: the kernel reads late.
         read = [t for p in parts for t in (p.rotation and (p.rotation.cos, p.rotation.sin)) or ()]
         read += [p.norm.weight for p in parts if p.norm and p.norm.weight is not None]
         write = find_write(read, known, after=min(interior))
@@ -89,27 +90,24 @@ def find_prologue(node: Node) -> Prologue | str:
     return Prologue(node, tuple(parts), interior)
 
 
-class _Reader:
+class _PrologueReader:
     """Remembers the nodes that it has read through."""
 
     def __init__(self) -> None:
         self.seen: list[Node] = []
 
     def drop_transpose(self, node: Node) -> tuple[Node, int]:
-        """What has the tokens before the heads, if the node only swaps the two; and their axis."""
+        """(the value before heads and tokens were swapped, if they were; the dim of its tokens)."""
         value = self._strip(node)
-        swapped = op_name(value) in ("transpose", "swapaxes") and set(value.args[1:]) in (
-            {1, 2},
-            {-2, -3},
-        )
-        order = value.args[1:] if op_name(value) == "permute" else ()
+        swapped = is_op(value, "transpose") and set(value.args[1:]) in ({1, 2}, {-2, -3})
+        order: Any = value.args[1:] if is_op(value, "permute") else ()
         order = order[0] if len(order) == 1 else order
-        if swapped or tuple(order) == (0, 2, 1, 3):  # pyright: ignore[reportArgumentType]
+        if swapped or tuple(order) == (0, 2, 1, 3):
             self.seen.append(value)
             return self._strip(value.args[0]), 1
         return value, 2
 
-    def read(self, value: Node, token_dim: int) -> list[Part] | str:
+    def read(self, value: Node, token_dim: int) -> list[ProloguePart] | str:
         """The parts of a tensor whose tokens lie along `token_dim`."""
         value = self._strip(value)
         pieces = _read_cat(value, token_dim)
@@ -125,8 +123,8 @@ class _Reader:
             return "it is rotated after its parts were put together"
         return [replace(self._read_norm(source, token_dim), rotation=rotation)]
 
-    def _read_pieces(self, pieces: Sequence[Node], token_dim: int) -> list[Part] | str:
-        parts: list[Part] = []
+    def _read_pieces(self, pieces: Sequence[Node], token_dim: int) -> list[ProloguePart] | str:
+        parts: list[ProloguePart] = []
         cuts: list[tuple[Node, Any] | None] = []
         for piece in pieces:
             found = self.read(piece, token_dim)
@@ -137,10 +135,10 @@ class _Reader:
         if not any(cuts):
             return parts
         # Slices of one tensor: the two sides of a cut, of which one is rotated.
-        if len(parts) != 2 or None in cuts or cuts[0][0] is not cuts[1][0]:  # pyright: ignore
+        known = [c for c in cuts if c is not None]
+        if len(parts) != 2 or len(known) != 2 or known[0][0] is not known[1][0]:
             return "it is put together from slices that are no two halves of one tensor"
-        (whole, first), (_, second) = cuts  # pyright: ignore[reportGeneralTypeIssues]
-        (begin, cut), (other, end) = first, second
+        (whole, (begin, cut)), (_, (other, end)) = known
         if begin not in (None, 0) or end is not None or cut is None or cut != other:
             return "it is put together from slices that do not meet"
         if any(part.norm for part in parts) or (parts[0].rotation and parts[1].rotation):
@@ -154,22 +152,22 @@ class _Reader:
             return "the first rotated token may be counted from the end"
         return [replace(joined, rotation=parts[1].rotation, start=cut)]
 
-    def _read_norm(self, value: Node, token_dim: int) -> Part:
+    def _read_norm(self, value: Node, token_dim: int) -> ProloguePart:
         value = self._strip(value)
         norm = match_norm(value)
         if norm is not None:
             source, found, interior = norm
             self.seen += interior
-            return Part(self._strip(source), token_dim, _heads(value, token_dim), found)
-        flat = value.args[0] if op_name(value) in ("unflatten", "view", "reshape") else None
+            return ProloguePart(self._strip(source), token_dim, _heads(value, token_dim), found)
+        flat = value.args[0] if has(value, Trait.RESHAPE) else None
         if isinstance(flat, Node) and token_dim == 1 and _splits_heads(flat, value):
             norm = match_norm(strip_casts(flat)[0])
             if norm is not None:
                 source, found, interior = norm
                 self.seen += [value, *strip_casts(flat)[1], *interior]
                 across = replace(found, across_heads=True)
-                return Part(self._strip(source), 1, _heads(value, 1), across)
-        return Part(value, token_dim, _heads(value, token_dim))
+                return ProloguePart(self._strip(source), 1, _heads(value, 1), across)
+        return ProloguePart(value, token_dim, _heads(value, token_dim))
 
     def _strip(self, node: Any) -> Node:
         stripped, casts = strip_casts(node)
@@ -178,16 +176,19 @@ class _Reader:
 
 
 def _read_cat(node: Node, dim: int) -> Sequence[Node] | None:
-    if op_name(node) not in ("cat", "concat", "concatenate"):
+    if not is_op(node, "cat"):
         return None
-    where = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    pieces = node.args[0]
-    return pieces if where in (dim, dim - 4) and isinstance(pieces, (list, tuple)) else None
+    where = argument(node, 1, "dim", 0)
+    pieces = node.args[0] if where in (dim, dim - 4) else None
+    if not isinstance(pieces, (list, tuple)):
+        return None
+    nodes = [piece for piece in pieces if isinstance(piece, Node)]
+    return nodes if len(nodes) == len(pieces) else None
 
 
 def _read_slice(node: Node, dim: int) -> tuple[Node, tuple[Any, Any]] | None:
     """What a node is a slice of along `dim`, and from where to where."""
-    if op_name(node) != "getitem" or not isinstance(node.args[1], tuple):
+    if not is_op(node, "getitem") or not isinstance(node.args[1], tuple):
         return None
     *before, last = node.args[1]
     everything = slice(None, None, None)

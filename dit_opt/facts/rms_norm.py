@@ -6,14 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Node
 
-from dit_opt.facts.nodes import op_name, sizes_of
+from dit_opt.facts.nodes import sizes_of
+from dit_opt.facts.ops import argument, is_op
 from dit_opt.facts.rotation import strip_casts
-
-# By what they are, not by their name: other libraries have an `rms_norm` with other arguments.
-_FUNCTIONS = (F.rms_norm, torch.rms_norm, torch.ops.aten.rms_norm.default)
 
 
 @dataclass(frozen=True)
@@ -27,16 +24,15 @@ class Norm:
 
 def match_norm(node: Node) -> tuple[Node, Norm, list[Node]] | None:
     """An RMS norm over the last dimension: its input, and the nodes from there to `node`."""
-    if node.target in _FUNCTIONS:
-        arguments = dict(zip(("input", "shape", "weight", "eps"), node.args)) | dict(node.kwargs)
-        source, eps = arguments.get("input"), arguments.get("eps")
-        shape = arguments.get("shape", arguments.get("normalized_shape"))
-        given = arguments.get("weight")
-        weight = _as_weight(given, node)
-        if not isinstance(source, Node) or not _is_eps(eps) or len(shape) != 1:  # pyright: ignore
+    if is_op(node, "rms_norm"):
+        source, shape = argument(node, 0, "input"), argument(node, 1, "normalized_shape")
+        weight, eps = argument(node, 2, "weight"), argument(node, 3, "eps")
+        if not isinstance(source, Node) or not _is_eps(eps) or len(shape) != 1:
             return None
-        return None if weight is not given else (source, Norm(eps, weight), [node])  # pyright: ignore
-    if op_name(node) != "mul":
+        return (
+            None if _as_weight(weight, node) is not weight else (source, Norm(eps, weight), [node])
+        )
+    if not is_op(node, "mul"):
         return None
     bare = _match_bare_norm(node)
     if bare is not None:
@@ -54,21 +50,21 @@ def match_norm(node: Node) -> tuple[Node, Norm, list[Node]] | None:
 
 def _match_bare_norm(node: Node) -> tuple[Node, Norm, list[Node]] | None:
     """`x * rsqrt(mean(x^2, -1) + eps)`."""
-    if op_name(node) != "mul":
+    if not is_op(node, "mul"):
         return None
     for value, factor in (node.args, node.args[::-1]):
         if not isinstance(value, Node) or not isinstance(factor, Node):
             continue
         chain: list[Node] = [node]
         for name in ("rsqrt", "add", "mean", "pow"):
-            if not isinstance(factor, Node) or op_name(factor) != name:
+            if not isinstance(factor, Node) or not is_op(factor, name):
                 break
             chain.append(factor)
             factor = factor.args[0]
         else:
             _, _, total, mean, square = chain
-            axis = mean.kwargs.get("dim", mean.args[1] if len(mean.args) > 1 else None)
-            keeps = mean.kwargs.get("keepdim", mean.args[2] if len(mean.args) > 2 else False)
+            axis = argument(mean, 1, "dim")
+            keeps = argument(mean, 2, "keepdim", False)
             eps = total.args[1]
             same, casts = strip_casts(factor)
             source = strip_casts(value)[0]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dit_opt.facts.nodes import op_name, sizes_of
+from dit_opt.facts.nodes import sizes_of
+from dit_opt.facts.ops import Trait, argument, has, is_op
 
 _EVERY = slice(None, None, None)
 
@@ -36,7 +37,7 @@ class Rotation:
 def strip_casts(node: Any) -> tuple[Node, list[Node]]:
     """A value before changes of its dtype or memory layout, and the nodes that make them."""
     dropped: list[Node] = []
-    while op_name(node) in ("to", "type_as", "float", "contiguous") and _keeps_device(node):
+    while has(node, Trait.CAST | Trait.COPY) and _keeps_device(node):
         dropped.append(node)
         node = node.args[0]
     return node, dropped
@@ -78,18 +79,18 @@ def _match_sum(node: Node) -> Rotation | None:
 
 
 def _match_rotated(node: Node) -> tuple[Node, bool, list[Node]] | None:
-    """What was split in pairs (a, b) and put together as (-b, a), and whether by halves."""
+    """(tensor, whether split by halves, nodes) where pairs (a, b) became (-b, a), else None."""
     interior = [node]
-    if op_name(node) == "flatten" and isinstance(node.args[0], Node):
+    if is_op(node, "flatten") and isinstance(node.args[0], Node):
         stack, halves = node.args[0], False
-        if op_name(stack) != "stack" or _axis_of(stack) not in (-1, 4):
+        if not is_op(stack, "stack") or argument(stack, 1, "dim", 0) not in (-1, 4):
             return None
         interior.append(stack)
         if node.args[1:] not in ((3,), (-2,)):
             return None
-    elif op_name(node) in ("cat", "concat"):
+    elif is_op(node, "cat"):
         stack, halves = node, True
-        if _axis_of(stack) not in (-1, 3):
+        if argument(stack, 1, "dim", 0) not in (-1, 3):
             return None
     else:
         return None
@@ -97,7 +98,7 @@ def _match_rotated(node: Node) -> tuple[Node, bool, list[Node]] | None:
     if not isinstance(pieces, (list, tuple)) or len(pieces) != 2:
         return None
     negated, a = pieces
-    if not isinstance(negated, Node) or op_name(negated) != "neg":
+    if not isinstance(negated, Node) or not is_op(negated, "neg"):
         return None
     first, second = _read_member(a), _read_member(negated.args[0])
     if first is None or second is None or (first[1], second[1]) != (0, 1):
@@ -110,9 +111,9 @@ def _match_rotated(node: Node) -> tuple[Node, bool, list[Node]] | None:
 
 def _match_writes(node: Node) -> Rotation | None:
     """`out = empty_like(x); out[..., 0::2] = a cos - b sin; out[..., 1::2] = a sin + b cos`."""
-    if op_name(node) != "empty_like":
+    if not is_op(node, "empty_like"):
         return None
-    writes = [u for u in node.users if op_name(u) == "setitem" and u.args[0] is node]
+    writes = [u for u in node.users if is_op(u, "setitem") and u.args[0] is node]
     reads = [u for u in node.users if u not in writes]
     if len(writes) != 2 or not reads or max(writes) > min(reads):
         return None
@@ -139,29 +140,32 @@ def _match_writes(node: Node) -> Rotation | None:
 
 def _read_products(node: Node, name: str) -> Iterator[tuple[tuple[Node, Node], ...]]:
     """The ways to read `p * q + r * s`, or with "sub" `p * q - r * s`, as two pairs of nodes."""
-    if op_name(node) != name or len(node.args) != 2 or node.kwargs:
+    if not is_op(node, name) or len(node.args) != 2 or node.kwargs:
         return
-    left, right = node.args
-    if not all(isinstance(n, Node) and op_name(n) == "mul" for n in (left, right)):
+    products = [n.args for n in node.args if isinstance(n, Node) and is_op(n, "mul")]
+    factors = [[n for n in args if isinstance(n, Node)] for args in products]
+    if [len(pair) for pair in factors] != [2, 2]:
         return
-    orders = ((left, right),) if name == "sub" else ((left, right), (right, left))
-    for one, other in orders:
-        for p in (one.args, one.args[::-1]):  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-            for r in (other.args, other.args[::-1]):  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-                if all(isinstance(n, Node) for n in (*p, *r)):
-                    yield tuple(p), tuple(r)  # pyright: ignore[reportReturnType]
+    (p, q), (r, s) = factors
+    sums = [((p, q), (r, s))]
+    if name == "add":
+        sums.append(((r, s), (p, q)))
+    for (p, q), (r, s) in sums:
+        for one in ((p, q), (q, p)):
+            for other in ((r, s), (s, r)):
+                yield one, other
 
 
 def _read_member(node: Any) -> tuple[Node, int, bool, list[Node]] | None:
-    """A channel of each pair: of what, the first or the second, by halves or not, the nodes."""
-    if not isinstance(node, Node) or op_name(node) != "getitem":
+    """(tensor, 0 or 1, whether split by halves, nodes) of one channel of each pair, else None."""
+    if not is_op(node, "getitem"):
         return None
     unbind, index = node.args
-    if not isinstance(unbind, Node) or op_name(unbind) != "unbind" or index not in (0, 1):
+    if not isinstance(unbind, Node) or not is_op(unbind, "unbind") or index not in (0, 1):
         return None
-    split = unbind.args[0]
-    axis = unbind.kwargs.get("dim", unbind.args[1] if len(unbind.args) > 1 else 0)
-    if not isinstance(split, Node) or op_name(split) not in ("reshape", "view", "unflatten"):
+    split: Any = unbind.args[0]
+    axis = argument(unbind, 1, "dim", 0)
+    if not has(split, Trait.RESHAPE):
         return None
     source = split.args[0]
     if not isinstance(source, Node):
@@ -172,7 +176,7 @@ def _read_member(node: Any) -> tuple[Node, int, bool, list[Node]] | None:
     halves = axis in (-2, 3)
     if after[3 if halves else 4] != 2 or axis not in (-1, 4, -2, 3):
         return None
-    return source, int(index), halves, [node, unbind, split]  # pyright: ignore[reportArgumentType]
+    return source, int(index), halves, [node, unbind, split]
 
 
 def _sizes(node: Any) -> tuple[Any, ...]:
@@ -184,10 +188,6 @@ def _sizes(node: Any) -> tuple[Any, ...]:
 def _example(node: Any) -> torch.Tensor | None:
     value = node.meta.get("example_value") if isinstance(node, Node) else None
     return value if isinstance(value, torch.Tensor) else None
-
-
-def _axis_of(node: Node) -> Any:
-    return node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
 
 
 def _keeps_device(node: Node) -> bool:

@@ -1,9 +1,9 @@
 """Rules for ops that keep index spaces: elementwise ops, norms, reductions, constants.
 
 A rule is named after what torch calls the op in public, so functions, methods and dispatcher
-overloads share one. It gets the labels and the node's own arguments, ties what the op walks
-together and returns the label of the value. The tables of the other families are in `rules_shape`,
-`rules_parts` and `rules_contract`; `RULES` holds all.
+overloads share one. It gets the labels and the node's own arguments, unifies the dimensions that
+the op iterates over together and returns the label of the value. The rules of the other families
+are in `rules_shape`, `rules_parts` and `rules_contract`; `RULES` holds all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from dit_opt.facts.axes import Dim, leaves, size, unify
 from dit_opt.facts.labels import Labels, NoRule, Rule
+from dit_opt.facts.ops import Trait, ops_with
 from dit_opt.facts.rules_contract import CONTRACT_RULES
 from dit_opt.facts.rules_parts import PART_RULES
 from dit_opt.facts.rules_shape import SHAPE_RULES
@@ -25,9 +26,9 @@ from dit_opt.facts.spans import Spans
 __all__ = ["RULES", "label_axes"]
 
 
-def label_axes(graph: Graph, told: Mapping[Node, Spans] | None = None) -> Labels:
-    """The axes of all values of a graph, by all rules; `told` as for `Labels`."""
-    return Labels(graph, RULES, told)
+def label_axes(graph: Graph, hints: Mapping[Node, Spans] | None = None) -> Labels:
+    """The axes of all values of a graph, by all rules; `hints` as for `Labels`."""
+    return Labels(graph, RULES, hints)
 
 
 def carry(labels: Labels, x: Any, *_: Any, **__: Any) -> list[Dim]:
@@ -41,9 +42,9 @@ def constant(labels: Labels, *_: Any, **__: Any) -> list[Dim]:
 
 
 def pointwise(labels: Labels, *args: Any, **kwargs: Any) -> list[Dim]:
-    """Operands are walked together, aligned at the last dimension."""
+    """Operands are iterated over together, aligned at the last dimension."""
     operands = [a for a in _flatten([*args, *kwargs.values()]) if labels.is_tensor(a)]
-    # Tokens first: where a table's structure contradicts theirs, they keep their own.
+    # Tokens first: they keep their structure where that of a table contradicts it.
     operands.sort(key=labels.is_table)
     dims = [labels[a] for a in operands]
     lengths = labels.sizes()
@@ -129,32 +130,16 @@ def _flatten(args: Any) -> list[Any]:
     return [args]
 
 
-# Elementwise ops whose name is not that of an aten op with the pointwise tag.
-POINTWISE = (
-    "pointwise add sub mul truediv div floordiv mod pow neg pos eq ne lt le gt ge and_ or_ xor "
-    "invert __and__ __or__ __invert__ rsub where masked_fill maximum minimum polar complex clip "
-    "leaky_relu relu relu6 elu iadd isub imul itruediv copy scalar_tensor lerp silu gelu"
-)
-CARRY = (
-    "to float double half bfloat16 long int bool type type_as contiguous clone detach dropout "
-    "softmax log_softmax cpu cuda zeros_like ones_like empty_like full_like rand_like randn_like "
-    "real imag requires_grad _get_data_attr alias"
-)
-CONSTANT = (
-    "zeros ones full empty new_zeros new_ones new_full new_empty arange linspace rand randn tensor"
-)
-REDUCE = "mean sum var std amax amin any all prod logsumexp"
-
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(POINTWISE.split(), pointwise),
-    **dict.fromkeys(CARRY.split(), carry),
-    **dict.fromkeys(CONSTANT.split(), constant),
-    **dict.fromkeys(REDUCE.split(), reduce),
+    # of the ops with a row; `Labels` asks the tags for any other
+    **dict.fromkeys(["pointwise", *ops_with(Trait.POINTWISE)], pointwise),
+    **dict.fromkeys(ops_with(Trait.CREATES), constant),
+    **dict.fromkeys(ops_with(Trait.KEEPS_SHAPE), carry),
+    **dict.fromkeys(ops_with(Trait.REDUCE), reduce),
     "layer_norm": normalize,
     "rms_norm": normalize,
     "group_norm": group_norm,
     "norm": norm,
-    "vector_norm": norm,
     "linalg_vector_norm": norm,
     "max": extremum,
     "min": extremum,

@@ -130,7 +130,7 @@ def convolution(
     if are_equal(size(x[-n - 1]), size(w[1])):
         labels.tie(x[-n - 1], w[1])
     else:
-        # Groups of channels: which channel meets which weight is a matter of position.
+        # With groups, the index of a channel decides which weights it meets.
         for channels in (x[-n - 1], w[0], w[1]):
             labels.end(channels)
     if labels.is_tensor(bias):
@@ -171,7 +171,6 @@ def _patch(
 CONTRACT_RULES: dict[str, Rule] = {
     "linear": linear,
     "matmul": matmul,
-    "__matmul__": matmul,
     **dict.fromkeys("bmm mm".split(), batched),
     **dict.fromkeys("baddbmm addmm".split(), matmul_add),
     "einsum": einsum,

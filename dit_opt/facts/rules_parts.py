@@ -21,7 +21,7 @@ __all__ = ["PART_RULES"]
 
 
 def take(labels: Labels, dim: Dim, start: sympy.Expr | None, length: sympy.Expr, slot: Any) -> Dim:
-    """`length` indices from `start` on (None: unknown): exact segments pass, else the axis ends."""
+    """`length` indices from `start` on (None: unknown); an axis ends unless segments stay whole."""
     if are_equal(length, size(dim)):
         return dim
     dim = resolve(dim)
@@ -233,7 +233,7 @@ def pad_sequence(
     padding_value: float = 0.0,
     padding_side: str = "right",
 ) -> list[Dim]:
-    """Sequences as rows: what all of them begin with is one index space, the rest is of each."""
+    """Sequences as rows: their common prefix is one index space, the rest of each its own."""
     inputs = [labels[t] for t in sequences]
     if padding_side != "right":
         raise NoRule("the sequences are aligned at their ends")
@@ -281,7 +281,7 @@ PART_RULES: dict[str, Rule] = {
     "unbind": unbind,
     "select": select,
     "index_select": index_select,
-    **dict.fromkeys("cat concat concatenate".split(), concatenate),
+    "cat": concatenate,
     "stack": stack,
     "pad": pad,
     "pad_sequence": pad_sequence,

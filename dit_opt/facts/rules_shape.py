@@ -34,7 +34,7 @@ def reshape(labels: Labels, x: Node, *_: Any, **__: Any) -> list[Dim]:
             parts = [labels.new(("reshape", there.start + i), s) for i, s in enumerate(lengths)]
         wide = [part for part in parts if part]
         if len(dims) > 1 and len(wide) == 1 and labels.is_table(x):
-            # A following size 1 may be W = 1 or a dimension of heads: readers must know.
+            # A following size 1 may be W = 1 or a dimension of heads, so readers of joins get it.
             tail = source[here.stop : here.stop + 1]
             labels.joins.append((tuple(dims + [d for d in tail if not d]), wide[0]))
         out += parts
@@ -185,8 +185,8 @@ SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys("reshape view flatten unflatten squeeze ravel".split(), reshape),
     "unsqueeze": unsqueeze,
     "permute": permute,
-    **dict.fromkeys("transpose swapaxes swapdims".split(), transpose),
-    **dict.fromkeys("movedim moveaxis".split(), movedim),
+    "transpose": transpose,
+    "movedim": movedim,
     "numpy_T": reverse,
     "t": transpose_last,
     "mT": transpose_last,

@@ -6,10 +6,14 @@ Comparing SymInts would add guards; comparing their expressions adds none.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TypeAlias
 
 import sympy
 
-__all__ = ["are_equal", "divide"]
+__all__ = ["Grid", "are_equal", "divide"]
+
+# (T, H, W) of tokens in one call
+Grid: TypeAlias = "tuple[int, int, int]"
 
 
 @lru_cache(maxsize=65536)

@@ -1,7 +1,7 @@
-"""Spans: what is known of the tokens of a graph's input from the graph that returned it.
+"""Spans: how tokens lie in a tensor that one graph returns and a later one takes.
 
-Dynamo breaks some models apart. Each graph then sees tensors where the latents were, and what the
-one before proved of their tokens is handed on in numbers.
+Dynamo breaks some models into several graphs. What a graph proves about the tokens of its outputs
+is passed to the next one as plain numbers.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import TypeAlias
 import sympy
 
 from dit_opt.facts.axes import Axis, Dim, Product, axis_of, cut, resolve, segments, size
-from dit_opt.facts.sizes import are_equal
+from dit_opt.facts.sizes import Grid, are_equal
 
-__all__ = ["Span", "Spans", "lay_out"]
+__all__ = ["Span", "Spans", "apply_spans"]
 
 # Tokens in a row: how many, and their (T, H, W) where it is proved.
-Span: TypeAlias = "tuple[int, tuple[int, int, int] | None]"
-# (dimension of a tensor, what stands in it), of the dimensions of which anything is known
+Span: TypeAlias = "tuple[int, Grid | None]"
+# (dimension of a tensor, the tokens along it), for each dimension that has known tokens
 Spans: TypeAlias = "tuple[tuple[int, tuple[Span, ...]], ...]"
 
 
-def lay_out(dim: Dim, spans: Sequence[Span]) -> None:
-    """Give a dimension that an input begins the structure that is known of it.
+def apply_spans(dim: Dim, spans: Sequence[Span]) -> None:
+    """Give a dimension of an input the structure that spans describe.
 
-    Tokens on a grid become three axes, as if the input had them as its last three dimensions. A
-    dimension of another size stays as it is.
+    Tokens on a grid become three axes, as if they were the last three dimensions of the input. A
+    dimension whose size does not match stays as it is.
     """
     if len(dim) != 1 or not are_equal(size(dim), sympy.Integer(sum(n for n, _ in spans))):
         return

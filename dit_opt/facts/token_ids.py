@@ -15,10 +15,10 @@ from torch.fx import Graph, Node
 
 from dit_opt.facts.axes import segments, size
 from dit_opt.facts.layouts import declare_grid
-from dit_opt.facts.nodes import origin_of, sizes_of
-from dit_opt.facts.provenance import feeds_layer
+from dit_opt.facts.nodes import input_name, is_user_input, sizes_of
 from dit_opt.facts.sites import Site
-from dit_opt.facts.sizes import are_equal
+from dit_opt.facts.sizes import Grid, are_equal
+from dit_opt.facts.timestep import feeds_layer
 from dit_opt.facts.tokens import Tokens
 
 __all__ = ["TokenIds", "find_token_ids", "read_grids"]
@@ -27,10 +27,10 @@ __all__ = ["TokenIds", "find_token_ids", "read_grids"]
 class TokenIds(NamedTuple):
     """Where the ids of the latent tokens may be: `input.movedim(dim, 0)[start:stop]`.
 
-    `index` is that of the input among the graph's placeholders.
+    `argument` is the index of the input among the graph's placeholders.
     """
 
-    index: int
+    argument: int
     dim: int
     start: int
     stop: int
@@ -45,10 +45,10 @@ def find_token_ids(
     features, as the latents themselves, and no ids.
     """
     placeholders = graph.find_nodes(op="placeholder")
-    given = {
-        origin_of(n)[0]: (i, n)
+    inputs = {
+        input_name(n): (i, n)
         for i, n in enumerate(placeholders)
-        if origin_of(n)[1] and not feeds_layer(n)
+        if is_user_input(n) and not feeds_layer(n)
     }
     found: dict[Node, tuple[TokenIds, ...]] = {}
     for site in sites:
@@ -66,8 +66,8 @@ def find_token_ids(
             place
             for axis in latents
             for origin in axis.origins
-            if origin.source in given
-            and (place := _locate(*given[origin.source], origin.dim, start, stop, total))
+            if origin.source in inputs
+            and (place := _locate(*inputs[origin.source], origin.dim, start, stop, total))
         )
         if places:
             found[site.node] = tuple(places)
@@ -77,7 +77,7 @@ def find_token_ids(
 def read_grids(
     tokens: Tokens,
     token_ids: Mapping[Node, Sequence[TokenIds]],
-    read: Callable[[TokenIds], tuple[int, int, int] | None],
+    read: Callable[[TokenIds], Grid | None],
 ) -> Tokens:
     """The tokens with the grids that their ids give; where ids of a site disagree, with none."""
     layouts = dict(tokens.layouts)

@@ -15,7 +15,7 @@ import sympy
 from torch.fx import Graph, Node
 
 from dit_opt.facts.axes import Axis, Dim, leaves, segments, size
-from dit_opt.facts.grids import Grid, find_grid, find_spans, origin_of_axes, stack_grids
+from dit_opt.facts.grids import TokenGrid, find_grid, find_spans, origin_of_axes, stack_grids
 from dit_opt.facts.labels import Labels, NoRule
 from dit_opt.facts.layouts import Layout, Segment, SegmentKind, SiteKind
 from dit_opt.facts.rules import label_axes
@@ -35,8 +35,8 @@ class Tokens:
 
     Attributes:
         layouts: those of all sites, by `site.node`. labels: what they were read from.
-        spans: how the tokens lie in the graph's outputs, by their position; for the graph that
-            comes after this one, where Dynamo breaks a model apart.
+        spans: how the tokens lie in the graph's outputs, by index; for the next graph, where
+            Dynamo breaks a model into several.
     """
 
     layouts: Mapping[Node, Layout]
@@ -45,25 +45,24 @@ class Tokens:
 
     @property
     def forwards_latents(self) -> bool:
-        """Whether another graph attends over the latents: this one only returns them."""
+        """Whether this graph only returns latents, for another graph to attend over."""
         return bool(self.spans) and not any(layout.latents for layout in self.layouts.values())
 
 
 def find_tokens(
-    graph: Graph, sites: Sequence[Site], told: Mapping[Node, Spans] | None = None
+    graph: Graph, sites: Sequence[Site], hints: Mapping[Node, Spans] | None = None
 ) -> Tokens:
     """The token layout of every site.
 
     Args:
         graph: a pre-grad graph as Dynamo makes it, with fake tensors in `meta["example_value"]`. It
-        is read only, and
-            no guard is added under dynamic shapes.
+            is read only, and no guard is added under dynamic shapes.
         sites: from `find_sites` of the same graph.
-        told: how the tokens of inputs lie, as far as an earlier graph proved it.
+        hints: how the tokens of inputs lie, where an earlier graph proved it.
     """
-    labels = label_axes(graph, told)
+    labels = label_axes(graph, hints)
     tokens = {site.node: _token_dims(labels, site) for site in sites}
-    reader = _Reader(labels, graph, [d for d in tokens.values() if not isinstance(d, str)])
+    reader = _LayoutReader(labels, graph, [d for d in tokens.values() if not isinstance(d, str)])
     layouts = {
         node: _unknown(dims) if isinstance(dims, str) else reader.read(*dims)
         for node, dims in tokens.items()
@@ -87,8 +86,8 @@ def _unknown(reason: str) -> Layout:
     return Layout(SiteKind.UNKNOWN, (), (), None, reason)
 
 
-class _Reader:
-    """Reads the dimensions of sites against what reaches the graph's output."""
+class _LayoutReader:
+    """Classifies the token dimensions of sites by which of their axes reach the graph's output."""
 
     def __init__(self, labels: Labels, graph: Graph, sites: Sequence[tuple[Dim, Dim]]) -> None:
         self._labels = labels
@@ -108,7 +107,7 @@ class _Reader:
             for part in queries
             if self._reaches_output(part) and (origin := origin_of_axes(part)) and origin.user
         }
-        # Text that has tokens of its own somewhere is not among the latents.
+        # Where text has axes of its own at some site, it is not hidden among the latents.
         self._has_text = any(
             origin.user and origin.floating and not self._reaches_output(part)
             for dims in sites
@@ -128,7 +127,7 @@ class _Reader:
             reason,
         )
 
-    def _find_latents(self, parts: Sequence[Dim]) -> tuple[Sequence[Dim], Grid | None, str]:
+    def _find_latents(self, parts: Sequence[Dim]) -> tuple[Sequence[Dim], TokenGrid | None, str]:
         """(the segments that are latents, side by side; their grid; why there is none)."""
         alive = [p for p in parts if self._reaches_output(p)]
         if not alive:
@@ -138,26 +137,30 @@ class _Reader:
         if len(alive) > 1:
             return self._choose_gridded(parts)
         found = find_grid(self._labels, alive[0])
-        if isinstance(found, Grid):
+        if isinstance(found, TokenGrid):
             return alive, found, ""
         if len(parts) == 1 and not self._has_text:
             doubt = "and nothing tells whether text is among them"
             return (), None, f"{found}, {doubt}; {OPTION_HINT}"
         return alive, None, f"{found}; {OPTION_HINT}"
 
-    def _choose_gridded(self, parts: Sequence[Dim]) -> tuple[Sequence[Dim], Grid | None, str]:
-        """Of several segments that reach the output, those with a grid, for text has none.
+    def _choose_gridded(self, parts: Sequence[Dim]) -> tuple[Sequence[Dim], TokenGrid | None, str]:
+        """Of several segments that reach the output, those with a grid: text has none.
 
-        They may be the pictures of an edit, or a clip and the frames before it; the same tokens
+        They may be the pictures of an edit, or a clip and its conditioning frames; the same tokens
         twice are neither.
         """
         alive = [p for p in parts if self._reaches_output(p)]
-        grids = {p: g for p in alive if isinstance(g := find_grid(self._labels, p), Grid)}
+        grids = {p: g for p in alive if isinstance(g := find_grid(self._labels, p), TokenGrid)}
         places = [i for i, part in enumerate(parts) if part in grids]
         if places and len(grids) == len(places) == places[-1] - places[0] + 1:
             stacked = stack_grids([grids[parts[i]] for i in places])
             latents = parts[places[0] : places[-1] + 1]
-            return (latents, stacked, "") if isinstance(stacked, Grid) else (latents, None, stacked)
+            return (
+                (latents, stacked, "")
+                if isinstance(stacked, TokenGrid)
+                else (latents, None, stacked)
+            )
         names = ", ".join(str(self._source([p])) for p in alive)
         reason = (
             f"Several segments reach the output ({names}), and nothing in this graph tells which "
@@ -176,7 +179,7 @@ class _Reader:
         if shared:
             latents = {leaf for leaf in mine if leaf in self._alive}
             return SiteKind.JOINT if latents and latents <= shared else SiteKind.UNKNOWN
-        # Axes without an origin may be the queries' own tokens, lost at an op without a rule.
+        # Axes without an origin may be tokens of the queries, lost at an op without a rule.
         known = all(leaf.origins for leaf in theirs) and all(leaf.origins for leaf in mine)
         return SiteKind.CROSS if known else SiteKind.UNKNOWN
 
@@ -219,7 +222,10 @@ def _find_parts(parts: Sequence[Dim], wanted: Sequence[Dim]) -> range:
 
 
 def _gridded_leaves(parts: Sequence[Dim]) -> set[Axis]:
-    """Where the graph's end is not understood: tokens over several dimensions of the one input."""
+    """Axes to take for latents where none is known to reach the output.
+
+    They are the tokens that range over several dimensions of one input.
+    """
     found: dict[str, set[Axis]] = {}
     for part in parts:
         axes = leaves(part)

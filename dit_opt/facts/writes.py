@@ -1,7 +1,7 @@
-"""Writes in place, and the other names under which what is written may be read.
+"""In-place writes, and the aliases through which they are seen.
 
-Whoever reads a value at another place of the graph than the model did must know that nothing wrote
-to its memory in between.
+A pass that moves a read to another place of the graph must know that nothing writes to the memory
+in between.
 """
 
 from __future__ import annotations
@@ -14,28 +14,10 @@ import torch
 from torch.fx import Node
 
 from dit_opt._compat import writes_in_place
-from dit_opt.facts.nodes import holds_tensor, op_name
+from dit_opt.facts.nodes import holds_tensor
+from dit_opt.facts.ops import Trait, has, is_in_place
 
-__all__ = ["VIEWS", "find_bases", "find_targets", "find_write"]
-
-# Ops whose result may be another name of their first argument.
-VIEWS = set(
-    "reshape view flatten unflatten squeeze ravel unsqueeze permute transpose swapaxes swapdims "
-    "movedim moveaxis numpy_T t mT getattr expand expand_as broadcast_to view_as_complex "
-    "view_as_real real imag conj positive getitem split chunk split_with_sizes tensor_split narrow "
-    "unbind select to float double half bfloat16 long int bool type type_as contiguous detach "
-    "dropout cpu cuda requires_grad _get_data_attr alias".split()
-)
-_OPERATORS = set(
-    "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul "
-    "iconcat".split()
-)
-# They end in an underscore and write nothing.
-_PURE = set("and_ or_ not_ xor_ requires_grad_".split())
-_ACTIVATIONS = set(
-    "relu relu6 leaky_relu elu selu celu silu mish hardswish hardsigmoid hardtanh threshold rrelu "
-    "dropout".split()
-)
+__all__ = ["find_bases", "find_targets", "find_write"]
 
 
 def find_targets(node: Node) -> list[Node]:
@@ -44,13 +26,8 @@ def find_targets(node: Node) -> list[Node]:
         return []
     if writes_in_place(node.target):
         return list(node.all_input_nodes)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _PURE
-    flagged = name in _ACTIVATIONS and (
-        node.kwargs.get("inplace") is True or any(a is True for a in node.args[1:])
-    )
     targets = [node.kwargs.get("out")]
-    if in_place or flagged or name in _OPERATORS:
+    if is_in_place(node):
         targets += [node.args[0] if node.args else node.kwargs.get("input")]
     # `out` and what `_foreach_` ops write to may be several.
     lists = [t if isinstance(t, (list, tuple)) else [t] for t in targets]
@@ -58,12 +35,12 @@ def find_targets(node: Node) -> list[Node]:
 
 
 def find_bases(node: Node) -> list[Node]:
-    """The inputs of which a node's value may be another name, by its op or by its fake storage."""
+    """The inputs that a node's value may alias, by its op or by its fake storage."""
     bases = find_targets(node)
-    if op_name(node) in VIEWS:
+    if has(node, Trait.ALIAS):
         first = node.args[0] if node.args else None
         bases += [first] if isinstance(first, Node) else node.all_input_nodes
-    # Views that the list above lacks, as one operand's `einsum`; and every view of other libraries.
+    # Views that the trait misses, as `einsum` of one operand, and all views of other libraries.
     held = _find_storages(node)
     for source in node.all_input_nodes if held else ():
         if any(a is b for a in _find_storages(source) for b in held):
@@ -77,22 +54,22 @@ def find_write(
     after: Node | None = None,
     before: Node | None = None,
 ) -> Node | None:
-    """A write, none of the known ones, to the memory of one of the nodes, under any of its names.
+    """A write to the memory of one of the nodes, through any alias, other than the known ones.
 
-    It comes after that node was made, or after `after` where that is given, and before `before`.
+    It comes after that node, or after `after` where that is given, and before `before`.
     """
-    # The nodes are mostly names of each other.
+    # The nodes are mostly aliases of each other.
     bases = cache(find_bases)
 
     def find_views(node: Node) -> list[Node]:
         return [user for user in node.users if node in bases(user)]
 
     for node in nodes:
-        for name in _reach(_reach([node], bases), find_views):
-            for user in name.users:
+        for alias in _reach(_reach([node], bases), find_views):
+            for user in alias.users:
                 if user <= (after or node) or (before and user >= before) or user in known:
                     continue
-                if name in find_targets(user):
+                if alias in find_targets(user):
                     return user
     return None
 
@@ -102,7 +79,7 @@ def _reach(nodes: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> set
     waiting, met = list(nodes), set(nodes)
     while waiting:
         for found in step(waiting.pop()):
-            # A size is another name of nothing.
+            # A size aliases nothing.
             other = "example_value" in found.meta and not holds_tensor(found.meta["example_value"])
             if found not in met and not other:
                 met.add(found)

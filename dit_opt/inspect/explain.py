@@ -17,6 +17,7 @@ from dit_opt.options import Options
 from dit_opt.passes.base import run
 from dit_opt.program.dump import Dumper
 from dit_opt.program.program import Program
+from dit_opt.runtime.bound import WITHOUT_STEP
 from dit_opt.runtime.handover import read_spans, tag_outputs
 from dit_opt.runtime.token_ids import read_grid
 
@@ -27,19 +28,26 @@ class NothingTraced(RuntimeError):
 
 @dataclass(frozen=True)
 class Explanation:
-    """One record for each graph that Dynamo makes of a model; `str()` gives the table."""
+    """One record for each graph that Dynamo makes of a model; `str()` gives the table.
+
+    `lacks_step`: there is a dense start to wait for, but no input of a graph tells the step, so
+    that all of it would stay dense.
+    """
 
     graphs: tuple[GraphRecord, ...]
+    lacks_step: bool = False
 
     @property
     def decisions(self) -> tuple[SiteDecision, ...]:
         return tuple(d for g in self.graphs for d in g.decisions)
 
     def to_json(self) -> str:
-        return json.dumps({"graphs": [g.to_json() for g in self.graphs]}, indent=1)
+        graphs = [g.to_json() for g in self.graphs]
+        return json.dumps({"lacks_step": self.lacks_step, "graphs": graphs}, indent=1)
 
     def __str__(self) -> str:
-        return render_records(self.graphs)
+        text = render_records(self.graphs)
+        return f"{text}\n\n{WITHOUT_STEP}" if self.lacks_step else text
 
 
 def explain(
@@ -66,7 +74,7 @@ def explain(
         hints = InputHints()
         if parsed.grid is None:
             spans = read_spans(enumerate(inputs))
-            hints = InputHints(spans, lambda ids: read_grid(inputs[ids.index], *ids[1:]))
+            hints = InputHints(spans, lambda ids: read_grid(inputs[ids.argument], *ids[1:]))
         program = Program(gm, hints)
         spans = program.facts.tokens.spans
         try:
@@ -97,4 +105,10 @@ def explain(
             "with tensors, and Dynamo must be on (no TORCHDYNAMO_DISABLE=1, and not called from "
             "compiled code); TORCH_LOGS=graph_breaks tells what it left out."
         )
-    return Explanation(tuple(records))
+    # a graph with a timestep hands the step on to those after it
+    lacks_step = bool(
+        parsed.effective_dense_steps
+        and any(record.replaced for record in records)
+        and not any(record.timestep for record in records)
+    )
+    return Explanation(tuple(records), lacks_step)

@@ -65,6 +65,7 @@ class GraphReport:
 
     Attributes:
         warm: Inductor's artifacts came from its cache; None where nothing was compiled yet.
+        lacks_step: calls stayed dense because nothing told the step at which the dense start ends.
         slot_bytes: memory of the values of slots, by the slot's name.
     """
 
@@ -72,4 +73,5 @@ class GraphReport:
     calls: dict[str, int]
     layers: tuple[LayerReport, ...]
     warm: bool | None
+    lacks_step: bool = False
     slot_bytes: dict[str, int] = field(default_factory=dict)

@@ -13,7 +13,6 @@ import torch
 from dit_opt.decisions import SiteDecision
 from dit_opt.inspect.records import GraphReport, GuardReport, LayerReport
 from dit_opt.inspect.text import render_report
-from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.passes.sparse_attention import (
     DENSITY,
     DIFFERENCE,
@@ -63,6 +62,7 @@ class Report:
                 **g.record.to_json(),
                 "calls": g.calls,
                 "warm": g.warm,
+                "lacks_step": g.lacks_step,
                 "layers": [asdict(row) for row in g.layers],
                 "slot_bytes": g.slot_bytes,
             }
@@ -93,6 +93,7 @@ def report(model: torch.nn.Module) -> Report:
                 calls=_sum_calls([bound.calls[owner] for owner in owners]),
                 layers=tuple(sorted(layers, key=lambda r: (_natural(r.layer), r.branch))),
                 warm=bound.warm,
+                lacks_step=bound.lacks_step,
                 slot_bytes=bound.store.count_bytes(),
             )
         )
@@ -135,7 +136,7 @@ def _describe_layer(
     density, recall, last = (entries[slot] for slot in (DENSITY, RECALL, PLAN_DENSITY))
     router = find_router(decision.router)
     state = {slot.name: entries[slot].value for slot in router.slots if slot in entries}
-    layout = VideoLayout(*bound.pin_sizes[sizes][_find_pin(bound, place)])
+    layout = bound.pin_sizes[sizes][_find_pin(bound, place)]
     types = router.name_heads(layout, state) or [decision.router] * last.value.numel()
     by_type: dict[str, list[float]] = {}
     for kind, share in zip(types, last.value.flatten().tolist()):

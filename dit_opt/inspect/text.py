@@ -13,6 +13,14 @@ from tabulate import tabulate
 from dit_opt.decisions import AttentionReason, GraphRecord, LayoutSummary, SiteDecision, Size
 from dit_opt.inspect.differences import suggest_dense
 from dit_opt.inspect.records import GraphReport, GuardReport, LayerReport
+from dit_opt.program.modes import Mode
+from dit_opt.runtime.bound import WITHOUT_STEP
+
+# Of a graph with replaced sites in which none has been sparse.
+ALL_DENSE = (
+    "Every call so far stayed dense: it was in the dense start of its run (dense_steps), or had "
+    "fewer tokens than pay (min_tokens)."
+)
 
 _HEADERS = (
     "site",
@@ -75,6 +83,10 @@ def render_report(graphs: Sequence[GraphReport], density: float | None) -> str:
         cache = {True: "warm cache", False: "cold cache", None: "not compiled yet"}[graph.warm]
         title = f"{_title(number, len(graphs), graph.record)}; {cache}; calls: {modes}"
         parts.append(render_decisions(graph.record.decisions, title))
+        if graph.lacks_step:
+            parts.append(WITHOUT_STEP)
+        elif graph.record.replaced and set(graph.calls) == {Mode.DENSE.value}:
+            parts.append(ALL_DENSE)
         if graph.layers:
             parts.append(_render_layers(graph.layers))
             kept = sum(layer.plan_bytes for layer in graph.layers)

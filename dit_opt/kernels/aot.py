@@ -1,6 +1,6 @@
 """Compiles Triton kernels ahead of time, without a GPU, and judges the machine code that comes out.
 
-So a machine without any GPU can tell whether a kernel is still the one that was meant.
+So a machine without a GPU can find spills, serialised matrix products and missing bulk copies.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from dit_opt.kernels.launch import Launch
 from dit_opt.kernels.machine_code import KernelReport, lint
 
 log = logging.getLogger(__name__)
@@ -44,10 +47,9 @@ class Build:
     """One kernel in one configuration, as `compile_ahead` takes it.
 
     Attributes:
-        config: what tells this configuration from the others, for reports.
-        kernel: where the `triton.jit` function is, "module:name" (it cannot be pickled itself).
-        signature: Triton type of each argument ("*bf16", "i32", "constexpr", "tensordesc<...>").
-        attrs: facts about arguments that the launcher would derive, by position.
+        config: a unique name of the configuration, for reports.
+        kernel: "module:name" of the `triton.jit` function, which cannot be pickled itself.
+        signature, constexprs, attrs: see `launch.Specialization`.
         expects_wgmma: whether warpgroup matrix instructions must appear on sm_90.
         expects_roles: whether its warps must have roles of their own, with their own registers.
     """
@@ -61,6 +63,35 @@ class Build:
     options: Mapping[str, Any] = field(default_factory=dict)
     expects_wgmma: bool = False
     expects_roles: bool = False
+
+
+def make_build(
+    target: str,
+    launch: Launch,
+    config: str,
+    *,
+    expects_wgmma: bool = False,
+    expects_roles: bool = False,
+) -> Build:
+    """The build of a launch, whose tensors may be meta tensors, for a target."""
+    found = launch.specialize()
+    function = launch.kernel.fn
+    return Build(
+        config=config,
+        target=target,
+        kernel=f"{function.__module__}:{function.__name__}",
+        signature=found.signature,
+        constexprs=found.constexprs,
+        attrs=found.attrs,
+        options=launch.options,
+        expects_wgmma=expects_wgmma,
+        expects_roles=expects_roles,
+    )
+
+
+def make_meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory, for the launches of builds; it counts as aligned."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compile_ahead(
@@ -164,7 +195,8 @@ def check_builds(
                 # Any of those that were under way may have done it, so the next one goes alone.
                 if alone:
                     fault = f"kills the compiler, or takes it more than {seconds} seconds"
-                    yield left.pop(0), KernelReport.of_none(build.target, build.config), [fault]
+                    build = left.pop(0)
+                    yield build, KernelReport.of_none(build.target, build.config), [fault]
                 alone = not alone
 
 

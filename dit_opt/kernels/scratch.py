@@ -1,4 +1,4 @@
-"""Memory that the processor paths use again and again.
+"""Buffers that the CPU kernels keep from call to call.
 
 Fresh memory costs a page fault for every 4 KiB: a third of the time of attention where every step
 of a call has its own, a tenth where every call has.
@@ -23,7 +23,7 @@ _LARGEST_BLOCK = 31 << 20
 
 
 def keep_heap() -> None:
-    """Have memory that the process frees stay with it, up to 62 MB, for all that runs in it.
+    """Make glibc keep up to 62 MB of freed memory in this process, whatever frees it.
 
     glibc gives the top of its heap back to the kernel once it is twice as large as the largest
     block that was ever mapped and freed (mallopt(3), M_MMAP_THRESHOLD). A step of a small model

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from dit_opt.decisions import Decision, GraphRecord, PassRecord
 from dit_opt.facts.graph import Facts
-from dit_opt.options import Options
+from dit_opt.options import Options, register_options
 from dit_opt.program.dump import Dumper
 from dit_opt.program.modes import Mode
 from dit_opt.program.program import Program, Variant
@@ -39,17 +39,24 @@ class Pass:
     Attributes:
         name: in options, dumps, records and logs.
         keeps: the facts that are still true after its rewrite, by name; see `facts.graph`.
+        settings: a frozen dataclass with its options, which `options={name: ...}` then holds as
+            an object, a dict or True; None where it has none of its own.
         sparse_only: it serves the sparse modes, and dense steps run without it. Such passes come
             behind all others.
     """
 
     name: ClassVar[str]
     keeps: ClassVar[frozenset[str]] = frozenset()
+    settings: ClassVar[type | None] = None
     sparse_only: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if cls.settings is not None:
+            register_options(cls.name, cls.settings)
 
     def wanted(self, options: Options) -> bool:
         """Whether the options ask for it."""
-        return True
+        return self.settings is None or options.of_pass(self.name) is not None
 
     def find(self, facts: Facts, options: Options) -> list[Match]:
         """Every place that it looked at, in graph order, accepted or with a reason. Edits nothing.

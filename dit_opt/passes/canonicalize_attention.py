@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from dit_opt.decisions import Decision, RewriteReason
 from dit_opt.facts.decomposed import match_decomposed
 from dit_opt.facts.graph import Facts
-from dit_opt.facts.nodes import op_name
+from dit_opt.facts.ops import Trait, has, is_op
 from dit_opt.facts.sites import Form, Site
 from dit_opt.facts.writes import find_write
 from dit_opt.options import Options
@@ -19,9 +19,6 @@ from dit_opt.passes.base import Match, Pass
 from dit_opt.policy.choose_sites import find_choices
 from dit_opt.program.edit import erase_unused
 from dit_opt.program.program import Program
-
-# They keep the strides of a tensor without gaps.
-_KEEP_LAYOUT = ("to", "type_as", "float", "half", "bfloat16", "clone", "detach")
 
 
 class CanonicalizeAttention(Pass):
@@ -105,11 +102,10 @@ def _shows_layout(node: Node) -> bool:
     while waiting:
         value, swapped = waiting.pop()
         for user in value.users:
-            name = op_name(user)
-            if name == "contiguous" or (swapped and name in ("reshape", "flatten")):
+            if is_op(user, "contiguous") or (swapped and is_op(user, "reshape", "flatten")):
                 continue
             swaps = _swaps_heads(user)
-            if not swaps and name not in _KEEP_LAYOUT:
+            if not swaps and not has(user, Trait.KEEPS_LAYOUT):
                 return True
             waiting.append((user, swapped != swaps))
     return find_write([node]) is not None
@@ -117,10 +113,10 @@ def _shows_layout(node: Node) -> bool:
 
 def _swaps_heads(node: Node) -> bool:
     """Whether all that a node does is to swap the heads and the tokens."""
-    name, dims = op_name(node), node.args[1:]
-    if name in ("transpose", "swapaxes", "swapdims"):
+    dims = node.args[1:]
+    if is_op(node, "transpose"):
         return set(dims) in ({1, 2}, {-2, -3})
-    return name == "permute" and dims in ((0, 2, 1, 3), ((0, 2, 1, 3),), ([0, 2, 1, 3],))
+    return is_op(node, "permute") and dims in ((0, 2, 1, 3), ((0, 2, 1, 3),), ([0, 2, 1, 3],))
 
 
 def _write_mask(graph: Graph, site: Site, flat: bool) -> Node | None:

@@ -10,10 +10,10 @@ from torch.fx import Node
 from dit_opt.decisions import Decision, RewriteReason
 from dit_opt.facts.graph import Facts
 from dit_opt.facts.nodes import sizes_of
-from dit_opt.facts.sites import Site
 from dit_opt.options import Options
 from dit_opt.passes.base import Match, Pass
 from dit_opt.policy.choose_sites import find_sparse_sites
+from dit_opt.policy.sparse_site import SparseSite
 from dit_opt.program.edit import erase_unused
 from dit_opt.program.program import Variant
 
@@ -44,19 +44,21 @@ class FoldOrders(Pass):
     def find(self, facts: Facts, options: Options) -> list[Match]:
         found: dict[Node, Match] = {}
         for sparse in find_sparse_sites(facts, options):
-            for node in (sparse.site.query, sparse.site.key):
-                if node is not None and node.target is torch.ops.ditopt.norm_rope_v1.default:
-                    found[node] = Match(_decide(sparse.site, node), node)
+            for node in sparse.qkv[:2]:
+                if node.target is torch.ops.ditopt.norm_rope_v1.default:
+                    found[node] = Match(_decide(sparse, node), node)
         return list(found.values())
 
     def lower(self, variant: Variant, matches: Sequence[Match], options: Options) -> None:
         for match in matches:
-            _fold(variant, variant.at[match.node])
+            if match.node is not None:
+                _fold(variant, variant.at[match.node])
 
 
-def _decide(site: Site, node: Node) -> Decision:
-    heads = [sizes_of(n.meta["example_value"])[1] for n in (site.query, site.key)]
-    if node is site.key and heads[0] != heads[1]:
+def _decide(sparse: SparseSite, node: Node) -> Decision:
+    site, (query, key, _) = sparse.site, sparse.qkv
+    heads = [sizes_of(n.meta["example_value"])[1] for n in (query, key)]
+    if node is key and heads[0] != heads[1]:
         detail = "Each of its queries has an order, and it has fewer heads."
         return Decision(site.module, site.source, RewriteReason.NOT_PROVED, detail)
     return Decision(site.module, site.source, RewriteReason.REWRITTEN)
@@ -70,7 +72,8 @@ def _fold(variant: Variant, made: Node) -> None:
     if gather.target is not torch.ops.ditopt.gather_tokens_v1.default:
         return
     with graph.inserting_before(gather):
-        node = graph.call_function(made.target, (*made.args[:-1], gather.args[1]))
+        function = torch.ops.ditopt.norm_rope_v1.default
+        node = graph.call_function(function, (*made.args[:-1], gather.args[1]))
     node.meta = {**gather.meta}
     gather.replace_all_uses_with(node)
     erase_unused(graph, [made, gather])

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from dit_opt.decisions import Decision, RewriteReason
 from dit_opt.facts.graph import Facts
-from dit_opt.facts.prologue import Part, Prologue, find_prologue
+from dit_opt.facts.prologue import Prologue, ProloguePart, find_prologue
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.base import Match, Pass
 from dit_opt.policy.choose_sites import find_sparse_sites
@@ -60,8 +60,8 @@ class FuseQK(Pass):
         for sparse in find_sparse_sites(facts, options):
             _refuse_cpu(sparse)
             site = sparse.site
-            for name, node in (("query", site.query), ("key", site.key)):
-                if node is not None and node not in found:
+            for name, node in zip(("query", "key"), sparse.qkv):
+                if node not in found:
                     found[node] = _match(f"{name} of {site.module or site.index}", node, sparse)
         return list(found.values())
 
@@ -76,7 +76,7 @@ class FuseQK(Pass):
                 written[prologue.node] = _write(graph, prologue)
             seen += [prologue.node, *prologue.interior]
         for sparse in find_sparse_sites(program.facts, options):
-            for node in (sparse.site.query, sparse.site.key):
+            for node in sparse.qkv[:2]:
                 if node in written:
                     sparse.site.node.replace_input_with(node, written[node])
         _erase(graph, seen)
@@ -124,7 +124,7 @@ def _write(graph: Graph, prologue: Prologue) -> Node:
     return written[0]
 
 
-def _write_part(emit: Emitter, part: Part) -> Node:
+def _write_part(emit: Emitter, part: ProloguePart) -> Node:
     source, norm, rotation = part.source, part.norm, part.rotation
     if source.meta["example_value"].dim() == 3:
         source = emit.method("unflatten", source, 2, (part.heads, -1))

@@ -13,7 +13,6 @@ from torch.fx import Node
 
 from dit_opt.facts.graph import Facts
 from dit_opt.facts.nodes import sizes_of
-from dit_opt.kernels.routers.orders import VideoLayout
 from dit_opt.options import OptionError, Options
 from dit_opt.passes.base import Match, Pass
 from dit_opt.policy.choose_sites import find_choices, find_sparse_sites
@@ -54,7 +53,7 @@ class SparseAttention(Pass):
 
     becomes, in the mode `search`, under the router `headwise`::
 
-        %counts, %indices, %order, %recall, %density = headwise_plan_v1(%q, %k, ..., T, H, W, ...)
+        %counts, %indices, %order, %recall, %density = headwise_plan_v2(%q, %k, ..., T, H, W, ...)
         %rows, %inverse = headwise_rows_v1(%order, N, T, H, W, start, ...)
         %q1, %k1, %v1 = gather_tokens_v1(%q | %k | %v, %rows)
         %out1, _ = block_sparse_attention_v3(%q1, %k1, %v1, %counts, %indices, ...)
@@ -64,7 +63,7 @@ class SparseAttention(Pass):
 
         %rows, %inverse = cube_order_v1(%q, T, H, W, start, N)
         %q1, %k1, %v1 = index_select(%q | %k | %v, tokens, %rows)
-        %counts, %indices, %recall, %density = subblock_plan_v1(%q1, %k1, ...)
+        %counts, %indices, %recall, %density = subblock_plan_v2(%q1, %k1, ...)
         %tail = summarize_blocks_v1(%k1, %v1, ...)
         %out1, _ = block_sparse_attention_v3(%q1, %k1, %v1, %counts, %indices, ..., *%tail)
         %out = index_select(%out1, tokens, %inverse)
@@ -151,12 +150,8 @@ def _is_switched(searching: Sequence[SparseSite], options: Options) -> bool:
 
 
 def _pin_tables(sparse: SparseSite) -> PinnedTable:
-    router, goal = sparse.router, sparse.goal
-    return PinnedTable(
-        sparse.site.index,
-        sparse.layout,
-        lambda sizes, device: router.make_tables(VideoLayout(*sizes), goal, device),
-    )
+    make = sparse.router.pin_tables(sparse.goal)
+    return PinnedTable(sparse.site.index, sparse.layout, make)
 
 
 class _SiteRewriter:
@@ -209,8 +204,7 @@ class _SiteRewriter:
 
     def _describe(self, sparse: SparseSite, call: Node, emit: Emitter) -> SiteWriter:
         at = self._variant.at
-        nodes = (sparse.site.query, sparse.site.key, sparse.site.value)
-        qkv = [_cast(emit, at[node], call) for node in nodes]
+        qkv = [_cast(emit, at[node], call) for node in sparse.qkv]
         if sparse.example.dim() == 3:
             qkv = [emit.method("unsqueeze", x, 1) for x in qkv]
         mask = None if sparse.key_mask is None else at[sparse.key_mask]
@@ -246,8 +240,9 @@ class _SiteRewriter:
         if searches:
             for slot, node in routed.state.items():
                 self._graph.write(site.ref(slot), node)
-            density = _expand_heads(site, routed.density)
-            self._graph.write(site.ref(RECALL), routed.recall)
+            recall, found = routed.statistics
+            density = _expand_heads(site, found)
+            self._graph.write(site.ref(RECALL), recall)
             self._graph.write(site.ref(PLAN_DENSITY), density)
         else:
             density = site.read(PLAN_DENSITY, dtype=torch.float32)
@@ -264,9 +259,9 @@ class _SiteRewriter:
         for slot, node in routed.state.items():
             self._graph.write(site.ref(slot), node, only)
         before = site.read(PLAN_DENSITY, dtype=torch.float32)
-        found = _expand_heads(site, routed.density)
-        density = site.emit.call(torch.where, flag, found, before)
-        self._graph.write(site.ref(RECALL), routed.recall, only)
+        recall, found = routed.statistics
+        density = site.emit.call(torch.where, flag, _expand_heads(site, found), before)
+        self._graph.write(site.ref(RECALL), recall, only)
         self._graph.write(site.ref(PLAN_DENSITY), density, only)
         self._graph.write(site.ref(DENSITY), density)
         return routed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -18,8 +18,6 @@ from dit_opt.decisions import Decision, RewriteReason
 from dit_opt.facts.graph import Facts
 from dit_opt.facts.order import OrderRegion, TokenEdge, find_order_region
 from dit_opt.facts.sizes import are_equal
-from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.token_order import build_cube_order
 from dit_opt.options import Options
 from dit_opt.passes.base import Match, Pass
 from dit_opt.policy.choose_sites import find_choices, mark_ordered
@@ -27,6 +25,7 @@ from dit_opt.program.emit import ORIGIN, Emitter
 from dit_opt.program.program import PinnedTable, Program
 from dit_opt.program.sizes import SizeWriter
 from dit_opt.routers import find_router
+from dit_opt.routers.block_router import make_region_order
 
 # A dimension with more than the tokens, piece by piece: (start, stop) of what stays where it is,
 # (start, None) of the tokens.
@@ -57,13 +56,13 @@ class TokenOrder(Pass):
         return routes and find_router(options.router).cube_order
 
     def find(self, facts: Facts, options: Options) -> list[Match]:
-        choices = [c for c in facts.get(find_choices, facts, options) if c.sparse and c.layout]
-        if not choices:
+        choices = facts.get(find_choices, facts, options)
+        sites = [(c.sparse.site, c.layout) for c in choices if c.sparse and c.layout]
+        if not sites:
             return []
-        sites = [(choice.sparse.site, choice.layout) for choice in choices]
         found = find_order_region(facts.graph, facts.tokens.labels, sites)
         if isinstance(found, OrderRegion):
-            device = choices[0].sparse.example.device
+            device = sites[0][0].node.meta["example_value"].device
             return [Match(Decision("", "", RewriteReason.REWRITTEN), None, (found, device))]
         reason = RewriteReason.NOT_PROVED
         return [Match(Decision(found.module, found.source, reason, str(found)))]
@@ -71,7 +70,7 @@ class TokenOrder(Pass):
     def declare(self, program: Program, matches: Sequence[Match], options: Options) -> None:
         region, _ = matches[0].what
         program.plan.pins.append(
-            PinnedTable(None, (*region.grid, region.length), _make_region_table)
+            PinnedTable(None, (*region.grid, region.length), make_region_order)
         )
 
     def rewrite(self, program: Program, matches: Sequence[Match], options: Options) -> None:
@@ -91,11 +90,6 @@ class TokenOrder(Pass):
         region, _ = what
         count = len(region.entries) + len(region.tables) + len(region.exits)
         return f"Tokens are ordered once for the whole graph, by {count} gathers."
-
-
-def _make_region_table(sizes: list[int], device: torch.device) -> Any:
-    t, h, w, length = sizes
-    return build_cube_order(VideoLayout(t, h, w, 0, length), device)
 
 
 def order_by_cubes(gm: GraphModule, region: OrderRegion, device: torch.device) -> dict[Node, Node]:

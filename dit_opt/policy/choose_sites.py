@@ -15,10 +15,10 @@ from torch.fx import Node
 
 from dit_opt._compat import size_expression, size_hint
 from dit_opt.decisions import AttentionReason, LayoutSummary, SiteDecision
+from dit_opt.facts.anchors import find_layer_anchor
 from dit_opt.facts.graph import Facts
-from dit_opt.facts.layouts import Grid, Layout, SegmentKind, SiteKind, declare_grid
+from dit_opt.facts.layouts import Layout, SegmentKind, SiteKind, TokenGrid, declare_grid
 from dit_opt.facts.masks import Mask, MaskKind
-from dit_opt.facts.provenance import layer_anchor
 from dit_opt.facts.sites import Site
 from dit_opt.options import OptionError, Options
 from dit_opt.policy import cost
@@ -81,8 +81,11 @@ def find_choices(facts: Facts, options: Options) -> tuple[Choice, ...]:
 def find_sparse_sites(facts: Facts, options: Options) -> tuple[SparseSite, ...]:
     """The sites to replace, as the graph has them now."""
     sites = {site.node: site for site in facts.sites}
-    chosen = [c for c in facts.get(find_choices, facts, options) if c.sparse is not None]
-    return tuple(dataclasses.replace(c.sparse, site=sites[c.node]) for c in chosen)
+    return tuple(
+        dataclasses.replace(choice.sparse, site=sites[choice.node])
+        for choice in facts.get(find_choices, facts, options)
+        if choice.sparse is not None
+    )
 
 
 def mark_ordered(
@@ -150,29 +153,33 @@ def _plan_site(
     site: Site, facts: Facts, mask: Mask, layout: Layout, least: int, options: Options
 ) -> SparseSite:
     """How a site is to be replaced."""
-    latents, router = layout.latents, find_router(options.router)
-    if options.density == 1:
-        router = KEEP_ALL
-    head_dim = int(site.query.meta["example_value"].shape[-1])
-    has_grid = router.searches and layout.grid is not None
+    latents = layout.latents
+    router = KEEP_ALL if options.density == 1 else find_router(options.router)
+    head_dim = int(_example(site.query).shape[-1])
+    grid = layout.grid if router.searches else None
     return SparseSite(
         site=site,
         router=router,
-        goal=Goal(
-            target=options.effective_density or options.effective_quality,
-            by_density=options.effective_density is not None,
-        ),
+        goal=_find_goal(options),
         tail=options.tail,
-        grid=layout.grid.sizes if has_grid else None,
+        grid=None if grid is None else grid.sizes,
         start=sympy.Integer(0) if latents is None else sympy.sympify(latents.start),
         video=_length(site) if latents is None else sympy.sympify(latents.stop - latents.start),
-        anchor=layer_anchor(site, facts.graph),
+        anchor=find_layer_anchor(site, facts.graph),
         ordered=False,
         key_mask=mask.keys,
         mask_queries=mask.kind is MaskKind.OUTER,
         scale=site.scale if site.scale is not None else head_dim**-0.5,
         min_tokens=least,
     )
+
+
+def _find_goal(options: Options) -> Goal:
+    density, quality = options.effective_density, options.effective_quality
+    if density is not None:
+        return Goal(density, by_density=True)
+    assert quality is not None
+    return Goal(quality, by_density=False)
 
 
 def _find_obstacle(
@@ -235,14 +242,13 @@ def _weigh_length(site: Site, least: int | None, detail: str) -> tuple[Attention
 
 def _predict_gain(site: Site, prediction: cost.Prediction | None) -> float | None:
     """At the length that the site was traced with."""
-    assert site.query is not None
-    tokens = size_hint(site.query.meta["example_value"].shape[-2])
+    tokens = size_hint(_example(site.query).shape[-2])
     return None if prediction is None or tokens is None else prediction.gain(tokens)
 
 
 def _shape(site: Site):
     """(batch * heads, queries, keys, head dim) as expressions."""
-    q, k = (n.meta["example_value"].shape for n in (site.query, site.key))
+    q, k = (_example(n).shape for n in (site.query, site.key))
     heads = sympy.Integer(1)
     for size in q[:-2]:
         heads *= size_expression(size)
@@ -250,8 +256,12 @@ def _shape(site: Site):
 
 
 def _length(site: Site, key: bool = False) -> sympy.Expr:
-    node = site.key if key else site.query
-    return size_expression(node.meta["example_value"].shape[-2])
+    return size_expression(_example(site.key if key else site.query).shape[-2])
+
+
+def _example(node: Node | None) -> torch.Tensor:
+    assert node is not None
+    return node.meta["example_value"]
 
 
 def _fewer(length: sympy.Expr, least: int) -> bool:
@@ -268,19 +278,19 @@ def _describe_shapes(site: Site) -> tuple[str, ...]:
     )
 
 
-def _summarise_layout(layout: Layout | None, grid: Grid | None) -> LayoutSummary | None:
+def _summarise_layout(layout: Layout | None, grid: TokenGrid | None) -> LayoutSummary | None:
     if layout is None:
         return None
     return LayoutSummary(
         kind=layout.kind.value,
         segments=tuple(f"{s.kind.value}[{s.start}:{s.stop}]" for s in layout.key),
-        grid=None if grid is None else tuple(grid.sizes),
+        grid=None if grid is None else grid.sizes,
         grid_source=_name_source(grid),
         reason="" if grid is not None else layout.reason,
     )
 
 
-def _name_source(grid: Grid | None) -> str:
+def _name_source(grid: TokenGrid | None) -> str:
     if grid is None:
         return ""
     return f"{grid.source}, one frame assumed" if grid.assumed else grid.source

@@ -13,7 +13,7 @@ from dataclasses import replace
 import sympy
 
 from dit_opt._compat import size_expression
-from dit_opt.facts.layouts import Grid, Layout, declare_grid
+from dit_opt.facts.layouts import Layout, TokenGrid, declare_grid
 from dit_opt.facts.sites import Site
 from dit_opt.options import OptionError
 
@@ -55,7 +55,7 @@ def _apply(layout: Layout, given: Sizes) -> Layout:
     if layout.grid is None:
         return declare_grid(layout, given)
     if layout.grid.assumed and _cuts_alike(given, layout.grid):
-        return replace(layout, grid=Grid(_as_sizes(given), "option"))
+        return replace(layout, grid=TokenGrid(_as_sizes(given), "option"))
     proved = layout.grid.sizes
     if not all(size.is_Integer for size in proved):
         # what is proved for every call says more than the grid of one
@@ -69,7 +69,7 @@ def _apply(layout: Layout, given: Sizes) -> Layout:
     return layout
 
 
-def _cuts_alike(given: Sizes, assumed: Grid) -> bool:
+def _cuts_alike(given: Sizes, assumed: TokenGrid) -> bool:
     """Whether the two factors that the graph proves are those of the given grid, regrouped."""
     if not all(size.is_Integer for size in assumed.sizes):
         return False
@@ -83,7 +83,7 @@ def _as_sizes(given: Sizes) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
     return t, h, w
 
 
-def _contradict(given: Sizes, proved: Grid) -> OptionError:
+def _contradict(given: Sizes, proved: TokenGrid) -> OptionError:
     return OptionError(
         f"grid={given} contradicts the graph, which proves ({', '.join(map(str, proved.sizes))}) "
         f"(from its {proved.source}); leave `grid` out."

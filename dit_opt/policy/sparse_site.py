@@ -46,10 +46,16 @@ class SparseSite:
     min_tokens: int
 
     @property
+    def qkv(self) -> tuple[Node, Node, Node]:
+        """Query, key and value; a site that hides them is never replaced."""
+        site = self.site
+        assert site.query is not None and site.key is not None and site.value is not None
+        return site.query, site.key, site.value
+
+    @property
     def example(self) -> torch.Tensor:
         """The query as Dynamo traced it, `[B, H, N, D]` or `[B * H, N, D]`."""
-        assert self.site.query is not None
-        return self.site.query.meta["example_value"]
+        return self.qkv[0].meta["example_value"]
 
     @property
     def tokens(self) -> sympy.Expr:

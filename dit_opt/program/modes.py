@@ -27,7 +27,7 @@ class Schedule:
     """When to be dense, to search and to check.
 
     Attributes:
-        dense_steps: steps at the start of a run (int), or a share of them (float).
+        dense_steps: steps at the start of a run (int), or a share of the noise range (float).
         refresh_every: steps between two searches. verify_every: between two checks; 0 for none.
     """
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch.fx import Graph
 
+from dit_opt.facts.anchors import find_model_anchor
 from dit_opt.facts.graph import Facts
-from dit_opt.facts.nodes import origin_of
-from dit_opt.facts.provenance import model_anchor
+from dit_opt.facts.nodes import is_user_input
 from dit_opt.facts.spans import Spans
 from dit_opt.program.sizes import count_outputs
 
@@ -36,13 +36,13 @@ class Signature:
 def find_user_inputs(graph: Graph) -> tuple[int, ...]:
     """Positions of the inputs that are not the model's own."""
     placeholders = graph.find_nodes(op="placeholder")
-    return tuple(i for i, node in enumerate(placeholders) if origin_of(node)[1])
+    return tuple(i for i, node in enumerate(placeholders) if is_user_input(node))
 
 
 def read_signature(facts: Facts) -> Signature:
     """The signature of a graph as Dynamo made it."""
     placeholders = facts.graph.find_nodes(op="placeholder")
-    timestep, model = facts.timestep, model_anchor(facts.graph)
+    timestep, model = facts.timestep, find_model_anchor(facts.graph)
     return Signature(
         outputs=count_outputs(facts.gm),
         timesteps=() if timestep is None else tuple(map(placeholders.index, timestep.candidates)),

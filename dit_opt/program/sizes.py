@@ -82,7 +82,8 @@ class SizeWriter:
             # torch keeps squares of sizes as powers
             parts = [self.write(expression.base)] * int(expression.exp)
             return self._fold(operator.mul, parts)
-        parts = [self.write(a) for a in expression.args]
+        terms: Any = expression.args
+        parts = [self.write(term) for term in terms]
         if isinstance(expression, sympy.Add):
             function = operator.add
         elif isinstance(expression, sympy.Mul):
@@ -140,7 +141,7 @@ def read_sizes(
         if isinstance(size, torch.SymInt)
     }
     wanted = [sympy.sympify(e) for e in expressions]
-    free = sorted(set().union(*(e.free_symbols for e in wanted)), key=str)
+    free: list[Any] = sorted(set().union(*(e.free_symbols for e in wanted)), key=str)
     if not free:
         constants = [int(e) for e in wanted]
         return lambda args: constants

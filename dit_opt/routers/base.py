@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.plan.orders import VideoLayout
 from dit_opt.program.emit import Emitter
 from dit_opt.program.program import SlotGraph
 from dit_opt.program.slots import Slot, SlotRef
@@ -18,8 +18,6 @@ from dit_opt.program.slots import Slot, SlotRef
 # Queries need 128 rows a tile (L2 bandwidth on GPUs); keys may be finer.
 BLOCK_Q = 128
 BLOCK_K = 64
-# The least mean square of what rows drop: peaked rows leave room for flat ones.
-SPREAD = "even"
 
 SizeArg: TypeAlias = "int | Node"
 
@@ -119,6 +117,16 @@ class Routed:
     inverse: Node | None = None
     per_head: bool = False
 
+    @property
+    def statistics(self) -> tuple[Node, Node]:
+        """Recall and density of a search. Raises ValueError where the router gave none."""
+        if self.recall is None or self.density is None:
+            raise ValueError(
+                "A search has to give recall and density (NaN where it knows none); this one's "
+                f"Routed has recall={self.recall} and density={self.density}."
+            )
+        return self.recall, self.density
+
     def restore(self, emit: Emitter, out: Node) -> Node:
         """The output of attention in the model's own order."""
         if self.inverse is None:
@@ -183,10 +191,18 @@ class Router:
         """
         return []
 
+    def pin_tables(self, goal: Goal) -> Callable[[Sequence[int], torch.device], list[Any]]:
+        """Makes the tables from (T, H, W, start, N) on a device."""
+        return lambda sizes, device: self.make_tables(VideoLayout(*sizes), goal, device)
+
     def name_heads(
-        self, layout: VideoLayout, state: Mapping[str, torch.Tensor]
+        self, sizes: Sequence[int], state: Mapping[str, torch.Tensor]
     ) -> list[str] | None:
-        """The pattern or order of each head; `state` by slot name. None where heads are alike."""
+        """The pattern or order of each head; None where a router does not tell heads apart.
+
+        Args:
+            sizes: (T, H, W, start, N). state: the values of its slots, by their names.
+        """
         return None
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.routers.plan import lay_blocks
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.plan.plan import lay_blocks
 from dit_opt.kernels.token_order import build_cube_order
 from dit_opt.routers.base import BLOCK_K, BLOCK_Q, Goal, Routed, Router, SiteWriter, select_tokens
 from dit_opt.routers.word_lists import read_lists, write_words
@@ -49,6 +50,12 @@ class BlockRouter(Router):
         where = (layout.tokens, layout.video_start, layout.video_tokens)
         blocks = lay_blocks(*where, BLOCK_Q, BLOCK_K, device)
         return [blocks, build_cube_order(layout, device)]
+
+
+def make_region_order(sizes: Sequence[int], device: torch.device) -> Any:
+    """The cube order of tokens without text, for (T, H, W, N)."""
+    t, h, w, tokens = sizes
+    return build_cube_order(VideoLayout(t, h, w, 0, tokens), device)
 
 
 def _order(site: SiteWriter) -> tuple[Node, Node, Node, Node | None, Node | None]:

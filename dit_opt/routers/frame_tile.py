@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.frame_tile import build_tiles
-from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.searches.frame_tile import build_tiles
 from dit_opt.program.slots import Slot
 from dit_opt.routers.base import BLOCK_K, BLOCK_Q, Goal, Routed, Router, SiteWriter
 

@@ -55,7 +55,7 @@ def write_check(site: SiteWriter, routed: Routed, rule: CheckRule) -> tuple[Rout
     if not rule.searched:
         expected = site.read(PLAN_MASS, dtype=torch.float32)
     elif not rule.goal.by_density:
-        expected = emit.call(torch.full_like, routed.recall, rule.goal.target)
+        expected = emit.call(torch.full_like, routed.statistics[0], rule.goal.target)
     checked = emit.call(
         torch.ops.ditopt.guard_plan_v1.default,
         *(routed.q, routed.k, routed.v, routed.counts, routed.indices, routed.bias),

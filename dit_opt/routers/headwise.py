@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.head_orders import ORDER_NAMES, build_orders, list_orders
-from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.searches.headwise.head_orders import ORDER_NAMES, build_orders, list_orders
 from dit_opt.program.slots import Slot
 from dit_opt.routers.base import (
     BLOCK_K,
     BLOCK_Q,
-    SPREAD,
     Goal,
     Routed,
     Router,
@@ -36,7 +35,7 @@ class Headwise(Router):
     """
 
     name = "headwise"
-    density = 0.125
+    density = 0.25
     switchable = True
     launches = 140
     slots = (WORDS, ORDER)
@@ -48,7 +47,7 @@ class Headwise(Router):
 
     def search(self, site: SiteWriter) -> Routed:
         arguments = (*self._describe(site), site.read_boost())
-        found = site.emit.call(torch.ops.ditopt.headwise_plan_v1.default, *arguments)
+        found = site.emit.call(torch.ops.ditopt.headwise_plan_v2.default, *arguments)
         counts, indices, order, recall, density = site.emit.unpack(found, 5)
         words = write_words(site, counts, indices)
         return self._route(site, counts, indices, words, order, recall, density)
@@ -60,7 +59,7 @@ class Headwise(Router):
     def search_or_restore(self, site: SiteWriter, searches: Node) -> Routed:
         kept = (read_words(site, WORDS), site.read(ORDER))
         arguments = (searches, *kept, *self._describe(site))
-        found = site.emit.call(torch.ops.ditopt.headwise_refresh_v1.default, *arguments)
+        found = site.emit.call(torch.ops.ditopt.headwise_search_or_reuse_v1.default, *arguments)
         counts, indices, order, words, recall, density = site.emit.unpack(found, 6)
         return self._route(site, counts, indices, words, order, recall, density)
 
@@ -69,14 +68,14 @@ class Headwise(Router):
         return [orders, list_orders(layout, BLOCK_Q, BLOCK_K, device)]
 
     def name_heads(
-        self, layout: VideoLayout, state: Mapping[str, torch.Tensor]
+        self, sizes: Sequence[int], state: Mapping[str, torch.Tensor]
     ) -> list[str] | None:
         return [ORDER_NAMES[i] for i in state[ORDER.name].flatten().tolist()]
 
     def _describe(self, site: SiteWriter) -> tuple[Any, ...]:
         """The arguments of a search."""
         goal = (site.scale, site.goal.target, site.goal.by_density)
-        blocks = (BLOCK_Q, BLOCK_K, self.cell, SPREAD)
+        blocks = (BLOCK_Q, BLOCK_K, self.cell)
         return (site.q, site.k, site.bias, *goal, *site.grid, *blocks)
 
     def _route(

@@ -21,5 +21,6 @@ class KeepAll(Router):
 
     def search(self, site: SiteWriter) -> Routed:
         emit, length = site.emit, site.emit.size(site.k, -2)
-        plan = emit.call(torch.ops.ditopt.dense_plan_v1.default, site.q, length, BLOCK_Q, BLOCK_K)
-        return Routed(site.q, site.k, site.v, site.bias, *emit.unpack(plan, 2))
+        plan = emit.call(torch.ops.ditopt.keep_all_v1.default, site.q, length, BLOCK_Q, BLOCK_K)
+        counts, indices = emit.unpack(plan, 2)
+        return Routed(site.q, site.k, site.v, site.bias, counts, indices)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.orders import VideoLayout
-from dit_opt.kernels.routers.rainfusion import candidate_names
-from dit_opt.kernels.routers.sample import count_rows, draw_sample
-from dit_opt.kernels.routers.tables import build_tables
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.searches.rainfusion.op import candidate_names
+from dit_opt.kernels.searches.rainfusion.sample import count_rows, draw_sample
+from dit_opt.kernels.searches.rainfusion.tables import build_tables
 from dit_opt.program.slots import Slot
 from dit_opt.routers.base import (
     BLOCK_K,
@@ -46,7 +46,8 @@ class RainFusion(Router):
             torch.ops.ditopt.rainfusion_recognize_v1.default,
             *(site.q, site.k, site.bias, *goal, *site.grid, BLOCK_Q, BLOCK_K, site.read_boost()),
         )
-        return _route(site, *site.emit.unpack(found, 3))
+        choice, recall, density = site.emit.unpack(found, 3)
+        return _route(site, choice, recall, density)
 
     def restore(self, site: SiteWriter) -> Routed:
         return _route(site, site.read(CHOICE))
@@ -57,10 +58,10 @@ class RainFusion(Router):
         return [tables, draw_sample(tables, count_rows(layout))]
 
     def name_heads(
-        self, layout: VideoLayout, state: Mapping[str, torch.Tensor]
+        self, sizes: Sequence[int], state: Mapping[str, torch.Tensor]
     ) -> list[str] | None:
-        where = (layout.frames, layout.height, layout.width, layout.video_start, layout.tokens)
-        names = candidate_names(*where, BLOCK_Q, BLOCK_K)
+        t, h, w, start, tokens = sizes
+        names = candidate_names(t, h, w, start, tokens, BLOCK_Q, BLOCK_K)
         return [names[c].split()[0] for c in state[CHOICE.name].flatten().tolist()]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from dit_opt.kernels.routers.packing import WORD
+from dit_opt.kernels.plan.packing import WORD
 from dit_opt.program.slots import Slot
 from dit_opt.routers.base import BLOCK_K, BLOCK_Q, SiteWriter
 

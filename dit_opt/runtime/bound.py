@@ -27,6 +27,15 @@ from dit_opt.runtime.streams import Stream
 
 log = logging.getLogger(__name__)
 
+# What is said of a graph with a dense start that cannot know where it ends.
+WITHOUT_STEP = (
+    "Nothing tells this graph the denoising step, so it cannot know when its dense start (option "
+    "dense_steps, on by default) is over, and stays dense in every call: ditopt makes it no "
+    "faster. Compile it through dit_opt.optimize(model, regional=True), which reads the step from "
+    "an argument of the model that is called `timestep`, or set dense_steps=0 to be sparse from "
+    "the first step on, and compare the results with dense ones."
+)
+
 # of calls whose step nothing tells
 NO_EPOCH = (0, 0)
 _FLAGS = {value: torch.tensor(value, device="cpu") for value in (False, True)}
@@ -106,7 +115,8 @@ class Bound:
         self._read_lengths = read_sizes([limit.tokens for limit in plan.limits], graph)
         self._read_pins = [read_sizes(pin.sizes, graph) for pin in plan.pins]
         self._lock = threading.Lock()
-        self._warned = False
+        # whether a call stayed dense because nothing told its step
+        self.lacks_step = False
         # stands in for the model where a graph has no parameters
         self._nobody = torch.empty(0)
 
@@ -176,7 +186,7 @@ class Bound:
         steps = {i: args[i] for i in self._signature.timesteps}
 
         def locate() -> StepIndex:
-            streams = self._streams.setdefault(owner, {})
+            streams: Any = self._streams.setdefault(owner, {})
             current = streams.get(stream) or Stream(self._signature.timesteps)
             remember(streams, stream, current)
             return current.locate(steps, link.timesteps() if link else None)
@@ -192,7 +202,9 @@ class Bound:
             return Mode.DENSE
         if index is None and plan.schedule.dense_steps:
             # nothing tells the step: the promise of a dense start is kept by staying dense
-            self._warn_without_step()
+            if not self.lacks_step:
+                log.warning(WITHOUT_STEP)
+            self.lacks_step = True
             return Mode.DENSE
         # read beside the timestep, when the call that raised it is over
         alarmed = plan.alarm is not None and self.store.take_flag(call.model, plan.alarm, call.key)
@@ -205,16 +217,6 @@ class Bound:
             return False
         refs = (write.ref for write in search.writes if write.ref.slot.lives is Lives.RUN)
         return all(self.store.find(call.owner_of(ref), ref, call.key) for ref in refs)
-
-    def _warn_without_step(self) -> None:
-        if not self._warned:
-            log.warning(
-                "No input of this graph tells the denoising step, so its attention stays dense. "
-                "Compile the repeated blocks through ditopt.optimize(pipe, regional=True), which "
-                "reads the step around the model, or set "
-                "options={'dense_steps': 0} to be sparse from the first step on."
-            )
-        self._warned = True
 
     def _pin(self, call: Call) -> None:
         """Make the tables of the sizes of a call, where a CUDA graph may know their addresses."""

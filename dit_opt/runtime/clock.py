@@ -124,11 +124,12 @@ class Clock:
             1 - t / self._scale if self._rising else t / self._scale
             for t in (timestep, self._first)
         )
+        epoch = (self.run, self._given_up)
         if self._index is None or timesteps is None:
-            place = (self._step, self._branch, level, first > START_LEVEL)
-        else:
-            place = (self._index, self._branch, level, True, len(timesteps))
-        return StepIndex(self.run, (self.run, self._given_up), *place)
+            from_start = first > START_LEVEL
+            return StepIndex(self.run, epoch, self._step, self._branch, level, from_start)
+        total = len(timesteps)
+        return StepIndex(self.run, epoch, self._index, self._branch, level, True, total)
 
     def _continues(self, timestep: float) -> bool:
         """Whether a new timestep is the next step of the run (else a new run begins)."""
@@ -194,20 +195,18 @@ def find_step(timestep: float, timesteps: Sequence[float] | None, tolerance: flo
 
 
 def is_dense(index: StepIndex | None, dense_steps: int | float) -> bool:
-    """Whether a call belongs to the dense start of its trajectory.
+    """Whether a call belongs to the dense start of its run.
 
-    `dense_steps` is a number of steps (int) or a share of the trajectory (float). A share of a run
-    whose length is unknown is a share of the noise range: with shifted schedules that is more
-    steps, never fewer. A run that was not seen from its start (a second transformer, image to
-    image) has its start behind it. Without one (no timestep) nothing is dense unless
-    all is.
+    `dense_steps` is a number of steps (int), or a share of the noise range (float): the steps whose
+    noise level is above 1 minus the share. Whoever calls the model knows the level, but not always
+    how many steps there will be. A run that was not seen from its start (a second transformer,
+    image to image) has the steps of a number behind it. Without a step (no timestep) nothing is
+    dense unless all is.
     """
     if index is None:
         return False
     if isinstance(dense_steps, int):
         return index.from_start and index.step < dense_steps
-    if index.total is not None:
-        return index.step < round(dense_steps * index.total)
     return dense_steps > 0 and index.level > 1 - dense_steps
 
 

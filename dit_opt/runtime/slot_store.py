@@ -73,7 +73,7 @@ class SlotStore:
 
     def find(self, owner: torch.Tensor, ref: SlotRef, call: CallKey) -> Entry | None:
         """The valid entry that a call would read; it is the last one used from now on."""
-        entries = self._by_owner.get(owner, {}).get((ref.slot, ref.place), {})
+        entries = self._find_entries(owner, ref)
         key = _pick(ref.slot, call)
         entry = entries.get(key)
         if entry is None:
@@ -103,8 +103,7 @@ class SlotStore:
 
     def write(self, owner: torch.Tensor, ref: SlotRef, call: CallKey, value: torch.Tensor) -> None:
         """Keep what a graph returned. Copies: a CUDA graph reuses the memory of its outputs."""
-        slots = self._by_owner.setdefault(owner, {})
-        entries = slots.setdefault((ref.slot, ref.place), {})
+        entries = self._find_entries(owner, ref)
         key = _pick(ref.slot, call)
         entry = entries.get(key)
         if entry is None or not _is_writable(entry.value, value):
@@ -119,7 +118,7 @@ class SlotStore:
 
     def take_flag(self, owner: torch.Tensor, ref: SlotRef, call: CallKey) -> bool:
         """Whether a FLAG was raised since it was taken last. Waits for the device."""
-        entries = self._by_owner.get(owner, {}).get((ref.slot, ref.place), {})
+        entries = self._find_entries(owner, ref)
         entry = entries.pop(_pick(ref.slot, call), None)
         return entry is not None and bool(entry.value)
 
@@ -137,6 +136,11 @@ class SlotStore:
                 for key, entry in list(entries.items()):
                     yield owner, where, key, entry
 
+    def _find_entries(self, owner: torch.Tensor, ref: SlotRef) -> dict[tuple[Any, ...], Entry]:
+        """The entries of a slot at a place, by the rest of their key."""
+        slots: Any = self._by_owner.setdefault(owner, {})
+        return slots.setdefault((ref.slot, ref.place), {})
+
     def _fill(
         self,
         owner: torch.Tensor,
@@ -151,7 +155,7 @@ class SlotStore:
                 f"Slot {ref.slot.name!r} has no value for this call and no blank one; a graph that "
                 "reads it may run only after one that writes it."
             )
-        entries = self._by_owner.setdefault(owner, {}).setdefault((ref.slot, ref.place), {})
+        entries = self._find_entries(owner, ref)
         key = _pick(ref.slot, call)
         entry, fresh = entries.get(key), make()
         if entry is None or not _is_writable(entry.value, fresh):

@@ -1,1 +1,1 @@
-"""Measure the candidates of the attention kernel on the GPU of this machine."""
+"""Measuring the candidates of kernels on this machine, and keeping the fastest."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.block_sparse_attention import triton as kernel
 from dit_opt.kernels.block_sparse_attention.contract import Arguments
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling
-from dit_opt.kernels.routers.plan import list_kept
+from dit_opt.kernels.block_sparse_attention.impl.triton import attention as kernel
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling
+from dit_opt.kernels.plan.plan import list_kept
 
 BLOCK_Q = 128
 
@@ -67,4 +67,4 @@ def attend(inputs: Inputs, tiling: Tiling) -> tuple[Tensor, Tensor]:
     plan = (inputs.counts, inputs.indices, None)
     scale = inputs.q.shape[-1] ** -0.5
     call = Arguments(inputs.q, inputs.k, inputs.v, *plan, scale, BLOCK_Q, inputs.block_k)
-    return kernel.launch(call, tiling)
+    return kernel.attend(call, tiling)

@@ -11,16 +11,23 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from dit_opt.kernels.block_sparse_attention import triton as kernel
-from dit_opt.kernels.block_sparse_attention.candidates import list_candidates, list_variants
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling, pad_dim
-from dit_opt.kernels.block_sparse_attention.tuning import (
+from dit_opt.kernels.block_sparse_attention.impl.triton.candidates import (
+    list_candidates,
+    list_variants,
+)
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import (
+    Tiling,
+    choose_tiling,
+    pad_dim,
+)
+from dit_opt.kernels.block_sparse_attention.impl.triton.tuning import (
     Trial,
     choose_fastest,
     make_key,
     store,
     try_candidates,
 )
+from dit_opt.kernels.launch import read_architecture
 from dit_opt.tuning.inputs import BLOCK_Q, Inputs, Workload, attend, make_inputs
 from dit_opt.tuning.variant_trial import prove
 
@@ -45,7 +52,7 @@ def tune_kernel(
         raise NothingToTune(
             "Tilings are measured on a GPU, and PyTorch sees none here; nothing was changed."
         )
-    architecture = kernel.read_architecture(device)
+    architecture = read_architecture(device)
     name = torch.cuda.get_device_name(device)
     itemsize = workload.dtype.itemsize
     shapes = list(itertools.product(dims, BLOCKS_K))

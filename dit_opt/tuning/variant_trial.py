@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.block_sparse_attention import triton as kernel
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
-from dit_opt.kernels.block_sparse_attention.tuning import TOLERANCE
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling, choose_tiling
+from dit_opt.kernels.block_sparse_attention.impl.triton.tuning import TOLERANCE
+from dit_opt.kernels.launch import read_architecture
 from dit_opt.tuning.inputs import BLOCK_Q, Workload, attend, make_inputs
 
 # How often the output must be right: not every order of the warps shows a race.
@@ -62,7 +62,7 @@ def compare(
     tiling: Tiling, workload: Workload, dim: int, block_k: int, device: torch.device
 ) -> str:
     """How an output by a tiling differs from that of the plain kernel; empty if it does not."""
-    architecture = kernel.read_architecture(device)
+    architecture = read_architecture(device)
     plain = choose_tiling(architecture, dim, workload.dtype.itemsize, BLOCK_Q, block_k)
     # with and without a ragged block of keys, which are two kernels, and with shared key heads
     even = -(-workload.tokens // block_k) * block_k

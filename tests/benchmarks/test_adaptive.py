@@ -73,13 +73,13 @@ def test_calls_are_recorded_and_put_into_the_order_of_each_head_or_into_one():
     assert len(calls) == len(adaptive.NOISE_LEVELS) and {c.layer for c in calls} == {0}
     numbers = torch.arange(adaptive.TOKENS)
     assert torch.equal(calls[0].v[0, 0, :, 0].long(), numbers)
-    order = adaptive.order_tokens(calls[0]).v[0, 0, :, 0].long()
+    order = adaptive.order_tokens(calls[0], 0.125).v[0, 0, :, 0].long()
     assert torch.equal(order.sort().values, numbers)
     # four columns through all sixteen frames
     assert len((order[:64] % 256).unique()) == 4 and len((order[:64] // 256).unique()) == 16
-    raster = adaptive.order_tokens(calls[0], "raster")
+    raster = adaptive.order_tokens(calls[0], 0.125, "raster")
     assert torch.equal(raster.v, calls[0].v) and torch.equal(raster.q, calls[0].q)
-    cubes = adaptive.order_tokens(calls[0], "cubes").v[0, 0, :, 0].long()
+    cubes = adaptive.order_tokens(calls[0], 0.125, "cubes").v[0, 0, :, 0].long()
     # of 16 x 16 x 16, each 4 x 4 x 4
     t, h, w = cubes[:64] // 256, cubes[:64] // 16 % 16, cubes[:64] % 16
     assert [len(axis.unique()) for axis in (t, h, w)] == [4, 4, 4]

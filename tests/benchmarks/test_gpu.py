@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_cases import Case
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling
-from dit_opt.kernels.block_sparse_attention.tuning import Trial
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling
+from dit_opt.kernels.block_sparse_attention.impl.triton.tuning import Trial
 
 CPU = torch.device("cpu")
 

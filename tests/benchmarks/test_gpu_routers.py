@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from benchmarks import gpu_routers
-from benchmarks.gpu_routers import DENSITY, list_exact, measure_grid
+from benchmarks.gpu_routers import DENSITY, measure_grid, search_exactly
+from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.options import DEFAULT_REFRESH_EVERY
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q
 
 CPU = torch.device("cpu")
 
@@ -37,8 +39,10 @@ def test_a_search_that_fails_leaves_the_others_their_figures(monkeypatch):
     assert "sol" not in row["share_of_dense"] and row["share_of_dense"]["adaspa"] > 0
 
 
-def test_exact_searches_look_at_all_rows_and_reuse_their_sums():
+def test_the_exact_search_knows_the_recall_of_its_plan():
     q, k = torch.randn(2, 1, 2, 300, 16, generator=torch.Generator().manual_seed(0))
-    first, again = (call() for call in list_exact(q, k, DENSITY).values())
-    assert first[-1].shape == (1, 2, 300)
-    assert torch.equal(first[0], again[0]) and torch.allclose(first[-1], again[-1], atol=1e-5)
+    counts, indices, recall, _ = search_exactly(q, k, DENSITY)
+    kept = expand_lists(counts, indices, -(-300 // BLOCK_K)).repeat_interleave(BLOCK_K, -1)
+    kept = kept.repeat_interleave(BLOCK_Q, -2)[..., :300, :300]
+    mass = ((q @ k.mT * 0.25).softmax(-1) * kept).sum(-1).mean(-1)
+    torch.testing.assert_close(recall, mass, rtol=1e-4, atol=1e-5)

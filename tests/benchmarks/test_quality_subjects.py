@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 import dit_opt
 from benchmarks.quality_subjects import Configuration, PipelineSubject, _to_clip
 from tests.demo.stubs import ignore
-from tests.tiny_models import wan
+from zoo.small import wan
 
 
 class TinyPipeline(DiffusionPipeline):

@@ -17,8 +17,8 @@ def test_lists_are_dealt_out_anew_and_stay_lists():
     for block in tiny.model.blocks:
         # A peaked softmax, or every list keeps as much.
         block.attn1.norm_q.weight.data *= 8
-    asked = {"router": "headwise", "density": 0.4, "min_tokens": 0, "verify_every": 1}
-    model = compiled(tiny.model, **asked)
+    asked = {"router": "headwise", "density": 0.4, "min_tokens": 0, "dense_steps": 0}
+    model = compiled(tiny.model, **asked, verify_every=1)
     run_trajectory(model, tiny.inputs, [999.0])
     plans = spoiled_plan.list_values(WORDS)
     before = [words.clone() for words in plans]

@@ -68,7 +68,7 @@ def test_crops_know_their_place():
 
 
 def test_two_steps_leave_a_checkpoint_that_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "PHASES", (trainer.Mode((8, 16, 16), 2, 1.0, 1e-3, 3.0),))
+    monkeypatch.setattr(trainer, "PHASES", (trainer.Phase((8, 16, 16), 2, 1.0, 1e-3, 3.0),))
     arguments = argparse.Namespace(
         out=tmp_path,
         minutes=5,

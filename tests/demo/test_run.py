@@ -30,7 +30,9 @@ def test_the_demo_samples_all_three_ways(result):
     figures = json.loads(json.dumps(result.to_json()))
     assert set(figures["seconds_per_step"]) == {"eager", "inductor", "ditopt"}
     assert figures["seconds_per_step"]["eager"]["cold"] is None
-    assert figures["cold_steps"] == {"inductor": 2, "ditopt": 2}
+    # one of three is dense by default, and two follow it
+    assert figures["dense_steps"] == 1
+    assert figures["cold_steps"] == {"inductor": 3, "ditopt": 3}
     assert len(figures["steps_seconds"]["ditopt"]) == 3
     assert figures["speedup_vs_inductor"] == pytest.approx(
         sum(figures["steps_seconds"]["inductor"]) / sum(figures["steps_seconds"]["ditopt"])
@@ -117,7 +119,7 @@ def test_the_cold_pass_is_as_long_as_the_options_need():
 )
 def test_keeping_everything_is_a_density_of_one(monkeypatch, calls, reason, router, density):
     decision = SiteDecision("blocks.0", "", reason, router=router)
-    record = GraphRecord((PassRecord("sparse_attention", 1, 0.5, (decision,)),))
+    record = GraphRecord((PassRecord("sparse_attention", 1, 0.0, (decision,)),))
     report = Report((GraphReport(record, calls, (), None),))
     monkeypatch.setattr(dit_opt, "report", lambda model: report)
     assert run_demo(make_contestants(), make_task(steps=2), ignore).density == density

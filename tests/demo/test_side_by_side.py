@@ -72,7 +72,7 @@ def test_attention_share_counts_attention_only():
     assert measure_attention_share(model, make_task(steps=2)) == 0
 
 
-@pytest.mark.parametrize(("asked", "dense"), [(0, 0), (3, 3), (99, 20), (0.2, 4), (1.0, 20)])
+@pytest.mark.parametrize(("asked", "dense"), [(0, 0), (3, 3), (99, 20), (0.2, 7), (1.0, 20)])
 def test_dense_steps_follow_the_options(asked, dense):
     contestants = dataclasses.replace(make_contestants(), options=Options(dense_steps=asked))
     assert contestants.dense_steps(20) == dense
@@ -81,14 +81,16 @@ def test_dense_steps_follow_the_options(asked, dense):
 @pytest.mark.parametrize(
     ("options", "cold"),
     [
-        ({}, 2),
+        # two after the four dense ones
+        ({}, 6),
+        ({"dense_steps": 0}, 2),
         ({"dense_steps": 3}, 5),
         ({"dense_steps": 1.0}, 20),
         # the check comes at step 5
-        ({"verify_every": 5}, 6),
+        ({"verify_every": 5, "dense_steps": 0}, 6),
         ({"verify_every": 4, "dense_steps": 4}, 9),
         # each check falls on a search
-        ({"verify_every": 5, "refresh_every": 5}, 2),
+        ({"verify_every": 5, "refresh_every": 5, "dense_steps": 0}, 2),
         # the search at step 3 has another one after it
         ({"dense_steps": 3, "refresh_every": 2}, 6),
         ({"verify_every": 19}, 20),

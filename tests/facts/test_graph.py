@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from dit_opt.facts import graph as facts_graph
 from dit_opt.facts.graph import Facts, InputHints, name_fact
 from dit_opt.facts.masks import MaskKind, classify_mask
-from dit_opt.facts.provenance import find_timestep
 from dit_opt.facts.sites import find_sites
+from dit_opt.facts.timestep import find_timestep
 from dit_opt.facts.tokens import find_tokens
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
+from zoo import small
 
 
 def count_calls(monkeypatch, name):
@@ -33,7 +33,7 @@ def attend(x, *ids):
 
 
 def test_facts_are_those_of_the_functions():
-    _, gm = capture_tiny(tiny_models.wan)
+    _, gm = capture_tiny(small.wan)
     facts = Facts(gm)
     assert facts.sites == find_sites(gm.graph)
     assert facts.timestep == find_timestep(gm.graph)
@@ -46,7 +46,7 @@ def test_nothing_is_computed_before_its_first_use_nor_twice(monkeypatch):
     sites, tokens, masks = (
         count_calls(monkeypatch, name) for name in ("find_sites", "find_tokens", "classify_mask")
     )
-    _, gm = capture_tiny(tiny_models.wan)
+    _, gm = capture_tiny(small.wan)
     facts = Facts(gm)
     assert not sites and not tokens
     assert facts.sites is facts.sites
@@ -57,7 +57,7 @@ def test_nothing_is_computed_before_its_first_use_nor_twice(monkeypatch):
     assert len(sites) == len(tokens) == 1 and len(masks) == len(facts.sites)
 
 
-def test_what_is_not_there_is_a_fact_that_is_kept(monkeypatch):
+def test_an_absent_timestep_is_cached(monkeypatch):
     calls = count_calls(monkeypatch, "find_timestep")
     facts = Facts(capture_one(attend, torch.randn(2, 60, 8)))
     assert facts.timestep is facts.timestep is None
@@ -98,7 +98,7 @@ def test_a_new_fact_needs_no_edit_here():
 
 def test_facts_are_named_after_their_functions():
     assert name_fact(find_timestep) == "timestep" and name_fact(classify_mask) == "mask"
-    _, gm = capture_tiny(tiny_models.flux)
+    _, gm = capture_tiny(small.flux)
     facts = Facts(gm)
     made = {
         "sites": lambda: facts.sites,
@@ -126,8 +126,8 @@ def test_token_ids_give_the_grid_where_all_of_a_site_agree():
     a, b = names["l_a_"], names["l_b_"]
 
     def grid_of(read):
-        facts = Facts(gm, InputHints(read_grid=lambda ids: read.get(ids.index)))
-        assert {ids.index for ids in facts.token_ids[facts.sites[0].node]} >= {a, b}
+        facts = Facts(gm, InputHints(read_grid=lambda ids: read.get(ids.argument)))
+        assert {ids.argument for ids in facts.token_ids[facts.sites[0].node]} >= {a, b}
         return facts.tokens.layouts[facts.sites[0].node].grid
 
     assert grid_of({}) is None

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from dit_opt.facts.masks import MaskKind, classify_mask
 from dit_opt.facts.sites import find_sites
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
+from zoo import small
 
 Q = torch.randn(2, 2, 6, 4)
 VALID = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
@@ -237,7 +237,7 @@ def test_dense_mask_is_other():
 
 
 def test_hunyuan_video_masks():
-    _, gm = capture_tiny(tiny_models.hunyuan_video)
+    _, gm = capture_tiny(small.hunyuan_video)
     sites = find_sites(gm.graph)
     kinds = [classify_mask(s).kind for s in sites]
     # the text refiner writes into its outer product

@@ -207,7 +207,7 @@ REFUSED = {
     "window attention": (window_attention, (X,), OrderReason.SEVERAL_TOKENS, ""),
     "lookup": (lookup, (X, torch.arange(N)), OrderReason.POSITIONS, "getitem"),
     "first row": (first_row, (X,), OrderReason.POSITIONS, "getitem"),
-    "pairs": (pairs, (X, randn(1, 1, N, N)), OrderReason.PAIRWISE, "mask"),
+    "pairs": (pairs, (X, randn(1, 1, N, N)), OrderReason.PAIRWISE, "placeholder"),
     "written outside": (written_outside, (X,), OrderReason.IN_PLACE, "add"),
     "folded": (folded, (randn(2, 4, *GRID),), OrderReason.FOLDED, "reshape"),
     "two videos": (two_videos, (X, X + 1), OrderReason.SEVERAL_TOKENS, ""),

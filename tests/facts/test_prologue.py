@@ -12,13 +12,13 @@ from diffusers.models.normalization import RMSNorm
 
 from dit_opt.facts.prologue import Prologue, find_prologue
 from dit_opt.facts.sites import find_sites
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
+from zoo import small
 
 
 @functools.cache
 def prologues(name):
-    _, gm = capture_tiny(getattr(tiny_models, name))
+    _, gm = capture_tiny(getattr(small, name))
     return [[find_prologue(n) for n in (s.query, s.key)] for s in find_sites(gm.graph)]
 
 

@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_opt.decisions import AttentionReason
 from dit_opt.facts.sites import Form, find_sites
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
+from zoo import small
 
 Q = torch.randn(1, 2, 8, 4)
 FLAT = torch.randn(2, 8, 4)
@@ -265,7 +265,7 @@ def test_dynamic_shapes_add_no_guard():
     assert len(environment.guards) == before
 
 
-@pytest.mark.parametrize("make", tiny_models.ALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", small.ALL, ids=lambda make: make.__name__)
 def test_models(make):
     tiny, gm = capture_tiny(make)
     sites = find_sites(gm.graph)
@@ -283,7 +283,7 @@ def test_models(make):
 def test_model_with_old_processors():
     from diffusers.models.attention_processor import AttnProcessor
 
-    tiny = tiny_models.dit()
+    tiny = small.dit()
     for block in tiny.model.transformer_blocks:
         block.attn1.set_processor(AttnProcessor())
     sites = find_sites(capture_one(tiny.model, **tiny.inputs).graph)
@@ -293,7 +293,7 @@ def test_model_with_old_processors():
 
 
 def test_names_in_a_lone_block():
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     block = tiny.model.blocks[1]
     x, text = torch.randn(1, 60, 48), torch.randn(1, 7, 48)
     rotary = tuple(torch.randn(1, 60, 1, 24) for _ in range(2))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dit_opt.facts.grids import Grid, find_spans
+from dit_opt.facts.grids import TokenGrid, find_spans
 from dit_opt.facts.labels import Labels
 from dit_opt.facts.layouts import SegmentKind
 from dit_opt.facts.rules import label_axes
@@ -60,13 +60,13 @@ def test_nothing_is_told_of_sizes_that_differ_from_call_to_call_nor_of_assumed_g
 
 def test_a_block_knows_the_grid_of_what_it_is_given():
     layout = read_block(((1, ((60, (3, 4, 5)),)),), (2, 60, 8))
-    assert layout.grid == Grid((3, 4, 5), "latents")
+    assert layout.grid == TokenGrid((3, 4, 5), "latents")
     assert [s.kind for s in layout.query] == [SegmentKind.LATENTS]
 
 
 def test_a_packed_sequence_knows_its_text():
     layout = read_block(((1, ((7, None), (60, (3, 4, 5)))),), (2, 67, 8))
-    assert layout.grid == Grid((3, 4, 5), "latents")
+    assert layout.grid == TokenGrid((3, 4, 5), "latents")
     assert [(int(s.start), int(s.stop)) for s in layout.query] == [(0, 7), (7, 67)]
     assert layout.latents == layout.query[1]
 
@@ -75,7 +75,7 @@ def test_one_frame_of_what_is_given_keeps_its_rows_and_columns():
     layout = read_block(
         ((1, ((60, (3, 4, 5)),)),), (2, 60, 8), function=lambda x: attend(x[:, :20])
     )
-    assert layout.grid == Grid((1, 4, 5), "latents")
+    assert layout.grid == TokenGrid((1, 4, 5), "latents")
 
 
 def test_spans_of_another_length_are_left_out():

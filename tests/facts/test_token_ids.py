@@ -3,12 +3,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dit_opt.facts.nodes import origin_of
+from dit_opt.facts.nodes import input_name
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.token_ids import TokenIds, find_token_ids
 from dit_opt.facts.tokens import find_tokens
-from tests import tiny_models
 from tests.graphs import capture_one
+from zoo import small
 
 
 def positions_of(function, *args, **kwargs):
@@ -16,11 +16,11 @@ def positions_of(function, *args, **kwargs):
     gm = capture_one(function, *args, **kwargs)
     sites = find_sites(gm.graph)
     tokens = find_tokens(gm.graph, sites)
-    names = [origin_of(n)[0] for n in gm.graph.find_nodes(op="placeholder")]
+    names = [input_name(n) for n in gm.graph.find_nodes(op="placeholder")]
     found = find_token_ids(gm.graph, tokens, sites)
     places = {place for places in found.values() for place in places}
     assert all(isinstance(place, TokenIds) for place in places)
-    return {names[place.index]: tuple(place[1:]) for place in places}
+    return {names[place.argument]: tuple(place[1:]) for place in places}
 
 
 def attend(x):
@@ -28,7 +28,7 @@ def attend(x):
 
 
 def test_ids_of_packed_latents_are_found():
-    tiny = tiny_models.flux()
+    tiny = small.flux()
     found = positions_of(tiny.model, **tiny.inputs)
     assert found == {"img_ids": (0, 0, 20)}
 
@@ -54,9 +54,9 @@ def test_coordinates_may_come_first():
 
 
 def test_a_proved_grid_and_changing_sizes_ask_for_no_numbers():
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     assert positions_of(tiny.model, **tiny.inputs) == {}
-    tiny = tiny_models.flux()
+    tiny = small.flux()
     assert positions_of(tiny.model, dynamic=True, **tiny.inputs) == {}
 
 
@@ -68,9 +68,9 @@ def test_each_site_has_the_numbers_of_its_own_tokens():
     args = [torch.randn(2, 60, 8), torch.randn(2, 60, 8), torch.randn(60, 3), torch.randn(60)]
     gm = capture_one(model, *args, torch.randn(2, 7, 8))
     sites = find_sites(gm.graph)
-    names = [origin_of(n)[0] for n in gm.graph.find_nodes(op="placeholder")]
+    names = [input_name(n) for n in gm.graph.find_nodes(op="placeholder")]
     found = find_token_ids(gm.graph, find_tokens(gm.graph, sites), sites)
-    assert [{names[p.index] for p in found.get(s.node, ())} for s in sites] == [
+    assert [{names[p.argument] for p in found.get(s.node, ())} for s in sites] == [
         {"video", "ids"},
         set(),
         {"sound", "times"},

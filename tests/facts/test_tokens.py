@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 
-from dit_opt.facts.layouts import Grid, SegmentKind, SiteKind, declare_grid
-from dit_opt.facts.nodes import origin_of
+from dit_opt.facts.layouts import SegmentKind, SiteKind, TokenGrid, declare_grid
+from dit_opt.facts.nodes import input_name
 from dit_opt.facts.sites import Form, find_sites
 from dit_opt.facts.tokens import find_tokens
-from tests import tiny_models
 from tests.graphs import capture
+from zoo import small
 
 LATENTS, TEXT, OTHER = SegmentKind.LATENTS, SegmentKind.TEXT, SegmentKind.OTHER
 
@@ -42,12 +42,12 @@ PROMPT = (TEXT, 0, 7, "encoder_hidden_states")
 # model: [(kind of site, segments of the queries, segments of the keys), ...], each once
 EXPECTED = {
     "wan": [(SiteKind.SELF, [VIDEO], [VIDEO]), (SiteKind.CROSS, [VIDEO], [PROMPT])],
-    "ltx_video": [(SiteKind.SELF, [VIDEO], [VIDEO]), (SiteKind.CROSS, [VIDEO], [PROMPT])],
+    "ltx": [(SiteKind.SELF, [VIDEO], [VIDEO]), (SiteKind.CROSS, [VIDEO], [PROMPT])],
     "hunyuan_video": [
         (SiteKind.SELF, [PROMPT], [PROMPT]),
         (SiteKind.JOINT, [VIDEO, (TEXT, 60, 67, "encoder_hidden_states")], None),
     ],
-    "cogvideox": [(SiteKind.JOINT, [PROMPT, (LATENTS, 7, 67, "hidden_states")], None)],
+    "cogvideox_rope": [(SiteKind.JOINT, [PROMPT, (LATENTS, 7, 67, "hidden_states")], None)],
     "flux": [(SiteKind.JOINT, [PROMPT, (LATENTS, 7, 27, "hidden_states")], None)],
     "sd3": [
         (
@@ -61,7 +61,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("build", tiny_models.ALL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("build", small.ALL, ids=lambda f: f.__name__)
 def test_every_site_of_every_model(build):
     tiny = build()
     found = layouts(tiny.model, **tiny.inputs)
@@ -75,7 +75,7 @@ def test_every_site_of_every_model(build):
         if on_latents and tiny.grid is not None:
             assert layout.grid is not None and layout.grid.sizes == tiny.grid
             assert all(isinstance(n, sympy.Integer) for n in layout.grid.sizes)
-            assert layout.grid.source == ("tables" if tiny.name == "ltx_video" else "latents")
+            assert layout.grid.source == ("tables" if tiny.name == "ltx" else "latents")
             assert layout.reason == ""
         else:
             assert layout.grid is None and layout.reason
@@ -84,19 +84,19 @@ def test_every_site_of_every_model(build):
 
 
 def test_flux_says_why_it_has_no_grid():
-    tiny = tiny_models.flux()
+    tiny = small.flux()
     for layout in layouts(tiny.model, **tiny.inputs):
         assert "'hidden_states'" in layout.reason and "'img_ids' from outside" in layout.reason
         assert 'options={"grid": (T, H, W)}' in layout.reason
 
 
 DYNAMIC = (
-    tiny_models.wan,
-    tiny_models.cogvideox,
-    tiny_models.ltx_video,
-    tiny_models.sd3,
-    tiny_models.hunyuan_video,
-    tiny_models.dit,
+    small.wan,
+    small.cogvideox,
+    small.ltx_video,
+    small.sd3,
+    small.hunyuan_video,
+    small.dit,
 )
 
 
@@ -130,7 +130,7 @@ def _values_of_symbols(gm, inputs):
     values = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         example = node.meta["example_value"]
-        name, _ = origin_of(node)
+        name = input_name(node)
         if isinstance(example, torch.SymInt) and name in named:
             values.setdefault(example.node.expr, named[name])
             values["environment"] = example.node.shape_env
@@ -142,7 +142,7 @@ def _values_of_symbols(gm, inputs):
     return values
 
 
-@pytest.mark.parametrize("build", [tiny_models.wan, tiny_models.ltx_video, tiny_models.cogvideox])
+@pytest.mark.parametrize("build", [small.wan, small.ltx_video, small.cogvideox])
 def test_one_frame_is_a_grid_of_one_frame(build):
     tiny = build(grid=(1, 4, 5), layers=1)
     assert layouts(tiny.model, **tiny.inputs)[0].grid.sizes == (1, 4, 5)
@@ -150,21 +150,21 @@ def test_one_frame_is_a_grid_of_one_frame(build):
 
 def test_a_grid_of_width_one_is_never_guessed():
     """(3, 4, 1) looks like one frame of 3 x 4 once its last axis is gone."""
-    for build in (tiny_models.wan, tiny_models.ltx_video, tiny_models.cogvideox):
+    for build in (small.wan, small.ltx_video, small.cogvideox):
         tiny = build(grid=(3, 4, 1), layers=1)
         layout = layouts(tiny.model, **tiny.inputs)[0]
         assert layout.grid is None and layout.reason
 
 
 def test_decomposed_attention_has_the_same_layout():
-    tiny = tiny_models.dit(batch=2)
+    tiny = small.dit(batch=2)
     for module in tiny.model.modules():
         if hasattr(module, "set_processor"):
             module.set_processor(AttnProcessor())
     (gm,) = capture(tiny.model, **tiny.inputs)
     assert [s.form for s in find_sites(gm.graph)] == [Form.DECOMPOSED] * tiny.n_sites
     for layout in layouts_of(gm):
-        assert layout.kind is SiteKind.SELF and layout.grid == Grid((1, 6, 6), "latents")
+        assert layout.kind is SiteKind.SELF and layout.grid == TokenGrid((1, 6, 6), "latents")
 
 
 def capture_block(tiny, path):
@@ -182,16 +182,16 @@ def capture_block(tiny, path):
 
 
 def test_a_block_alone_has_no_grid_until_the_user_says_so():
-    own, cross = capture_block(tiny_models.wan(), "blocks.0")
+    own, cross = capture_block(small.wan(), "blocks.0")
     assert own.kind is SiteKind.SELF and describe(own.query)[0][:3] == VIDEO[:3]
     assert cross.kind is SiteKind.CROSS and describe(cross.key)[0][:3] == PROMPT[:3]
     assert own.grid is None and "packed" in own.reason and 'options={"grid"' in own.reason
     declared = declare_grid(own, (3, 4, 5))
-    assert declared.grid == Grid((3, 4, 5), "option") and declared.reason == ""
+    assert declared.grid == TokenGrid((3, 4, 5), "option") and declared.reason == ""
 
 
 def test_a_joint_block_alone_does_not_tell_text_from_latents():
-    (layout,) = capture_block(tiny_models.cogvideox(), "transformer_blocks.0")
+    (layout,) = capture_block(small.cogvideox(), "transformer_blocks.0")
     assert layout.kind is SiteKind.JOINT and layout.grid is None
     assert [s.kind for s in layout.query] == [OTHER, OTHER]
     assert "Several segments reach the output" in layout.reason
@@ -201,15 +201,15 @@ def test_a_joint_block_alone_does_not_tell_text_from_latents():
 
 
 def test_pictures_of_one_size_are_frames_of_one_grid():
-    tiny = tiny_models.qwen_image(batch=2)
+    tiny = small.qwen_image(batch=2)
     (layout,) = layouts(tiny.model, **tiny.inputs)
     assert layout.kind is SiteKind.JOINT and layout.key == layout.query
     assert describe(layout.query) == [PROMPT, (LATENTS, 7, 47, "hidden_states")]
-    assert layout.grid == Grid((2, 4, 5), "tables")
+    assert layout.grid == TokenGrid((2, 4, 5), "tables")
 
 
 def test_pictures_of_several_sizes_are_latents_without_a_grid():
-    tiny = tiny_models.qwen_image(pictures=((1, 4, 5), (1, 3, 7)))
+    tiny = small.qwen_image(pictures=((1, 4, 5), (1, 3, 7)))
     (layout,) = layouts(tiny.model, **tiny.inputs)
     assert describe(layout.query) == [PROMPT, (LATENTS, 7, 48, "hidden_states")]
     assert layout.grid is None and "(1, 4, 5), (1, 3, 7)" in layout.reason
@@ -217,17 +217,17 @@ def test_pictures_of_several_sizes_are_latents_without_a_grid():
 
 @pytest.mark.parametrize("frames", [1, 3])
 def test_a_first_frame_apart_is_a_frame_of_the_clip(frames):
-    tiny = tiny_models.hunyuan_video(grid=(frames, 4, 5), image_condition="token_replace")
+    tiny = small.hunyuan_video(grid=(frames, 4, 5), image_condition="token_replace")
     found = [x for x in layouts(tiny.model, **tiny.inputs) if x.kind is SiteKind.JOINT]
     assert len(found) == 2
     for layout in found:
         assert [s.kind for s in layout.query] == [LATENTS, TEXT]
-        assert layout.grid == Grid((frames, 4, 5), "latents")
+        assert layout.grid == TokenGrid((frames, 4, 5), "latents")
 
 
 @pytest.mark.parametrize(("batch", "texts"), [(1, (7,)), (2, (7, 40))])
 def test_samples_in_lists_are_padded_behind_their_tokens(batch, texts):
-    tiny = tiny_models.z_image(batch=batch, texts=texts)
+    tiny = small.z_image(batch=batch, texts=texts)
     # makes its rotary tables, which Dynamo does not follow
     tiny()
     image, text, joint = layouts(tiny.model, **tiny.inputs)
@@ -235,7 +235,7 @@ def test_samples_in_lists_are_padded_behind_their_tokens(batch, texts):
         latents, padding, *_ = layout.query
         assert (latents.kind, int(latents.start), int(latents.stop)) == (LATENTS, 0, 20)
         assert (padding.kind, int(padding.stop)) == (OTHER, 32)
-        assert layout.grid == Grid((1, 4, 5), "latents") and layout.key == layout.query
+        assert layout.grid == TokenGrid((1, 4, 5), "latents") and layout.key == layout.query
     assert text.latents is None
     kept = [s.kind for s in joint.query[2:]]
     assert LATENTS not in kept and (TEXT in kept) == (batch == 1)
@@ -249,7 +249,7 @@ def test_only_segments_with_a_grid_are_latents_where_text_reaches_the_output_too
 
     (layout,) = layouts(block, torch.randn(2, 8, 3, 4, 5), torch.randn(2, 7, 8))
     assert describe(layout.query) == [(LATENTS, 0, 60, "video"), (OTHER, 60, 67, "text")]
-    assert layout.grid == Grid((3, 4, 5), "latents")
+    assert layout.grid == TokenGrid((3, 4, 5), "latents")
 
 
 def test_the_same_tokens_twice_are_not_two_clips():
@@ -283,13 +283,13 @@ def test_keys_without_the_pictures_of_the_queries_hold_no_latents():
 
 
 def test_a_block_alone_without_text_may_hold_text_among_its_tokens():
-    (layout,) = capture_block(tiny_models.dit(), "transformer_blocks.0")
+    (layout,) = capture_block(small.dit(), "transformer_blocks.0")
     assert layout.kind is SiteKind.SELF and [s.kind for s in layout.query] == [OTHER]
     assert "whether text is among them" in layout.reason
 
 
 def test_a_declared_grid_that_fits_no_segment_is_refused():
-    (layout, *_) = capture_block(tiny_models.wan(), "blocks.0")
+    (layout, *_) = capture_block(small.wan(), "blocks.0")
     refused = declare_grid(layout, (3, 4, 6))
     assert refused.grid is None and refused.query == layout.query
     assert "(3, 4, 6) of 72 tokens" in refused.reason and "60 tokens" in refused.reason
@@ -306,12 +306,12 @@ def test_text_takes_a_grid_only_where_nothing_else_has_its_length():
     declared = declare_grid(words, (3, 4, 5), among_text=True)
     assert declared.latents.source == "text" and declared.grid.sizes == (3, 4, 5)
     # a lone block: its segments are no text of which anything is known
-    (joint,) = capture_block(tiny_models.cogvideox(), "transformer_blocks.0")
+    (joint,) = capture_block(small.cogvideox(), "transformer_blocks.0")
     assert declare_grid(joint, (3, 4, 5), among_text=True) == declare_grid(joint, (3, 4, 5))
 
 
 def test_a_proved_grid_is_not_overruled():
-    tiny = tiny_models.wan(layers=1)
+    tiny = small.wan(layers=1)
     layout = layouts(tiny.model, **tiny.inputs)[0]
     assert declare_grid(layout, (5, 4, 3)) is layout
 
@@ -325,7 +325,7 @@ def test_position_tables_of_packed_tokens_prove_the_grid():
         return attend(x + grid_table(3, 4, 5).flatten(1).sum(0)[None, :, None])
 
     (layout,) = layouts(model, torch.randn(2, 60, 8))
-    assert layout.grid == Grid((3, 4, 5), "tables")
+    assert layout.grid == TokenGrid((3, 4, 5), "tables")
 
 
 def test_tables_of_two_factors_prove_the_cut_and_no_frames():
@@ -334,8 +334,8 @@ def test_tables_of_two_factors_prove_the_cut_and_no_frames():
         return attend(x + (frames + places).flatten()[None, :, None])
 
     (layout,) = layouts(model, torch.randn(2, 60, 8))
-    assert layout.grid == Grid((1, 3, 20), "tables", assumed=True)
-    assert layout.grid != Grid((1, 3, 20), "tables")
+    assert layout.grid == TokenGrid((1, 3, 20), "tables", assumed=True)
+    assert layout.grid != TokenGrid((1, 3, 20), "tables")
 
 
 def test_tables_that_contradict_each_other_prove_nothing():

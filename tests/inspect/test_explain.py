@@ -11,8 +11,8 @@ import dit_opt
 from dit_opt.inspect.explain import NothingTraced
 from dit_opt.options import OptionError
 from dit_opt.runtime import compiler
-from tests import tiny_models
 from tests.trajectories import compiled
+from zoo import small
 
 MODELS = ("wan", "hunyuan_video", "cogvideox", "ltx_video", "flux", "sd3", "dit")
 
@@ -26,7 +26,7 @@ def fresh_dynamo():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_site_is_listed_once_with_its_grid(name):
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     explanation = dit_opt.explain(tiny.model, options={"min_tokens": 0}, **tiny.inputs)
     decisions = explanation.decisions
     assert len(decisions) == tiny.n_sites
@@ -39,7 +39,7 @@ def test_every_site_is_listed_once_with_its_grid(name):
 
 
 def test_numbers_of_tokens_that_tell_no_grid_are_named():
-    tiny = tiny_models.flux()
+    tiny = small.flux()
     tiny.inputs["img_ids"] = torch.rand(20, 3)
     explanation = dit_opt.explain(tiny.model, options={"min_tokens": 0}, **tiny.inputs)
     assert all(d.replaced and "img_ids" in d.detail for d in explanation.decisions)
@@ -50,7 +50,7 @@ def test_numbers_of_tokens_that_tell_no_grid_are_named():
 
 
 def test_an_explanation_is_json_and_a_table():
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     explanation = dit_opt.explain(tiny.model, options={"min_tokens": 0}, **tiny.inputs)
     (graph,) = json.loads(explanation.to_json())["graphs"]
     assert [d["reason"] for d in graph["decisions"]] == ["REPLACED", "CROSS_ATTENTION"] * 2
@@ -61,7 +61,7 @@ def test_an_explanation_is_json_and_a_table():
 @pytest.mark.parametrize("router", ["headwise", "subblock"])
 def test_explain_and_the_backend_agree(name, router, eager):
     """They run the same passes."""
-    tiny = getattr(tiny_models, name)()
+    tiny = getattr(small, name)()
     options = {"router": router, "min_tokens": 0}
     explained = dit_opt.explain(tiny.model, options=options, **tiny.inputs)
     tiny(compiled(tiny.model, **options))
@@ -77,12 +77,12 @@ def test_nothing_is_compiled(monkeypatch):
         raise AssertionError("compiled")
 
     monkeypatch.setattr(compiler, "compile_with_inductor", refuse)
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     assert dit_opt.explain(tiny.model, **tiny.inputs).decisions
 
 
 def test_wrong_options_are_errors_of_their_own():
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     with pytest.raises(OptionError, match="72 tokens"):
         dit_opt.explain(tiny.model, options={"grid": (3, 4, 6)}, **tiny.inputs)
     with pytest.raises(OptionError, match="quality"):

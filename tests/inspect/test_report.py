@@ -10,8 +10,8 @@ import torch
 
 import dit_opt
 from dit_opt.routers import ROUTERS, find_router
-from tests.tiny_models import wan
 from tests.trajectories import big_wan, compiled, run_trajectory
+from zoo.small import wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from dit_opt.kernels import aot
-from dit_opt.kernels.block_sparse_attention.builds import make_build
+from dit_opt.kernels.block_sparse_attention.impl.triton.builds import Case, build_case
 from dit_opt.kernels.machine_code import KernelReport, find_misfits, lint
 
 CLEAN = KernelReport(
@@ -21,7 +21,7 @@ CLEAN = KernelReport(
 
 @pytest.fixture(scope="module")
 def build():
-    return make_build("sm_90", 64, torch.bfloat16)
+    return build_case("sm_90", Case(64))
 
 
 def test_lint_reads_hopper_code(build):
@@ -34,14 +34,14 @@ def test_lint_reads_hopper_code(build):
 
 
 def test_lint_counts_products_and_copies_of_others():
-    report, faults = aot.check_build(make_build("sm_80", 64, torch.float16))
+    report, faults = aot.check_build(build_case("sm_80", Case(64, torch.float16)))
     assert faults == [] and report.mma_sync > 0 and report.wgmma == report.tma_loads == 0
-    report, faults = aot.check_build(make_build("sm_100", 64, torch.float16))
+    report, faults = aot.check_build(build_case("sm_100", Case(64, torch.float16)))
     assert faults == [] and report.wgmma > 0 and report.tma_loads > 0 and report.mma_sync == 0
 
 
 def test_lint_reads_amd_code():
-    report, faults = aot.check_build(make_build("gfx942", 64, torch.float16))
+    report, faults = aot.check_build(build_case("gfx942", Case(64, torch.float16)))
     assert report.target == "gfx942" and faults == []
     assert report.mma_sync > 0 and report.registers > 64
 

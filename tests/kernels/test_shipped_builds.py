@@ -6,15 +6,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dit_opt.kernels import token_order_builds
 from dit_opt.kernels.aot import TARGETS, check_build
-from dit_opt.kernels.block_sparse_attention import builds as attention_builds
-from dit_opt.kernels.norm_rope import builds as norm_rope_builds
-from dit_opt.kernels.routers import builds as router_builds
+from dit_opt.kernels.block_sparse_attention.impl.triton import builds as attention_builds
+from dit_opt.kernels.norm_rope.impl.triton import builds as norm_rope_builds
+from dit_opt.kernels.searches import builds as search_builds
+from dit_opt.kernels.token_order.impl.triton import builds as token_order_builds
 
 LISTS = {
     "attention": attention_builds.list_builds,
-    "routers": router_builds.list_builds,
+    "searches": search_builds.list_builds,
     "norm rope": norm_rope_builds.list_builds,
     "token order": token_order_builds.list_builds,
 }
@@ -49,9 +49,9 @@ def test_every_branch_of_attention_is_compiled():
     assert {c["BLOCK_K"] // c["TILE_K"] > 1 for c in builds} == {False, True}
 
 
-def test_every_branch_of_the_routers_is_compiled():
-    builds = [b.constexprs for b in router_builds.list_builds("sm_90")]
-    for name in ("HAS_BIAS", "HAS_LSE", "RAGGED", "PACKED", "IS_FIRST", "IS_LAST", "REPEATS"):
+def test_every_branch_of_the_searches_is_compiled():
+    builds = [b.constexprs for b in search_builds.list_builds("sm_90")]
+    for name in ("HAS_BIAS", "RAGGED", "PACKED", "IS_FIRST", "IS_LAST", "REPEATS"):
         assert {c[name] for c in builds if name in c} == {False, True}, name
 
 

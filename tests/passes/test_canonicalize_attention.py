@@ -11,8 +11,8 @@ from dit_opt.passes.base import Match
 from dit_opt.passes.canonicalize_attention import CanonicalizeAttention
 from dit_opt.program.program import Program
 from dit_opt.program.spec import check_graph, list_unvalued
-from tests import tiny_models
 from tests.graphs import capture_one
+from zoo import small
 
 Q = torch.randn(2, 3, 8, 4, generator=torch.Generator().manual_seed(0))
 MASK = torch.zeros(2, 1, 1, 8).index_fill(-1, torch.tensor([5, 7]), float("-inf"))
@@ -195,7 +195,7 @@ def decomposed_dit():
     """A model that writes attention out."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    tiny = tiny_models.dit()
+    tiny = small.dit()
     for block in tiny.model.transformer_blocks:
         block.attn1.set_processor(AttnProcessor())
     return tiny

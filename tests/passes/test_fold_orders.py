@@ -14,9 +14,9 @@ from dit_opt.passes.fold_orders import FoldOrders
 from dit_opt.passes.fuse_qk import FuseQK
 from dit_opt.program.modes import Mode
 from dit_opt.program.program import Program
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
 from tests.programs import count_calls, run_passes
+from zoo import small
 
 OPS = torch.ops.ditopt
 GATHER, NORM_ROPE = OPS.gather_tokens_v1.default, OPS.norm_rope_v1.default
@@ -100,13 +100,13 @@ def test_a_key_of_fewer_heads_keeps_its_gather(every_site):
     [(Mode.SEARCH, 6), (Mode.REUSE, 2)],
 )
 def test_a_plan_that_lives_on_saves_the_gathers_of_queries_and_keys(mode, gathers):
-    _, gm = capture_tiny(tiny_models.wan)
+    _, gm = capture_tiny(small.wan)
     _, lowering = run_passes(gm, router="rainfusion", fuse=True)
     assert count_calls(lowering.make_variant(mode).graph.gm, GATHER) == gathers
 
 
 def test_what_no_kernel_writes_is_no_place_to_look_at():
-    _, gm = capture_tiny(tiny_models.wan)
+    _, gm = capture_tiny(small.wan)
     options = Options(min_tokens=0)
     assert FoldOrders().find(Program(gm).facts, options) == []
     assert not FoldOrders().wanted(options)

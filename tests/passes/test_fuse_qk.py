@@ -18,9 +18,9 @@ from dit_opt.passes.fuse_qk import FuseQK
 from dit_opt.program.edit import copy_graph
 from dit_opt.program.program import Program
 from dit_opt.program.spec import check_graph, list_unvalued
-from tests import tiny_models
 from tests.graphs import capture_one, capture_tiny
 from tests.programs import count_calls
+from zoo import small
 
 NORM_ROPE = torch.ops.ditopt.norm_rope_v1.default
 
@@ -82,7 +82,7 @@ CALLS = {"wan": (8, 4), "hunyuan_video": (6, 6), "flux": (2, 2), "sd3": (10, 0)}
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_models_give_the_same_output(name, dynamic):
-    tiny, backend = getattr(tiny_models, name)(), Comparing()
+    tiny, backend = getattr(small, name)(), Comparing()
     expected = tiny()
     found = tiny(torch.compile(tiny.model, backend=backend, dynamic=dynamic))
     assert count_calls(backend.fused[0], NORM_ROPE) == CALLS[name][bool(dynamic)]
@@ -92,7 +92,7 @@ def test_models_give_the_same_output(name, dynamic):
 
 @pytest.mark.usefixtures("fresh_dynamo", "every_site")
 def test_a_wrong_table_would_show():
-    tiny, backend = tiny_models.wan(), Comparing()
+    tiny, backend = small.wan(), Comparing()
     model = torch.compile(tiny.model, backend=backend)
     tiny(model)
     for node in backend.fused[0].graph.find_nodes(op="call_function", target=NORM_ROPE):
@@ -105,7 +105,7 @@ def test_a_wrong_table_would_show():
 
 
 def test_nothing_of_the_old_nodes_is_left(monkeypatch, every_site):
-    _, gm = capture_tiny(tiny_models.flux)
+    _, gm = capture_tiny(small.flux)
     every = fuse_qk.find_sparse_sites
     monkeypatch.setattr(fuse_qk, "find_sparse_sites", lambda *about: every(*about)[1:2])
     fused, _, _ = fuse(gm)
@@ -132,7 +132,7 @@ def test_what_others_read_stays(every_site):
 
 
 def test_reports_say_what_stops_the_others(every_site):
-    _, gm = capture_tiny(tiny_models.hunyuan_video)
+    _, gm = capture_tiny(small.hunyuan_video)
     _, _, text = fuse(gm)
     assert text.startswith("4 of 6 queries and keys")
     assert "neither normalised by its RMS nor rotated" in text and "refiner_blocks.0.attn" in text
@@ -166,7 +166,7 @@ def test_sites_without_heads_of_their_own_are_left_alone(every_site):
 
 
 def test_cross_attention_and_dense_sites_keep_what_inductor_makes(as_on_a_gpu):
-    _, gm = capture_tiny(tiny_models.wan)
+    _, gm = capture_tiny(small.wan)
     for options, count in (({}, 4), ({"router": "dense"}, 0)):
         facts = Program(gm).facts
         found = FuseQK().find(facts, Options(fuse=True, min_tokens=0, **options))
@@ -175,7 +175,7 @@ def test_cross_attention_and_dense_sites_keep_what_inductor_makes(as_on_a_gpu):
 
 
 def test_processors_refuse_it():
-    tiny = tiny_models.wan()
+    tiny = small.wan()
     with pytest.raises(OptionError, match="where Inductor does it"):
         dit_opt.explain(tiny.model, options={"fuse": True, "min_tokens": 0}, **tiny.inputs)
 
@@ -185,7 +185,7 @@ def test_processors_refuse_it():
 def test_sparse_steps_are_the_same_with_it(router):
     outputs = []
     for is_fused in (False, True):
-        tiny = tiny_models.wan(grid=(3, 16, 16))
+        tiny = small.wan(grid=(3, 16, 16))
         options = {"router": router, "min_tokens": 0, "dense_steps": 0, "fuse": is_fused}
         model = torch.compile(tiny.model, backend=ditopt, options=options)
         outputs.append([tiny(model) for _ in range(2)])

@@ -13,7 +13,7 @@ from dit_opt.program.modes import Mode
 from dit_opt.routers.headwise import Headwise
 from tests.graphs import capture_one, capture_tiny
 from tests.programs import count_calls, list_slots, run_passes
-from tests.tiny_models import hunyuan_video, wan
+from zoo.small import hunyuan_video, wan
 
 OPS = torch.ops.ditopt
 # of each site
@@ -102,7 +102,7 @@ def test_orders_of_heads_become_plan_gather_attention_scatter(unswitched):
     new = variant.graph.gm
     assert changed == 2 and sdpa(new) == 2
     for op, times in (
-        (OPS.headwise_plan_v1.default, 2),
+        (OPS.headwise_plan_v2.default, 2),
         (OPS.headwise_rows_v1.default, 2),
         (OPS.gather_tokens_v1.default, 6),
         (OPS.scatter_tokens_v1.default, 2),
@@ -112,7 +112,7 @@ def test_orders_of_heads_become_plan_gather_attention_scatter(unswitched):
     assert list_slots(variant) == ([], ["headwise.words", "headwise.order", *STATISTICS] * 2)
     variant, _ = rewrite(gm, Mode.REUSE, router="headwise")
     for op, times in (
-        (OPS.headwise_plan_v1.default, 0),
+        (OPS.headwise_plan_v2.default, 0),
         (OPS.headwise_rows_v1.default, 2),
         (OPS.unpack_plan_v1.default, 2),
     ):
@@ -126,8 +126,8 @@ def test_one_variant_searches_or_reuses_as_an_input_says():
     variant, _ = rewrite(gm, router="headwise")
     assert variant.plan.served_by == {Mode.REUSE: Mode.SEARCH}
     new = variant.graph.gm
-    assert count_calls(new, OPS.headwise_refresh_v1.default) == 2
-    for op in (OPS.headwise_plan_v1, OPS.pack_plan_v1, OPS.unpack_plan_v1):
+    assert count_calls(new, OPS.headwise_search_or_reuse_v1.default) == 2
+    for op in (OPS.headwise_plan_v2, OPS.pack_plan_v1, OPS.unpack_plan_v1):
         assert count_calls(new, op.default) == 0
     (flag,) = (given for given in variant.graph.inputs if not hasattr(given, "ref"))
     assert flag.mode is Mode.SEARCH
@@ -225,7 +225,7 @@ def test_plans_of_layers_that_cannot_be_told_apart_live_for_one_call():
 def test_keeping_everything_moves_no_tokens():
     _, gm = capture_tiny(wan)
     variant, _ = rewrite(gm, density=1)
-    assert count_calls(variant.graph.gm, OPS.dense_plan_v1.default) == 2
+    assert count_calls(variant.graph.gm, OPS.keep_all_v1.default) == 2
     assert count_calls(variant.graph.gm, OPS.gather_tokens_v1.default) == 0
     assert count_state(variant, gm) == (0, 0)
 
@@ -249,12 +249,15 @@ def test_a_key_padding_mask_becomes_a_bias_in_each_heads_order():
 
 
 @pytest.mark.parametrize("make", [wan, hunyuan_video])
-def test_the_rewritten_graph_computes_dense_attention_when_no_pattern_serves(make, unswitched):
-    """Recall 1 is never reached by a sample, so each head picks `dense`; orders must cancel."""
-    tiny = make(batch=2)
+@pytest.mark.parametrize("router", ["headwise", "rainfusion", "subblock"])
+def test_the_rewritten_graph_that_keeps_everything_computes_dense_attention(
+    make, router, unswitched
+):
+    """Of six blocks of queries and twelve or more of keys; the orders of tokens must cancel."""
+    tiny = make(batch=2, grid=(3, 14, 18))
 
     def backend(gm, inputs):
-        variant, changed = rewrite(gm, quality=0.999999)
+        variant, changed = rewrite(gm, router=router, quality=0.999999)
         assert changed == 2 and variant.graph.inputs == []
         return lambda *args: variant.graph.gm(*args)[: variant.graph.outputs]
 

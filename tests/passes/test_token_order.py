@@ -17,7 +17,6 @@ from dit_opt.passes.token_order import TokenOrder, order_tokens
 from dit_opt.program.edit import append_placeholder, copy_graph
 from dit_opt.program.modes import Mode
 from dit_opt.program.program import Program
-from tests import tiny_models
 from tests.graphs import capture_tiny
 from tests.orders import (
     CHANNELS,
@@ -34,6 +33,7 @@ from tests.orders import (
     unpatchify,
 )
 from tests.programs import count_calls, run_passes
+from zoo import small
 
 
 @dataclass
@@ -97,7 +97,7 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("build", tiny_models.ALL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("build", small.ALL, ids=lambda f: f.__name__)
 def test_models_run_in_any_order_of_their_tokens(build):
     tiny = build()
     grid = tiny.grid or (1, 4, 5)
@@ -115,9 +115,7 @@ def test_models_run_in_any_order_of_their_tokens(build):
     assert backend.untabled[0] > 1e-3
 
 
-@pytest.mark.parametrize(
-    "build", [tiny_models.wan, tiny_models.cogvideox, tiny_models.hunyuan_video]
-)
+@pytest.mark.parametrize("build", [small.wan, small.cogvideox, small.hunyuan_video])
 def test_sizes_may_be_symbols(build):
     backend = Comparing(60)
     tiny = build(layers=1)
@@ -129,7 +127,7 @@ def test_sizes_may_be_symbols(build):
     torch.compiler.reset()
     # some models make Dynamo fix a size of the grid, and so a second graph
     assert not any(region.length.is_Integer for region in backend.regions)
-    assert len(backend.regions) == 1 or build is not tiny_models.wan
+    assert len(backend.regions) == 1 or build is not small.wan
     assert len(backend.errors) == 2 and max(backend.errors) < 1e-5
     assert min(backend.untabled) > 1e-3
 
@@ -300,7 +298,7 @@ def run_pass(make, **options):
     return record.passes[0], lowering
 
 
-@pytest.mark.parametrize("make", [tiny_models.wan, tiny_models.hunyuan_video])
+@pytest.mark.parametrize("make", [small.wan, small.hunyuan_video])
 def test_tokens_of_every_site_are_ordered_once(make):
     record, lowering = run_pass(make, router="subblock")
     (decision,) = record.decisions
@@ -318,7 +316,7 @@ def test_tokens_of_every_site_are_ordered_once(make):
 
 
 def test_a_refusal_names_the_node_and_sites_gather_their_tokens():
-    record, lowering = run_pass(tiny_models.flux, router="subblock")
+    record, lowering = run_pass(small.flux, router="subblock")
     (decision,) = record.decisions
     assert decision.reason is RewriteReason.NOT_PROVED and decision.detail
     assert record.changed == 0 and decision.detail in record.summary
@@ -335,5 +333,5 @@ def test_an_order_that_nobody_uses_is_not_asked_for(options):
 
 
 def test_without_a_site_that_is_replaced_there_is_nothing_to_order():
-    _, gm = capture_tiny(tiny_models.wan)
+    _, gm = capture_tiny(small.wan)
     assert TokenOrder().find(Program(gm).facts, Options(min_tokens=10_000)) == []

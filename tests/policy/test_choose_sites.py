@@ -19,7 +19,7 @@ from dit_opt.program.edit import copy_graph
 from dit_opt.routers import ROUTERS
 from dit_opt.routers.base import Goal
 from tests.graphs import capture_one, capture_tiny
-from tests.tiny_models import cogvideox, flux, hunyuan_video, sd3, wan
+from zoo.small import cogvideox, flux, hunyuan_video, sd3, wan
 
 
 def choose(gm, sites=None, tokens=None, hints=None, **options):

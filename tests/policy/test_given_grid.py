@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_opt.facts.layouts import Grid, SegmentKind
+from dit_opt.facts.layouts import SegmentKind, TokenGrid
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import find_tokens
 from dit_opt.options import OptionError
@@ -81,10 +81,10 @@ def test_frames_are_assumed_to_be_one_until_the_grid_is_given():
     gm = capture_one(two_factors, tokens(60))
     (site,) = find_sites(gm.graph)
     (found,) = find_tokens(gm.graph, [site]).layouts.values()
-    assert found.grid == Grid((1, 3, 20), "tables", assumed=True)
+    assert found.grid == TokenGrid((1, 3, 20), "tables", assumed=True)
     for given in (GRID, (3, 1, 20), (1, 3, 20), (3, 20, 1)):
         (layout,) = apply(given, two_factors, tokens(60))
-        assert layout.grid == Grid(given, "option") and layout.reason == ""
+        assert layout.grid == TokenGrid(given, "option") and layout.reason == ""
 
 
 @pytest.mark.parametrize("given", [(5, 4, 3), (1, 4, 15), (2, 6, 5)])
@@ -99,7 +99,7 @@ def test_a_proved_grid_is_not_overridden():
         return attend(x + table.flatten(1).sum(0)[None, :, None])
 
     (layout,) = apply(GRID, model, tokens(60))
-    assert layout.grid == Grid(GRID, "tables")
+    assert layout.grid == TokenGrid(GRID, "tables")
     with pytest.raises(OptionError, match="contradicts"):
         apply((1, 12, 5), model, tokens(60))
 

@@ -13,8 +13,8 @@ from dit_opt.program.edit import (
     copy_with_nodes,
     erase_unused,
 )
-from tests import tiny_models
 from tests.graphs import capture_one
+from zoo import small
 
 
 def compile_through(function, edit):
@@ -42,7 +42,7 @@ def compile_through(function, edit):
 
 
 def test_copies_keep_what_dynamo_and_aot_read():
-    tiny = tiny_models.wan(layers=1)
+    tiny = small.wan(layers=1)
     graphs = []
 
     def backend(gm, inputs):

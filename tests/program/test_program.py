@@ -12,7 +12,7 @@ from dit_opt.program.signature import find_user_inputs, read_signature
 from dit_opt.program.slots import Slot, SlotRef
 from dit_opt.program.spec import check_graph, list_unvalued
 from tests.graphs import capture_one, capture_tiny
-from tests.tiny_models import cogvideox, wan
+from zoo.small import cogvideox, wan
 
 WORDS = SlotRef(Slot("toy.words"))
 

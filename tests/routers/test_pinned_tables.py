@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from dit_opt.kernels import token_order
-from dit_opt.kernels.routers import frame_tile, head_orders, plan, sample, tables
+from dit_opt.kernels.plan import plan
+from dit_opt.kernels.searches import frame_tile
+from dit_opt.kernels.searches.headwise import head_orders
+from dit_opt.kernels.searches.rainfusion import sample, tables
 from dit_opt.runtime.registry import live_bounds
-from tests.tiny_models import cogvideox, flux, hunyuan_video, wan
 from tests.trajectories import compiled, run_trajectory
+from zoo.small import cogvideox, flux, hunyuan_video, wan
 
 pytestmark = pytest.mark.usefixtures("eager")
 

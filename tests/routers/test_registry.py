@@ -6,8 +6,8 @@ import pytest
 import sympy
 import torch
 
-from dit_opt.kernels.routers.head_orders import ORDER_NAMES
-from dit_opt.kernels.routers.orders import VideoLayout
+from dit_opt.kernels.plan.orders import VideoLayout
+from dit_opt.kernels.searches.headwise.head_orders import ORDER_NAMES
 from dit_opt.options import OptionError, Options, list_routers
 from dit_opt.policy import cost
 from dit_opt.program.slots import Lives

@@ -90,14 +90,29 @@ def test_scheduler_timesteps_match_models_that_divide_by_a_thousand():
     assert seen[0].total == 2
 
 
-@pytest.mark.parametrize("dense_steps, dense", [(0, 0), (2, 2), (0.3, 3), (1.0, 10)])
+@pytest.mark.parametrize("dense_steps, dense", [(0, 0), (2, 2), (0.0, 0), (0.3, 3), (1.0, 10)])
 def test_dense_start_with_a_known_length(dense_steps, dense):
     timesteps = [1000.0 - 100 * i for i in range(10)]
     seen = indices(timesteps, timesteps=timesteps)
     assert [is_dense(p, dense_steps) for p in seen] == [i < dense for i in range(10)]
 
 
-def test_a_share_of_an_unknown_length_is_a_share_of_the_noise_range():
+@pytest.mark.parametrize(("steps", "dense"), [(1, 1), (2, 1), (4, 1), (8, 2)])
+def test_a_share_is_one_step_of_a_short_run_at_least(steps, dense):
+    timesteps = [1000.0 - 1000 / steps * i for i in range(steps)]
+    seen = indices(timesteps, timesteps=timesteps)
+    assert [is_dense(p, 0.2) for p in seen] == [i < dense for i in range(steps)]
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_a_share_is_one_of_the_noise_range_whether_the_steps_are_listed_or_not(is_listed):
+    timesteps = shift_steps(28, 3.0)
+    seen = indices(timesteps, timesteps=timesteps if is_listed else None)
+    dense = [is_dense(p, 0.2) for p in seen]
+    assert dense == [t > 800 for t in timesteps] and sum(dense) == 12
+
+
+def test_a_share_of_the_noise_range_holds_at_least_one_step():
     shift = 5.0
     sigmas = [1 - i / 10 for i in range(10)]
     shifted = [1000 * shift * s / (1 + (shift - 1) * s) for s in sigmas]
@@ -213,7 +228,6 @@ def test_rounded_timesteps_are_found_in_the_schedulers_list(divided):
     seen = [clock.tick(t, timesteps, eps) for t in given]
     assert [p.step for p in seen] == list(range(28))
     assert {p.total for p in seen} == {28}
-    assert [is_dense(p, 0.2) for p in seen] == [i < 6 for i in range(28)]
 
 
 def test_the_nearest_of_the_schedulers_timesteps_counts():

@@ -12,8 +12,8 @@ import dit_opt
 from dit_opt.runtime.clock import StepIndex
 from dit_opt.runtime.handover import CallTime, read_call_time, read_spans, tag_outputs
 from dit_opt.runtime.registry import live_bounds
-from tests.tiny_models import break_apart, wan
 from tests.trajectories import big_wan, compiled, grids_of, layouts_of, run_trajectory
+from zoo.small import break_apart, wan
 
 SPANS = ((1, ((60, (3, 4, 5)), (7, None))),)
 OPTIONS = {
@@ -124,7 +124,7 @@ def attend(x):
 @pytest.mark.usefixtures("eager")
 def test_a_graph_that_hands_the_latents_on_is_not_blamed_for_its_text(caplog):
     video, text = torch.randn(1, 16, 3, 4, 5), torch.randn(1, 7, 16)
-    options = {"density": 0.5, "min_tokens": 0, "on_no_match": "error"}
+    options = {"density": 0.5, "min_tokens": 0, "dense_steps": 0, "on_no_match": "error"}
     with torch.no_grad():
         for more in ({}, {"router": "rainfusion"}, {"grid": (3, 4, 5)}):
             compiled(Refined(early=True), **options, **more)(video, text)

@@ -8,8 +8,8 @@ import torch
 import dit_opt
 from dit_opt.runtime import token_ids as module
 from dit_opt.runtime.token_ids import find_grid, read_grid
-from tests.tiny_models import flux
 from tests.trajectories import compiled, layouts_of, relative_error
+from zoo.small import flux
 
 OPTIONS = {"router": "rainfusion", "density": 0.6, "min_tokens": 0}
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_opt.kernels.block_sparse_attention import tuning
+from dit_opt.kernels.block_sparse_attention.impl.triton import tuning
 from dit_opt.tuning import tune
 
 SMALL = tune.Workload(tokens=300, heads=2, density=0.5, dtype=torch.float16)
@@ -28,7 +28,7 @@ def test_every_shape_is_measured_and_kept(tmp_path, monkeypatch, with_variants):
     monkeypatch.setenv("DITOPT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(tune.kernel, "read_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "read_architecture", lambda device: "sm_90")
     seen = []
 
     def make_inputs(workload, dim, block_k, device):
@@ -70,7 +70,7 @@ def test_padded_heads_have_no_variants(tmp_path, monkeypatch):
     monkeypatch.setenv("DITOPT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(tune.kernel, "read_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "read_architecture", lambda device: "sm_90")
     monkeypatch.setattr(tune, "make_inputs", lambda *_: None)
     monkeypatch.setattr(tune, "attend", lambda *_: (torch.ones(3), torch.ones(3)))
     monkeypatch.setattr(tune, "_measure", lambda call: 1.0)
@@ -82,7 +82,7 @@ def test_padded_heads_have_no_variants(tmp_path, monkeypatch):
 def test_a_card_without_candidates_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
-    monkeypatch.setattr(tune.kernel, "read_architecture", lambda device: "sm_80")
+    monkeypatch.setattr(tune, "read_architecture", lambda device: "sm_80")
     with pytest.raises(tune.NothingToTune, match="an old card"):
         tune.tune_kernel([64], SMALL, torch.device("cuda"))
 
@@ -90,7 +90,7 @@ def test_a_card_without_candidates_says_so(monkeypatch):
 def test_a_dimension_without_candidates_is_refused_before_anything_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(tune.kernel, "read_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "read_architecture", lambda device: "sm_90")
     monkeypatch.setattr(tune, "make_inputs", lambda *_: pytest.fail("measured"))
     with pytest.raises(tune.NothingToTune, match="heads of 300"):
         tune.tune_kernel([64, 300], SMALL, torch.device("cuda"))

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling
 from dit_opt.tuning import variant_trial
 from dit_opt.tuning.inputs import Workload
 

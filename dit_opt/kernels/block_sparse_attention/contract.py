@@ -32,6 +32,13 @@ class Arguments:
     centroids: Tensor | None = None
     values: Tensor | None = None
     log_lengths: Tensor | None = None
+    with_lse: bool = True
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to attend with, or nothing to attend to."""
+        nothing_listed = self.indices.shape[-1] == 0 and not self.tail
+        return self.q.numel() == 0 or self.k.shape[2] == 0 or nothing_listed
 
     @property
     def tail(self) -> list[Tensor]:
@@ -82,7 +89,7 @@ def new_outputs(q: Tensor, with_lse: bool = True) -> tuple[Tensor, Tensor]:
 
     `out` has the shape of `q` over memory laid out as [B, Nq, H, D], so that the flattening of
     heads that follows attention in every model is a view; `lse` is float32 [B, H, Nq], or [B, H, 0]
-    where nobody wants it.
+    without `with_lse`.
     """
     batch, heads, tokens, dim = q.shape
     out = q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)

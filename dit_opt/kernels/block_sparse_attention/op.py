@@ -1,4 +1,4 @@
-"""Registers `ditopt::block_sparse_attention_v3` for processors and GPUs, and its fake.
+"""Registers `ditopt::block_sparse_attention_v3` for CPUs and GPUs, and its fake.
 
 One opaque op keeps the graph the same on every device and hides nothing from it: the plan comes in
 as data, so CUDA graphs, caches and reordering stay correct.
@@ -6,18 +6,18 @@ as data, so CUDA graphs, caches and reordering stay correct.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.block_sparse_attention import cpu
 from dit_opt.kernels.block_sparse_attention.contract import (
     Arguments,
     check_arguments,
     new_outputs,
 )
-from dit_opt.kernels.block_sparse_attention.tail import Tail, summarize_blocks
+from dit_opt.kernels.block_sparse_attention.impl import cpu
+from dit_opt.kernels.block_sparse_attention.tail import summarize_blocks
 
 # The version is part of the name because the fake's body is in no compile cache key.
 NAME = "block_sparse_attention_v3"
@@ -78,76 +78,25 @@ def block_sparse_attention(
 
 
 @torch.library.impl(f"ditopt::{NAME}", "CPU")
-def _run_on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    centroids: Tensor | None = None,
-    values: Tensor | None = None,
-    log_lengths: Tensor | None = None,
-    with_lse: bool = True,
-) -> tuple[Tensor, Tensor]:
-    arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
-    tail = _check(Arguments(*arguments, centroids, values, log_lengths))
-    return cpu.attend(*arguments, tail, with_lse)
+def _run_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = Arguments(*arguments)
+    check_arguments(call)
+    return cpu.attend(call)
 
 
 @torch.library.impl(f"ditopt::{NAME}", "CUDA")
-def _run_on_gpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    centroids: Tensor | None = None,
-    values: Tensor | None = None,
-    log_lengths: Tensor | None = None,
-    with_lse: bool = True,
-) -> tuple[Tensor, Tensor]:
+def _run_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Imported here because Triton is absent where there is no GPU to run it on.
-    from dit_opt.kernels.block_sparse_attention import triton
+    from dit_opt.kernels.block_sparse_attention.impl.triton import attention
 
-    plan = (counts, indices, key_bias, scale, block_q, block_k)
-    call = Arguments(q, k, v, *plan, centroids, values, log_lengths)
+    call = Arguments(*arguments)
     check_arguments(call)
-    # Triton launches on torch's current device, where the tensors need not lie
-    with torch.cuda.device_of(q):
-        out, lse = triton.launch(call)
-    return out, lse if with_lse else lse.new_empty((*lse.shape[:2], 0))
+    out, lse = attention.attend(call)
+    return out, lse if call.with_lse else lse.new_empty((*lse.shape[:2], 0))
 
 
 @torch.library.register_fake(f"ditopt::{NAME}")
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    centroids: Tensor | None = None,
-    values: Tensor | None = None,
-    log_lengths: Tensor | None = None,
-    with_lse: bool = True,
-) -> tuple[Tensor, Tensor]:
-    arguments = (q, k, v, counts, indices, key_bias, scale, block_q, block_k)
-    _check(Arguments(*arguments, centroids, values, log_lengths))
-    return new_outputs(q, with_lse)
-
-
-def _check(arguments: Arguments) -> Tail | None:
-    """Check the arguments and put the summaries of key blocks together."""
-    check_arguments(arguments)
-    return Tail(*arguments.tail) if arguments.tail else None
+def _fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    call = Arguments(*arguments, **named)
+    check_arguments(call)
+    return new_outputs(call.q, call.with_lse)

@@ -52,7 +52,7 @@ def attend(
         q: [B, H, Nq, D]; k, v: [B, Hk, Nk, D] with H a multiple of Hk.
         counts: int32 [B or 1, H, nq]; indices: int32 [B or 1, H, nq, capacity].
         key_bias: additive float32 [B or 1, H or 1, Nk], or None.
-        tail: what stands for dropped blocks; None leaves them out.
+        tail: what represents dropped blocks; None leaves them out.
         dtype: what to compute in; float64 makes a reference for float32.
 
     Returns:

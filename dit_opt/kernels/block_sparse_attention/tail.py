@@ -1,6 +1,6 @@
 """The centroid tail: every key block as one key, one value and a length.
 
-A dropped block that keeps a representative in the softmax costs one column instead of a whole
+A dropped block that is represented in the softmax by its means costs one column instead of a whole
 block, and the denominator stays close to that of dense attention.
 
 Source: the approximate branch of Sol-Attn (arXiv 2607.24027), with means in place of sums, so that
@@ -19,7 +19,7 @@ from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 
 
 class Tail(NamedTuple):
-    """What stands for each key block where a plan drops it.
+    """What represents each key block where a plan drops it.
 
     Attributes:
         centroids: [B, S, nk, D] in the dtype of the keys, the mean key c of each block; S is Hk,
@@ -85,4 +85,5 @@ def _summarize(
     k: Tensor, v: Tensor, key_bias: Tensor | None, block_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Composite and implicit: a compiler sees the operations inside and fuses them.
-    return tuple(summarize_blocks(k, v, key_bias, block_k))
+    tail = summarize_blocks(k, v, key_bias, block_k)
+    return tail.centroids, tail.values, tail.log_lengths

@@ -1,4 +1,4 @@
-"""Registers `ditopt::norm_rope_v1` for processors and GPUs, and its fake.
+"""Registers `ditopt::norm_rope_v1` for CPUs and GPUs, and its fake.
 
 One op from the linear layer's output to what attention reads: normalisation, rotation, layout and
 each head's order of tokens cost one pass over the queries instead of one each.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.block_sparse_attention.contract import DTYPES
+from dit_opt.kernels.norm_rope.contract import check_arguments
 from dit_opt.kernels.norm_rope.reference import compute_plainly, new_output
 
 # The version is part of the name because the fake's body is in no compile cache key.
@@ -51,7 +51,7 @@ def norm_rope(
         halves: whether the pairs are the channels (i, i + D / 2), or (2 i, 2 i + 1).
         rope_start: the first token that is rotated.
         rows: int64 [B, H, N], any strides: out[b, h, i] = y[b, h, rows[b, h, i]]. Every number must
-            be in [0, N); nobody looks. None for the order as it is.
+            be in [0, N), which is not checked. None keeps the order.
 
     Returns:
         [B, H, N, D] in the dtype of `x`: contiguous with `rows`, else a transposed view of
@@ -68,105 +68,20 @@ def norm_rope(
 
 @torch.library.impl(f"ditopt::{NAME}", "CPU")
 def _run_on_cpu(*arguments: Any) -> Tensor:
-    # The specification will do: on processors Inductor fuses the model's own operations.
-    _check(*arguments)
+    # The reference suffices: on CPUs the pass leaves the model's own operations to Inductor.
+    check_arguments(*arguments)
     return compute_plainly(*arguments)
 
 
 @torch.library.impl(f"ditopt::{NAME}", "CUDA")
 def _run_on_gpu(*arguments: Any) -> Tensor:
     # Imported here because Triton is absent where there is no GPU to run it on.
-    from dit_opt.kernels.norm_rope import triton
+    from dit_opt.kernels.norm_rope.impl.triton import prologue
 
-    _check(*arguments)
-    return triton.launch(*arguments)
+    check_arguments(*arguments)
+    return prologue.compute(*arguments)
 
 
 @torch.library.register_fake(f"ditopt::{NAME}")
-def _describe(x: Tensor, *arguments: Any) -> Tensor:
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
     return new_output(x, arguments[-1])
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    across_heads: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    halves: bool,
-    rope_start: int,
-    rows: Tensor | None,
-) -> None:
-    """Raise on the first argument that does not fit; reads shapes, dtypes and devices only."""
-    if x.dim() != 4:
-        raise ValueError(
-            f"norm_rope: x must be [B, N, H, D], not {tuple(x.shape)}; unflatten its heads first."
-        )
-    if x.dtype not in DTYPES:
-        raise ValueError(
-            f"norm_rope: x has dtype {x.dtype}, but only float32, float16 and bfloat16 are "
-            "supported; cast it, or leave the model's own operations."
-        )
-    if weight is not None:
-        _check_weight(x, weight, eps, across_heads)
-    if cos is not None and sin is not None:
-        _check_tables(x, cos, sin, rope_start)
-    elif cos is not None or sin is not None:
-        raise ValueError(
-            f"norm_rope: {'cos' if sin is None else 'sin'} was given, but "
-            f"{'sin' if sin is None else 'cos'} is None; pass both tables, or none for no rotation."
-        )
-    batch, tokens, heads, _ = x.shape
-    if rows is not None and (rows.shape != (batch, heads, tokens) or rows.dtype != torch.int64):
-        raise ValueError(
-            f"norm_rope: rows must be int64 [B, H, N], here {[batch, heads, tokens]}, not "
-            f"{rows.dtype} {tuple(rows.shape)}; expand an order that heads share."
-        )
-    tensors = [tensor for tensor in (x, weight, cos, sin, rows) if tensor is not None]
-    if any(tensor.device != x.device for tensor in tensors):
-        raise ValueError(
-            "norm_rope: all tensors must be on one device, not "
-            f"{', '.join(sorted({str(tensor.device) for tensor in tensors}))}; move them to that "
-            "of x."
-        )
-
-
-def _check_weight(x: Tensor, weight: Tensor, eps: float, across_heads: bool) -> None:
-    if eps < 0:
-        raise ValueError(
-            f"norm_rope: a weight was given, but eps={eps} asks for no normalisation; pass no "
-            "weight, or an eps of 0 or more."
-        )
-    heads, dim = x.shape[2:]
-    expected = heads * dim if across_heads else dim
-    if weight.shape != (expected,):
-        raise ValueError(
-            f"norm_rope: weight must be [{expected}] for x {tuple(x.shape)} with "
-            f"across_heads={across_heads}, not {tuple(weight.shape)}; is the norm over each head, "
-            "or across all of them?"
-        )
-
-
-def _check_tables(x: Tensor, cos: Tensor, sin: Tensor, rope_start: int) -> None:
-    tokens, dim = x.shape[1], x.shape[3]
-    if dim % 2:
-        raise ValueError(
-            f"norm_rope: the {dim} channels of a head make no pairs, so there is nothing to "
-            "rotate; pass neither cos nor sin."
-        )
-    if not (cos.is_floating_point() and sin.is_floating_point()):
-        raise ValueError(
-            f"norm_rope: cos and sin must be real, not {cos.dtype} and {sin.dtype}; pass the real "
-            "and the imaginary part of complex factors."
-        )
-    if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[1] not in (dim, dim // 2):
-        raise ValueError(
-            f"norm_rope: cos and sin must both be [M, {dim}], a factor for each channel, or "
-            f"[M, {dim // 2}], one for each pair, not {tuple(cos.shape)} and {tuple(sin.shape)}."
-        )
-    if rope_start < 0 or rope_start + cos.shape[0] > tokens:
-        raise ValueError(
-            f"norm_rope: the {cos.shape[0]} tokens from {rope_start} on are not all among the "
-            f"{tokens} of x; cut the tables, or move rope_start."
-        )

@@ -1,7 +1,6 @@
-"""The specification of `ditopt::norm_rope_v1`: plain PyTorch in float32, and what it is written to.
+"""The specification of `ditopt::norm_rope_v1`: plain PyTorch in float32, and its output.
 
-Also what runs on processors, where the op is not worth taking: Inductor fuses the model's own
-operations there, so the pass takes the op on GPUs only.
+It also runs on CPUs, where the pass does not use the op: Inductor fuses the model's own operations.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from torch import Tensor
 def new_output(x: Tensor, rows: Tensor | None) -> Tensor:
     """Allocate the result for `x` [B, N, H, D]: `x.dtype`, [B, H, N, D].
 
-    In [B, N, H, D] memory without `rows`, as models have it: writes stay contiguous per token, and
-    whoever reads that layout still can. Contiguous with `rows`, as every head has an order of its
-    own.
+    Without `rows` it lies in [B, N, H, D] memory, as in models, so that the tokens are written
+    contiguously. With `rows` it is contiguous, because every head has an order of its own.
     """
     batch, tokens, heads, dim = x.shape
     if rows is None:

@@ -11,14 +11,14 @@ import os
 import pytest
 import torch
 
-from dit_opt.kernels.block_sparse_attention import triton as kernel
-from dit_opt.kernels.block_sparse_attention.candidates import list_candidates
-from dit_opt.kernels.block_sparse_attention.contract import Arguments, new_outputs
+from dit_opt.kernels.block_sparse_attention.contract import new_outputs
+from dit_opt.kernels.block_sparse_attention.impl.triton import attention as kernel
+from dit_opt.kernels.block_sparse_attention.impl.triton.candidates import list_candidates
+from dit_opt.kernels.block_sparse_attention.impl.triton.row_order import order_rows
+from dit_opt.kernels.block_sparse_attention.impl.triton.tail import pack_lists
 from dit_opt.kernels.block_sparse_attention.reference import expand_lists
-from dit_opt.kernels.block_sparse_attention.row_order_triton import order_rows
-from dit_opt.kernels.block_sparse_attention.triton_tail import pack_lists
 
-from .plans import Case, assert_matches_reference, flatten_tail, make_inputs, make_plan
+from .plans import Case, assert_matches_reference, make_call, make_inputs, make_plan
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ERRORS = {torch.float32: (3e-6, 3e-6), torch.float16: (3e-3, 3e-6)}
@@ -69,8 +69,7 @@ def poison(monkeypatch):
 
 def launch(arguments, **options):
     """Run the kernel on the device of these tests."""
-    moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in flatten_tail(arguments))
-    return tuple(x.cpu() for x in kernel.launch(Arguments(*moved), **options))
+    return tuple(x.cpu() for x in kernel.attend(make_call(arguments, DEVICE), **options))
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention import reference
-from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.block_sparse_attention.contract import Arguments, ceil_div
 from dit_opt.kernels.block_sparse_attention.tail import summarize_blocks
 
 
@@ -72,6 +73,12 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -
 def flatten_tail(arguments: tuple) -> tuple:
     """The same arguments as the op takes them."""
     return (*arguments[:9], *arguments[9]) if len(arguments) > 9 else arguments
+
+
+def make_call(arguments: tuple, device: str = "cpu", **changes: Any) -> Arguments:
+    """The same arguments as an implementation takes them."""
+    moved = (x.to(device) if isinstance(x, Tensor) else x for x in flatten_tail(arguments))
+    return Arguments(*moved, **changes)
 
 
 def assert_matches_reference(

@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
 from dit_opt.kernels.aot import check_build
-from dit_opt.kernels.block_sparse_attention.builds import make_build
-from dit_opt.kernels.block_sparse_attention.candidates import (
+from dit_opt.kernels.block_sparse_attention.impl.triton.builds import Case, build_case
+from dit_opt.kernels.block_sparse_attention.impl.triton.candidates import (
     MOST,
     Demand,
     estimate_demand,
     list_candidates,
     list_variants,
 )
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling, choose_tiling
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling, choose_tiling
 
 DIMS, BLOCKS = (64, 128), (64, 128)
 
@@ -51,7 +50,7 @@ def test_all_candidates_compile_and_take_what_was_estimated():
         for tiling in list_candidates("sm_90", dim, 2, 128, block_k)
     ]
     for dim, block_k, tiling in found:
-        build = make_build("sm_90", dim, torch.bfloat16, block_k=block_k, tiling=tiling)
+        build = build_case("sm_90", Case(dim, block_k=block_k, tiling=tiling))
         report, faults = check_build(build)
         demand = estimate_demand(tiling, dim)
         assert faults == []

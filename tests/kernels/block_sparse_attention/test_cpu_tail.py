@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_opt.kernels import scores
-from dit_opt.kernels.block_sparse_attention import cpu, cpu_tail
+from dit_opt.kernels.block_sparse_attention.impl import cpu
+from dit_opt.kernels.block_sparse_attention.impl.torch import tail as cpu_tail
 
-from .plans import Case, assert_matches_reference, make_inputs, make_plan
+from .plans import Case, assert_matches_reference, make_call, make_inputs, make_plan
 from .test_cpu import ERRORS
 
 CASES = {
@@ -32,7 +33,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_matches_the_reference(case, dtype):
     arguments = make_inputs(case, dtype)
-    assert_matches_reference(cpu.attend(*arguments), arguments, *ERRORS[dtype])
+    assert_matches_reference(cpu.attend(make_call(arguments)), arguments, *ERRORS[dtype])
 
 
 @settings(max_examples=25)
@@ -52,14 +53,14 @@ def test_any_shape_matches_the_reference(group, key_heads, seed, **sizes):
         heads=group * key_heads, key_heads=key_heads, tail=True, block_q=32, block_k=16, **sizes
     )
     arguments = make_inputs(case, seed=seed)
-    assert_matches_reference(cpu.attend(*arguments), arguments, 3e-6, 3e-6)
+    assert_matches_reference(cpu.attend(make_call(arguments)), arguments, 3e-6, 3e-6)
 
 
 @pytest.mark.parametrize("case", [CASES["ragged"], CASES["bias"]], ids=["plain", "bias"])
 def test_small_tiles_give_the_same_result(monkeypatch, case):
     arguments = make_inputs(case)
     monkeypatch.setattr(cpu_tail, "TILE", 1)
-    assert_matches_reference(cpu.attend(*arguments), arguments, 2e-6, 2e-6)
+    assert_matches_reference(cpu.attend(make_call(arguments)), arguments, 2e-6, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -71,13 +72,13 @@ def test_large_scores_do_not_overflow(dtype):
     tail = tail._replace(centroids=tail.centroids * 4)
     arguments = (q, k, v, *rest, tail)
     errors = (3e-2, 1e-3) if dtype == torch.bfloat16 else (1e-3, 1e-3)
-    assert_matches_reference(cpu.attend(*arguments), arguments, *errors)
+    assert_matches_reference(cpu.attend(make_call(arguments)), arguments, *errors)
 
 
 def test_kept_blocks_alone_are_left_as_they_are(torch_path):
     arguments = make_inputs(Case(tail=True, density=1.0, queries=150, keys=201))
-    expected = cpu.attend(*arguments[:9])
-    torch.testing.assert_close(cpu.attend(*arguments), expected, atol=0, rtol=0)
+    expected = cpu.attend(make_call(arguments[:9]))
+    torch.testing.assert_close(cpu.attend(make_call(arguments)), expected, atol=0, rtol=0)
 
 
 def test_the_tokens_of_dropped_blocks_are_never_read():
@@ -85,13 +86,13 @@ def test_the_tokens_of_dropped_blocks_are_never_read():
     mask[..., 1] = False
     arguments = list(make_inputs(Case(tail=True)))
     arguments[3:5] = make_plan(mask)
-    expected = cpu.attend(*arguments)
+    expected = cpu.attend(make_call(arguments))
     # The bound on the scores reads every key, so that only the values can be poisoned.
     arguments[2][:, :, 64:128] = torch.nan
-    torch.testing.assert_close(cpu.attend(*arguments), expected, atol=0, rtol=0)
+    torch.testing.assert_close(cpu.attend(make_call(arguments)), expected, atol=0, rtol=0)
 
 
 def test_lists_without_entries():
     arguments = list(make_inputs(CASES["empty"]))
     arguments[4] = arguments[4][..., :0]
-    assert_matches_reference(cpu.attend(*arguments), tuple(arguments), 2e-6, 2e-6)
+    assert_matches_reference(cpu.attend(make_call(arguments)), tuple(arguments), 2e-6, 2e-6)

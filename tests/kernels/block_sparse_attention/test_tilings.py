@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.kernels.block_sparse_attention import tilings
+from dit_opt.kernels.block_sparse_attention.impl.triton import tilings
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_opt.kernels.block_sparse_attention import tuning
-from dit_opt.kernels.block_sparse_attention.tilings import Tiling
+from dit_opt.kernels.block_sparse_attention.impl.triton import tuning
+from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling
 
 TABLE, FAST, WRONG, BROKEN = (Tiling(128, 64, 8, stages) for stages in (3, 5, 2, 4))
 

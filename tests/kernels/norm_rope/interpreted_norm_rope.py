@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from dit_opt.kernels.norm_rope import triton as kernels
+from dit_opt.kernels.norm_rope.impl.triton import prologue as kernels
 from dit_opt.kernels.norm_rope.reference import compute_plainly
 
 from .scenes import LAYOUTS, SCENES, Scene, make_inputs
@@ -31,7 +31,7 @@ def poison(monkeypatch):
 
 
 def assert_matches(arguments):
-    found, expected = kernels.launch(*arguments), compute_plainly(*arguments)
+    found, expected = kernels.compute(*arguments), compute_plainly(*arguments)
     assert_close(found, expected)
     assert found.stride() == expected.stride()
 
@@ -83,7 +83,7 @@ def test_a_wrong_order_pair_or_table_differs():
     scene = Scene(rows="per head")
     x, weight, eps, across, cos, sin, halves, start, rows = make_inputs(scene, device=DEVICE)
     right = (x, weight, eps, across, cos, sin, halves, start, rows)
-    found = kernels.launch(*right)
+    found = kernels.compute(*right)
     assert_close(found, compute_plainly(*right))
     for wrong in (
         (x, weight, eps, across, cos, sin, halves, start, rows.argsort(-1)),

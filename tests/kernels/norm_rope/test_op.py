@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_opt.kernels.norm_rope import norm_rope, op
+from dit_opt.kernels.norm_rope import norm_rope
+from dit_opt.kernels.norm_rope.contract import check_arguments
 
 from .scenes import LAYOUTS, SCENES, Scene, make_inputs
 
@@ -105,6 +106,6 @@ def test_errors_say_what_does_not_fit(change, message):
 
 def test_tensors_of_two_devices():
     x, weight, *_ = make_inputs(Scene())
-    # asked of the check itself, because the op would describe what has a tensor without data
+    # The check itself is called: the dispatcher would take the fake for a meta tensor.
     with pytest.raises(ValueError, match="one device, not cpu, meta"):
-        op._check(x, weight.to("meta"), 1e-6, False, None, None, False, 0, None)
+        check_arguments(x, weight.to("meta"), 1e-6, False, None, None, False, 0, None)

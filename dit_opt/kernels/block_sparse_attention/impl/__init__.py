@@ -1,0 +1,1 @@
+"""Implementations of block-sparse attention, by what they are written in."""

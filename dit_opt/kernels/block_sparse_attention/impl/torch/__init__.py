@@ -1,0 +1,1 @@
+"""Block-sparse attention by torch's operators, for CPUs."""

@@ -1,0 +1,1 @@
+"""The attention prologue in Triton, for GPUs."""

@@ -1,0 +1,1 @@
+"""What searches share: blocks, budgets and thresholds, lists, packed plans, the guard."""

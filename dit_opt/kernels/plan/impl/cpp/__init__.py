@@ -1,0 +1,1 @@
+"""Budgets, lists and thresholds in C++."""

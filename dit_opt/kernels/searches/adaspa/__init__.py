@@ -1,0 +1,1 @@
+"""AdaSpa's search."""

@@ -1,0 +1,1 @@
+"""The search in an order of the tokens for each head."""

@@ -1,0 +1,1 @@
+"""Sampled mass in C++."""

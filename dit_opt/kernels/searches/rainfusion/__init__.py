@@ -1,0 +1,1 @@
+"""RainFusion's search among fixed patterns."""

@@ -1,0 +1,1 @@
+"""The search by the means of small cells."""

@@ -1,0 +1,16 @@
+"""Runs the cases of the kernels of packed plans, interpreted anywhere and compiled on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.interpreter import INTERPRET, run_cases
+
+pytest.importorskip("triton")
+
+
+@INTERPRET
+def test_the_kernels_match_pytorch(interpret):
+    run_cases(Path(__file__).with_name("interpreted_lists.py"), interpret)
