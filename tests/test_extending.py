@@ -228,22 +228,22 @@ class Band(Router):
 
 
 # 768 tokens are 6 x 12 blocks, of which each row keeps its two and one on each side
-TOKENS, WIDTH = 768, 4
-DENSITY = (4 * 6 - 2) / (6 * 12)
+TOKENS = 768
+ROWS, COLUMNS = TOKENS // BLOCK_Q, TOKENS // BLOCK_K
+DENSITY = (4 * ROWS - 2) / (ROWS * COLUMNS)
+
+
+def mark_band():
+    """Which blocks are kept, bool `[6, 12]`."""
+    apart = torch.arange(COLUMNS) - 2 * torch.arange(ROWS)[:, None]
+    return (apart >= -1) & (apart <= 2)
 
 
 def make_band(heads):
-    """Counts `[1, heads, 6]` and indices `[1, heads, 6, 4]` of the kept blocks."""
-    rows = torch.arange(TOKENS // BLOCK_Q)[:, None]
-    blocks = 2 * rows + torch.arange(-1, WIDTH - 1)
-    inside = (blocks >= 0) & (blocks < TOKENS // BLOCK_K)
-    order = (~inside).int().argsort(dim=1, stable=True)
-    counts = inside.sum(1, dtype=torch.int32)
-    indices = blocks.gather(1, order).clamp(0, TOKENS // BLOCK_K - 1).int()
-    return (
-        counts.expand(1, heads, -1).contiguous(),
-        indices.expand(1, heads, -1, -1).contiguous(),
-    )
+    """Counts `[1, heads, 6]` and indices `[1, heads, 6, 12]` of the kept blocks."""
+    kept = mark_band()
+    counts, indices = kept.sum(1).int(), (~kept).int().argsort(dim=1, stable=True).int()
+    return counts.expand(1, heads, -1), indices.expand(1, heads, -1, -1)
 
 
 def write_band(site):
@@ -266,11 +266,7 @@ def band(monkeypatch):
 @pytest.fixture
 def masked_attention(monkeypatch):
     """Self-attention of the eager model over the same blocks, by a dense mask."""
-    counts, indices = make_band(1)
-    kept = torch.zeros(TOKENS // BLOCK_Q, TOKENS // BLOCK_K, dtype=torch.bool)
-    for row, (count, blocks) in enumerate(zip(counts[0, 0], indices[0, 0], strict=True)):
-        kept[row, blocks[:count].long()] = True
-    mask = kept.repeat_interleave(BLOCK_Q, 0).repeat_interleave(BLOCK_K, 1)
+    mask = mark_band().repeat_interleave(BLOCK_Q, 0).repeat_interleave(BLOCK_K, 1)
     attend = F.scaled_dot_product_attention
 
     def masked(query, key, value, attn_mask=None, **kwargs):

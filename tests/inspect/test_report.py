@@ -105,7 +105,7 @@ def test_a_router_that_knows_no_recall_reports_none():
 
 def test_keeping_everything_is_a_density_of_one():
     tiny = wan()
-    model = compiled(tiny.model, density=1, min_tokens=0)
+    model = compiled(tiny.model, density=1, min_tokens=0, dense_steps=0)
     assert dit_opt.report(tiny.model).density is None
     tiny(model)
     report = dit_opt.report(tiny.model)

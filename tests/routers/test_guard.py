@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dit_opt
 from dit_opt.passes.sparse_attention import DENSITY, PLAN_DENSITY
 from dit_opt.routers.base import BOOST
 from dit_opt.routers.guard import CAUGHT, CHECKED_ERROR, CHECKED_MASS, PLAN_MASS, SLACK
@@ -62,7 +63,13 @@ class Run:
 
         monkeypatch.setattr(compiler, "compile_with_inductor", stand_in)
         self.layer = Layer()
-        asked = {"router": "subblock", "density": 0.5, "min_tokens": 0, "refresh_every": 100}
+        asked = {
+            "router": "subblock",
+            "density": 0.5,
+            "min_tokens": 0,
+            "dense_steps": 0,
+            "refresh_every": 100,
+        }
         self.model = compiled(self.layer, **{**asked, "verify_every": 2, **options})
         self.video = torch.randn(batch, 32, 3, 8, 8)
 
@@ -168,10 +175,18 @@ def test_every_block_is_attended_to_by_a_head_that_is_caught(monkeypatch, router
     """The guard itself, with a plan that is never good enough, gives dense attention."""
     monkeypatch.setattr("dit_opt.routers.guard.SLACK", -2.0)
     layer, video = Layer(), torch.randn(1, 32, 3, 8, 8)
-    asked = {"router": router, "density": 0.5, "min_tokens": 0, "refresh_every": 100}
+    asked = {
+        "router": router,
+        "density": 0.5,
+        "min_tokens": 0,
+        "dense_steps": 0,
+        "refresh_every": 100,
+    }
     model = compiled(layer, **asked, verify_every=1)
     for t in (1000.0, 990.0, 980.0):
         timestep = torch.tensor([t])
         out = model(video, timestep)
         if t < 1000.0:
             torch.testing.assert_close(out, layer(video, timestep), rtol=1e-4, atol=1e-5)
+    (graph,) = dit_opt.report(layer).graphs
+    assert graph.calls.get("dense") is None and graph.layers[0].guard.caught > 0

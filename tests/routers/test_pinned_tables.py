@@ -46,7 +46,7 @@ CACHES = (
 )
 def test_a_call_builds_no_table_that_is_not_pinned(router, make):
     tiny = make()
-    model = compiled(tiny.model, router=router, min_tokens=0, refresh_every=1)
+    model = compiled(tiny.model, router=router, min_tokens=0, dense_steps=0, refresh_every=1)
     run_trajectory(model, tiny.inputs, [999.0])
     (bound,) = live_bounds()
     for cache in CACHES:

@@ -246,7 +246,7 @@ def test_without_a_timestep_a_dense_start_means_dense_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         run(bound, w, [1000, 800])
     assert variants.modes == ["dense", "dense"]
-    assert caplog.text.count("ditopt.optimize") == 1
+    assert caplog.text.count("dense_steps=0") == 1
 
 
 def test_without_a_timestep_and_a_dense_start_every_call_searches():
