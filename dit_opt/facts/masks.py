@@ -145,7 +145,11 @@ def _trace(node: Node) -> _Vector | None:
         if inner is None or inner_shape is None:
             return None
         if is_op(node, "transpose"):
-            a, b = (argument(node, i + 1, f"dim{i}") % len(shape) for i in range(2))
+            # `swapaxes` has keywords of its own
+            a, b = (
+                argument(node, i + 1, f"dim{i}", node.kwargs.get(f"axis{i}")) % len(shape)
+                for i in range(2)
+            )
             # the batch stays where it is
             if 0 in (a, b) and inner_shape[0] != 1:
                 return None
