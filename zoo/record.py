@@ -99,7 +99,7 @@ def resolve(value: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
 
 
 def _compute(size: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> int:
-    number = size.subs(sizes)
+    number = size.subs(list(sizes.items()))
     if not number.is_Integer:
         raise ValueError(f"The size {size} is {number}, not whole, for {sizes}; choose others.")
     return int(number)

@@ -44,14 +44,15 @@ def wan(batch: int = 1, grid: tuple[int, int, int] = (3, 4, 5), layers: int = 2)
 
 def break_apart(model: torch.nn.Module) -> torch.nn.Module:
     """Have Dynamo break a Wan where the timestep has been embedded and the tokens are made."""
-    inner = model.condition_embedder.forward
+    embedder = model.get_submodule("condition_embedder")
+    inner = embedder.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)
         torch._dynamo.graph_break()
         return out
 
-    model.condition_embedder.forward = forward
+    embedder.forward = forward
     return model
 
 

@@ -42,7 +42,7 @@ def make_allegro_tables(frames: int, rows: int, columns: int) -> tuple[Any, Any]
         grid_size=(rows, columns),
         temporal_size=frames,
         interpolation_scale=(2.0, 2.0, 2.0),
-        device="cpu",
+        device=torch.device("cpu"),
     )
     axes = [torch.as_tensor(axis).long() for axis in tables[3:]]
     return tables[:3], tuple(torch.cartesian_prod(*axes).T[:, None])
@@ -54,7 +54,7 @@ def stand_in_for_torchvision() -> None:
     One function of it is called, and torch has that function, too: no reason to install it.
     """
     from diffusers.models.transformers import transformer_cosmos
-    from diffusers.utils import is_torchvision_available
+    from diffusers.utils.import_utils import is_torchvision_available
 
     if is_torchvision_available():
         return
@@ -62,10 +62,11 @@ def stand_in_for_torchvision() -> None:
     def resize(image: torch.Tensor, size: list[int], interpolation: str) -> torch.Tensor:
         return torch.nn.functional.interpolate(image, size=size, mode=interpolation)
 
-    transformer_cosmos.transforms = SimpleNamespace(
+    transforms = SimpleNamespace(
         functional=SimpleNamespace(resize=resize),
         InterpolationMode=SimpleNamespace(NEAREST="nearest"),
     )
+    transformer_cosmos.__dict__.update(transforms=transforms)
 
 
 # Tables: several entries on a line are easier to read than one.

@@ -265,7 +265,7 @@ class Labels:
     def _sizes_of(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
         # Nodes keep their fake tensors alive, so that an id names one tensor.
         if id(value) not in self._sizes:
-            sizes = sizes_of(value)
+            sizes: tuple[Any, ...] = sizes_of(value)
             if self._proved:
                 sizes = tuple(s.xreplace(self._proved) for s in sizes)
             self._sizes[id(value)] = sizes

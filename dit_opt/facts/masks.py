@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from dit_opt._compat import size_expression
-from dit_opt.facts.ops import Trait, has, is_op
+from dit_opt.facts.ops import Trait, argument, has, is_op
 from dit_opt.facts.sites import Site
 from dit_opt.facts.writes import find_write
 
@@ -145,7 +145,11 @@ def _trace(node: Node) -> _Vector | None:
         if inner is None or inner_shape is None:
             return None
         if is_op(node, "transpose"):
-            a, b = (int(d) % len(shape) for d in node.args[1:3])
+            # `swapaxes` has keywords of its own
+            a, b = (
+                argument(node, i + 1, f"dim{i}", node.kwargs.get(f"axis{i}")) % len(shape)
+                for i in range(2)
+            )
             # the batch stays where it is
             if 0 in (a, b) and inner_shape[0] != 1:
                 return None
@@ -160,8 +164,8 @@ def _trace(node: Node) -> _Vector | None:
             if added and inner.dim != 0 and inner_shape[0] != 1:
                 return None
         return _Vector(inner.root, dim, (*inner.path, node))
-    if _is_identity(node):
-        inner = _trace(node.args[0])
+    if isinstance(source, Node) and _is_identity(node):
+        inner = _trace(source)
         return None if inner is None else _Vector(inner.root, inner.dim, (*inner.path, node))
     return _read_vector(node, shape)
 
@@ -177,8 +181,9 @@ def _read_vector(node: Node, shape: tuple[sympy.Expr, ...]) -> _Vector | None:
     # views that only insert or drop ones keep the order of the values
     while has(path[-1], Trait.RESHAPE) or _is_new_axis(path[-1]):
         source = path[-1].args[0]
-        inner = _shape(source) if isinstance(source, Node) else None
-        if inner is None or [s for s in inner if s != 1] != wanted:
+        if not isinstance(source, Node) or (inner := _shape(source)) is None:
+            break
+        if [s for s in inner if s != 1] != wanted:
             break
         path.append(source)
     ends = [i for i, n in enumerate(path) if _shape(n)[-1] == shape[long[0]]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -74,7 +74,7 @@ def _match_bare_norm(node: Node) -> tuple[Node, Norm, list[Node]] | None:
     return None
 
 
-def _is_eps(value: Any) -> bool:
+def _is_eps(value: Any) -> TypeGuard[float]:
     return isinstance(value, float) and value >= 0
 
 

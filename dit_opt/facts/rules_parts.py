@@ -263,9 +263,9 @@ def pad(labels: Labels, x: Node, pad: Any, mode: str = "constant", value: Any = 
         before, after = number_of(low), number_of(high)
         if before == 0 and after == 0:
             continue
-        known = before is not None and before.is_nonnegative
-        if known and after is not None and after.is_nonnegative and mode == "constant":
-            edges = [labels.new((side, i), n) for side, n in (("low", before), ("high", after))]
+        known = [n for n in (before, after) if n is not None and n.is_nonnegative]
+        if len(known) == 2 and mode == "constant":
+            edges = [labels.new((side, i), n) for side, n in zip(("low", "high"), known)]
             label[d] = labels.join([edges[0], label[d], edges[1]], ("pad", i))
         else:
             labels.end(label[d])

@@ -160,7 +160,7 @@ def _find_regions(node: Node) -> list[Graph]:
 
 
 def _read_sdpa(node: Node, pinned: str | None) -> dict[str, Any]:
-    arguments = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    arguments: dict[str, Any] = dict(zip(_SDPA_ARGUMENTS, node.args, strict=False), **node.kwargs)
     scale = arguments.get("scale")
     fields: dict[str, Any] = {
         "node": node,

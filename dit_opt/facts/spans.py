@@ -34,8 +34,9 @@ def apply_spans(dim: Dim, spans: Sequence[Span]) -> None:
     if len(spans) > 1:
         cut(dim[0], [sympy.Integer(length) for length, _ in spans])
     for part, (_, grid) in zip(segments(dim), spans, strict=True):
-        for axis in resolve(part) if grid is not None else ():
-            axis.bound = Product(_grid_axes(axis, grid))
+        if grid is not None:
+            for axis in resolve(part):
+                axis.bound = Product(_grid_axes(axis, grid))
 
 
 def _grid_axes(axis: Axis, grid: Sequence[int]) -> Dim:

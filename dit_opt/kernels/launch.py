@@ -109,6 +109,11 @@ class Launch:
         )
 
 
+def next_power_of_2(size: int) -> int:
+    """The least power of 2 that is no less than `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def name_strides(tensor: str, axes: str, x: Tensor | None) -> dict[str, int]:
     """The strides of the first axes by the names that kernels give them, as in "stride_qb".
 
@@ -120,13 +125,13 @@ def name_strides(tensor: str, axes: str, x: Tensor | None) -> dict[str, int]:
 
 def name_type(value: Any) -> str:
     """The type of an argument as Triton writes it. TypeError where it is none that kernels take."""
-    if isinstance(value, Tensor) and value.dtype in TYPE_NAMES:
-        return f"*{TYPE_NAMES[value.dtype]}"
     if hasattr(value, "block_shape"):
         tile = ", ".join(map(str, value.block_shape))
         # A descriptor of Gluon's says how its tile is laid out.
         layout = "" if isinstance(value, TensorDescriptor) else f",{value.layout!r}"
         return f"tensordesc<{TYPE_NAMES[value.base.dtype]}[{tile}]{layout}>"
+    if isinstance(value, Tensor) and value.dtype in TYPE_NAMES:
+        return f"*{TYPE_NAMES[value.dtype]}"
     if type(value) is int:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     if type(value) is float:

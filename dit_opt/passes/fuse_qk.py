@@ -154,8 +154,9 @@ def _erase(graph: Graph, nodes: Sequence[Node]) -> None:
     for node in sorted(known, reverse=True):
         if node.target is operator.setitem:
             # what is written to is read by other writes only
-            users = node.args[0].users  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-            unread = all(u in known and u.target is operator.setitem for u in users)
+            written = node.args[0]
+            assert isinstance(written, Node)
+            unread = all(u in known and u.target is operator.setitem for u in written.users)
         else:
             unread = not node.users
         if unread:

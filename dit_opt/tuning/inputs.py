@@ -59,7 +59,8 @@ def make_inputs(workload: Workload, dim: int, block_k: int, device: torch.device
     share = workload.density * (1 + spread * (2 * even - 1))
     kept = draw < share.unsqueeze(-1)
     kept[..., 0] = True
-    return Inputs(*(x.transpose(1, 2) for x in (q, k, v)), *list_kept(kept), block_k)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return Inputs(q, k, v, *list_kept(kept), block_k)
 
 
 def attend(inputs: Inputs, tiling: Tiling) -> tuple[Tensor, Tensor]:

@@ -89,4 +89,6 @@ def _attend(inputs: Inputs, tiling: Tiling) -> Tensor:
 
 
 def _measure(call: Callable[[], object]) -> float:
-    return do_bench(call, warmup=25, rep=100, return_mode="median")
+    milliseconds = do_bench(call, warmup=25, rep=100, return_mode="median")
+    assert isinstance(milliseconds, float)
+    return milliseconds

@@ -27,6 +27,16 @@ def repeat_outer(valid):
     return (mask_1 & mask_2).bool()
 
 
+def transpose_by_keywords(valid):
+    mask = valid.bool().view(2, 1, 1, 6).repeat(1, 1, 6, 1)
+    return mask & mask.transpose(dim0=2, dim1=3)
+
+
+def swap_by_keywords(valid):
+    mask = valid.bool().view(2, 1, 1, 6).repeat(1, 1, 6, 1)
+    return mask & mask.swapaxes(axis0=2, axis1=3)
+
+
 def index_outer(valid):
     valid = valid.bool()
     return valid[:, None, None, :] & valid[:, None, :, None]
@@ -69,7 +79,17 @@ def test_key_padding_by_construction(make):
     assert keys.meta["example_value"].shape[-1] == 6 and keys.meta["example_value"].numel() <= 12
 
 
-@pytest.mark.parametrize("make", [repeat_outer, index_outer, times_outer, expand_outer])
+@pytest.mark.parametrize(
+    "make",
+    [
+        repeat_outer,
+        transpose_by_keywords,
+        swap_by_keywords,
+        index_outer,
+        times_outer,
+        expand_outer,
+    ],
+)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_outer_product(make, dynamic):
     kind, keys = classify(make, VALID, dynamic=dynamic)

@@ -95,11 +95,12 @@ def make_threshold_build(target: str, place: str, within: bool, repeats: bool) -
     """One launch of a search for a threshold: the "first", a "middle" or the "last" one."""
     groups, size, parts, steps = 6, 9 * 1001, 9, 29
     gains = _empty(1001) if repeats else _empty(groups, size)
-    bounds = [_empty(groups, dtype=torch.int32) for _ in range(2)]
-    sums = [_empty(groups, parts) for _ in range(2)]
+    low, next_low = (_empty(groups, dtype=torch.int32) for _ in range(2))
+    sums, next_sums = (_empty(groups, parts) for _ in range(2))
+    buffers = (low, next_low, sums, next_sums)
     step = {"first": steps - 1, "middle": 7, "last": -1}[place]
     launch = triton_thresholds.launch_step(
-        _empty(groups, size), gains, _empty(groups), *bounds, *sums, step, steps, within
+        _empty(groups, size), gains, _empty(groups), *buffers, step, steps, within
     )
     name = f"threshold {place}{' within' if within else ''}{' repeats' if repeats else ''}"
     return make_build(target, launch, name)

@@ -4,8 +4,10 @@ They meet at barriers in shared memory only. Of every buffer there is one that s
 which a copy completes, and one that says it is free, which both groups do.
 """
 
-# Gluon's annotations know neither layouts as constants nor results of several tensors.
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+# Gluon's annotations know neither layouts as constants, nor results of several tensors, nor that
+# one function of `gluon.jit` calls another.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from triton.experimental import gluon

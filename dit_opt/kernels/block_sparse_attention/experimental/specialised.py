@@ -11,6 +11,8 @@ Compiled ahead of time, linted and interpreted, but never run on a GPU: off, unl
 --variants` measured it to be right and faster.
 """
 
+# Triton annotates shapes and offsets as lists of tensors, and takes numbers and constants, too.
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import functools

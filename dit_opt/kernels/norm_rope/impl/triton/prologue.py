@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
-from dit_opt.kernels.launch import Launch, name_strides
+from dit_opt.kernels.launch import Launch, name_strides, next_power_of_2
 from dit_opt.kernels.norm_rope.impl.triton.kernels import measure_rows_kernel, norm_rope_kernel
 from dit_opt.kernels.norm_rope.reference import new_output
 
@@ -71,7 +70,7 @@ def prepare(
 ) -> Launch:
     """The launch that writes `out`; with `rstd` of `prepare_measure` the norm is across heads."""
     batch, tokens, heads, dim = x.shape
-    padded_half = triton.next_power_of_2(ceil_div(dim, 2))
+    padded_half = next_power_of_2(ceil_div(dim, 2))
     tile = choose_tile(2 * padded_half)
     tiles = ceil_div(tokens, tile)
     # An order that heads share is expanded, and its factors are loaded once.
@@ -124,7 +123,7 @@ def prepare(
 def prepare_measure(x: Tensor, eps: float, rstd: Tensor) -> Launch:
     """The launch that writes rsqrt(mean(x^2) + eps) over all heads to `rstd`, float32 [B, N]."""
     batch, tokens, heads, dim = x.shape
-    padded_dim = triton.next_power_of_2(dim)
+    padded_dim = next_power_of_2(dim)
     tile = choose_tile(padded_dim)
     return Launch(
         measure_rows_kernel,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 from dit_opt.kernels.launch import Launch
 
 # Parts of a sum, and values that a program adds at a time.
@@ -66,7 +67,7 @@ def search_bits(
         target: float32 [G].
     """
     groups, size = scores.shape
-    parts = min(PARTS, triton.cdiv(size, CHUNK))
+    parts = min(PARTS, ceil_div(size, CHUNK))
     low = torch.full((2, groups), lowest, dtype=torch.int32, device=scores.device)
     sums = scores.new_empty((2, groups, parts))
     (low, last), (sums, next_sums) = low.unbind(), sums.unbind()
@@ -101,7 +102,7 @@ def launch_step(
         "p_parts": sums,
         "p_sums": next_sums,
         "size": size,
-        "span": triton.cdiv(triton.cdiv(size, parts), CHUNK) * CHUNK,
+        "span": ceil_div(ceil_div(size, parts), CHUNK) * CHUNK,
         "period": gains.numel(),
         "parts": parts,
         "step": step,

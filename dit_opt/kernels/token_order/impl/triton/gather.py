@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
-from dit_opt.kernels.launch import Launch, name_strides
+from dit_opt.kernels.launch import Launch, name_strides, next_power_of_2
 
 WARPS = 4
 # Values that a program moves: 32 of each thread. Their addresses take twice the registers.
@@ -65,7 +65,7 @@ def prepare_gather(x: Tensor, rows: Tensor, out: Tensor) -> Launch:
     """The launch that writes `out` `[B, H, N, D]`, of which the channels must be contiguous."""
     batch, heads, count = rows.shape
     dim = x.shape[-1]
-    padded_dim = triton.next_power_of_2(dim)
+    padded_dim = next_power_of_2(dim)
     tile = max(1, _VALUES // padded_dim)
     return Launch(
         gather_rows_kernel,
