@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from dit_opt._compat import kernel_selections, operator_name
 from dit_opt.decisions import AttentionReason
-from dit_opt.facts.decomposed import Decomposed, match_decomposed
+from dit_opt.facts.decomposed import match_decomposed
 
 
 class Form(Enum):
@@ -142,7 +142,8 @@ def _scan(graph: Graph) -> Iterator[tuple[int, dict[str, Any]]]:
         else:
             match = match_decomposed(node)
             if match is not None:
-                yield position, _read_decomposed(match)
+                # its fields are those of a site
+                yield position, {**vars(match), "form": Form.DECOMPOSED}
 
 
 def _find_regions(node: Node) -> list[Graph]:
@@ -160,64 +161,30 @@ def _find_regions(node: Node) -> list[Graph]:
 
 
 def _read_sdpa(node: Node, pinned: str | None) -> dict[str, Any]:
-    arguments = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-    scale = arguments.get("scale")
-    fields: dict[str, Any] = {
-        "node": node,
-        "form": Form.SDPA,
-        "query": arguments["query"],
-        "key": arguments["key"],
-        "value": arguments["value"],
-        "mask": arguments.get("attn_mask"),
-        "scale": None if scale is None or isinstance(scale, Node) else float(scale),
-        "dropout_p": arguments.get("dropout_p", 0.0),
-        "is_causal": arguments.get("is_causal", False),
-        "enable_gqa": arguments.get("enable_gqa", False),
-    }
+    fields: dict[str, Any] = {"node": node, "form": Form.SDPA, **node.kwargs}
+    fields |= zip(_SDPA_ARGUMENTS, node.args, strict=False)
+    scale = fields.get("scale")
+    fields["mask"] = fields.pop("attn_mask", None)
+    fields["scale"] = None if scale is None or isinstance(scale, Node) else float(scale)
     if pinned is not None:
         fields.update(refusal=AttentionReason.PINNED_BACKEND, detail=pinned)
-    elif fields["is_causal"] is not False:
+    elif fields.get("is_causal", False) is not False:
         fields.update(refusal=AttentionReason.CAUSAL)
-    elif fields["dropout_p"] != 0.0:
+    elif fields.get("dropout_p", 0.0) != 0.0:
         fields.update(refusal=AttentionReason.DROPOUT, detail=f"dropout_p={fields['dropout_p']}")
     elif isinstance(scale, Node):
         fields.update(refusal=AttentionReason.DYNAMIC_SCALE, detail=f"scale={scale.name}")
     return fields
 
 
-def _read_decomposed(match: Decomposed) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "node": match.node,
-        "form": Form.DECOMPOSED,
-        "query": match.query,
-        "key": match.key,
-        "value": match.value,
-        "mask": match.mask,
-        "scale": match.scale,
-        "dropout_p": match.dropout_p,
-        "interior": match.interior,
-    }
-    if match.refusal is not None:
-        fields.update(refusal=match.refusal, detail=match.detail)
-    return fields
-
-
 def _read_opaque(
     node: Node, form: Form, reason: AttentionReason, detail: str = ""
 ) -> dict[str, Any]:
+    names = _SDPA_ARGUMENTS[:3]
     tensors = [n for n in node.args if isinstance(n, Node) and _is_tensor(n)]
-    named = [node.kwargs.get(name) for name in ("query", "key", "value")]
-    tensors += [n for n in named if isinstance(n, Node)]
-    query, key, value = (*tensors, None, None, None)[:3]
-    return {
-        "node": node,
-        "form": form,
-        "query": query,
-        "key": key,
-        "value": value,
-        "refusal": reason,
-        "detail": detail,
-    }
+    tensors += [n for n in map(node.kwargs.get, names) if isinstance(n, Node)]
+    qkv = dict(zip(names, (*tensors, None, None, None), strict=False))
+    return {"node": node, "form": form, **qkv, "refusal": reason, "detail": detail}
 
 
 def _find_pinned(graph: Graph) -> dict[Node, str]:
