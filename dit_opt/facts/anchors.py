@@ -11,8 +11,6 @@ from dit_opt._compat import parameter_path
 from dit_opt.facts.nodes import walk_ancestors
 from dit_opt.facts.sites import Site
 
-__all__ = ["find_layer_anchor", "find_model_anchor"]
-
 
 def find_layer_anchor(site: Site, graph: Graph) -> Node | None:
     """The placeholder of a parameter that only this site's layer has, or None.

@@ -18,20 +18,6 @@ import sympy
 
 from dit_opt.facts.sizes import are_equal, divide
 
-__all__ = [
-    "Axis",
-    "Dim",
-    "Origin",
-    "axis_of",
-    "join",
-    "leaves",
-    "regroup",
-    "resolve",
-    "segments",
-    "size",
-    "unify",
-]
-
 ONE = sympy.Integer(1)
 
 

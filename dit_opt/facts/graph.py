@@ -26,8 +26,6 @@ from dit_opt.facts.timestep import Timestep, find_timestep
 from dit_opt.facts.token_ids import TokenIds, find_token_ids, read_grids
 from dit_opt.facts.tokens import Tokens, find_tokens
 
-__all__ = ["Facts", "InputHints", "name_fact"]
-
 T = TypeVar("T")
 
 

@@ -19,8 +19,6 @@ from dit_opt.facts.labels import Labels
 from dit_opt.facts.sizes import are_equal
 from dit_opt.facts.spans import Span, Spans
 
-__all__ = ["TokenGrid", "find_grid", "find_spans", "origin_of_axes", "stack_grids"]
-
 
 @dataclass(frozen=True)
 class TokenGrid:

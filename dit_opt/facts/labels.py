@@ -36,13 +36,6 @@ from dit_opt.facts.ops import Trait, op_name, traits_of
 from dit_opt.facts.sizes import are_equal
 from dit_opt.facts.spans import Spans, apply_spans
 
-__all__ = [
-    "Label",
-    "Labels",
-    "NoRule",
-    "Rule",
-]
-
 log = logging.getLogger(__name__)
 
 # One entry per dimension of a tensor; a tuple of labels for a tuple of tensors; None for what is

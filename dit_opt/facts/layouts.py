@@ -10,8 +10,6 @@ import sympy
 from dit_opt.facts.grids import TokenGrid
 from dit_opt.facts.sizes import Grid, are_equal
 
-__all__ = ["Layout", "Segment", "SegmentKind", "SiteKind", "TokenGrid", "declare_grid"]
-
 
 class SiteKind(Enum):
     """How queries and keys are related.

@@ -16,17 +16,6 @@ from torch.fx import Node
 
 from dit_opt._compat import proved_sizes, size_expression
 
-__all__ = [
-    "find_data",
-    "find_proved_sizes",
-    "holds_tensor",
-    "input_name",
-    "is_user_input",
-    "number_of",
-    "sizes_of",
-    "walk_ancestors",
-]
-
 
 def is_user_input(node: Node) -> bool:
     """Whether a graph input is an argument of the call, not a weight or buffer of the module."""

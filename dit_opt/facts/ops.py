@@ -16,20 +16,6 @@ from torch.fx import Node
 
 from dit_opt._compat import operator_name
 
-__all__ = [
-    "OPS",
-    "Trait",
-    "argument",
-    "has",
-    "is_in_place",
-    "is_op",
-    "is_random",
-    "op_name",
-    "ops_with",
-    "reads_shape",
-    "traits_of",
-]
-
 
 class Trait(Flag):
     """What an op does to its tensors; "input" is the first argument."""

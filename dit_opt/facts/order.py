@@ -24,8 +24,6 @@ from dit_opt.facts.order_map import OrderMap, OrderReason
 from dit_opt.facts.sites import Site, module_of, source_of
 from dit_opt.facts.token_axes import TokenAxes
 
-__all__ = ["OrderReason", "OrderRefusal", "OrderRegion", "TokenEdge", "find_order_region"]
-
 
 @dataclass(frozen=True)
 class TokenEdge:

@@ -15,8 +15,6 @@ from dit_opt.facts.ops import Trait, has
 from dit_opt.facts.order_map import OrderMap
 from dit_opt.facts.writes import find_targets
 
-__all__ = ["find_stale_write"]
-
 # A version of a value: as its node makes it (RAW), permuted, or with the permutation undone. Each
 # has memory of its own unless the node is a view.
 Version: TypeAlias = "tuple[Node, str]"

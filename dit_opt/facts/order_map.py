@@ -19,8 +19,6 @@ from dit_opt.facts.labels import Labels
 from dit_opt.facts.ops import Trait, argument, has, is_op, is_random, reads_shape
 from dit_opt.facts.token_axes import TokenAxes
 
-__all__ = ["OrderMap", "OrderReason"]
-
 
 @unique
 class OrderReason(Enum):

@@ -21,8 +21,6 @@ from dit_opt.facts.rms_norm import Norm, match_norm
 from dit_opt.facts.rotation import Rotation, match_rotation, strip_casts
 from dit_opt.facts.writes import find_write
 
-__all__ = ["Norm", "Prologue", "ProloguePart", "find_prologue"]
-
 
 @dataclass(frozen=True)
 class ProloguePart:

@@ -23,8 +23,6 @@ from dit_opt.facts.rules_shape import SHAPE_RULES
 from dit_opt.facts.sizes import are_equal
 from dit_opt.facts.spans import Spans
 
-__all__ = ["RULES", "label_axes"]
-
 
 def label_axes(graph: Graph, hints: Mapping[Node, Spans] | None = None) -> Labels:
     """The axes of all values of a graph, by all rules; `hints` as for `Labels`."""

@@ -15,8 +15,6 @@ from dit_opt.facts.axes import Dim, resolve, size, unify
 from dit_opt.facts.labels import Labels, NoRule, Rule
 from dit_opt.facts.sizes import are_equal
 
-__all__ = ["CONTRACT_RULES"]
-
 
 def linear(labels: Labels, x: Node, weight: Node, bias: Any = None) -> list[Dim]:
     labels.tie(labels[x][-1], labels[weight][1])

@@ -17,8 +17,6 @@ from dit_opt.facts.labels import Labels, NoRule, Rule
 from dit_opt.facts.nodes import number_of
 from dit_opt.facts.sizes import are_equal, divide
 
-__all__ = ["PART_RULES"]
-
 
 def take(labels: Labels, dim: Dim, start: sympy.Expr | None, length: sympy.Expr, slot: Any) -> Dim:
     """`length` indices from `start` on (None: unknown); an axis ends unless segments stay whole."""

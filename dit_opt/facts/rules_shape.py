@@ -16,8 +16,6 @@ from dit_opt.facts.labels import Labels, NoRule, Rule
 from dit_opt.facts.nodes import number_of
 from dit_opt.facts.sizes import are_equal, divide
 
-__all__ = ["SHAPE_RULES"]
-
 
 def reshape(labels: Labels, x: Node, *_: Any, **__: Any) -> list[Dim]:
     """Regroup factors row-major, within the smallest groups of dimensions of equal products."""

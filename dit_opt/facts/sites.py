@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from dit_opt._compat import kernel_selections, operator_name
 from dit_opt.decisions import AttentionReason
-from dit_opt.facts.decomposed import Decomposed, match_decomposed
+from dit_opt.facts.decomposed import match_decomposed
 
 
 class Form(Enum):
@@ -142,7 +142,8 @@ def _scan(graph: Graph) -> Iterator[tuple[int, dict[str, Any]]]:
         else:
             match = match_decomposed(node)
             if match is not None:
-                yield position, _read_decomposed(match)
+                # its fields are those of a site
+                yield position, {**vars(match), "form": Form.DECOMPOSED}
 
 
 def _find_regions(node: Node) -> list[Graph]:
@@ -185,39 +186,14 @@ def _read_sdpa(node: Node, pinned: str | None) -> dict[str, Any]:
     return fields
 
 
-def _read_decomposed(match: Decomposed) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "node": match.node,
-        "form": Form.DECOMPOSED,
-        "query": match.query,
-        "key": match.key,
-        "value": match.value,
-        "mask": match.mask,
-        "scale": match.scale,
-        "dropout_p": match.dropout_p,
-        "interior": match.interior,
-    }
-    if match.refusal is not None:
-        fields.update(refusal=match.refusal, detail=match.detail)
-    return fields
-
-
 def _read_opaque(
     node: Node, form: Form, reason: AttentionReason, detail: str = ""
 ) -> dict[str, Any]:
+    names = _SDPA_ARGUMENTS[:3]
     tensors = [n for n in node.args if isinstance(n, Node) and _is_tensor(n)]
-    named = [node.kwargs.get(name) for name in ("query", "key", "value")]
-    tensors += [n for n in named if isinstance(n, Node)]
-    query, key, value = (*tensors, None, None, None)[:3]
-    return {
-        "node": node,
-        "form": form,
-        "query": query,
-        "key": key,
-        "value": value,
-        "refusal": reason,
-        "detail": detail,
-    }
+    tensors += [n for n in map(node.kwargs.get, names) if isinstance(n, Node)]
+    qkv = dict(zip(names, (*tensors, None, None, None), strict=False))
+    return {"node": node, "form": form, **qkv, "refusal": reason, "detail": detail}
 
 
 def _find_pinned(graph: Graph) -> dict[Node, str]:

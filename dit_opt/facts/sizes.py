@@ -10,8 +10,6 @@ from typing import TypeAlias
 
 import sympy
 
-__all__ = ["Grid", "are_equal", "divide"]
-
 # (T, H, W) of tokens in one call
 Grid: TypeAlias = "tuple[int, int, int]"
 

@@ -15,8 +15,6 @@ import sympy
 from dit_opt.facts.axes import Axis, Dim, Product, axis_of, cut, resolve, segments, size
 from dit_opt.facts.sizes import Grid, are_equal
 
-__all__ = ["Span", "Spans", "apply_spans"]
-
 # Tokens in a row: how many, and their (T, H, W) where it is proved.
 Span: TypeAlias = "tuple[int, Grid | None]"
 # (dimension of a tensor, the tokens along it), for each dimension that has known tokens

@@ -12,8 +12,6 @@ from dit_opt._compat import belongs_to_model
 from dit_opt.facts.nodes import walk_ancestors
 from dit_opt.facts.ops import Trait, has, is_op
 
-__all__ = ["Timestep", "feeds_layer", "find_timestep"]
-
 
 @dataclass(frozen=True)
 class Timestep:

@@ -13,8 +13,6 @@ import sympy
 
 from dit_opt.facts.axes import Axis, Dim, leaves, resolve, segments, size
 
-__all__ = ["TokenAxes"]
-
 
 class TokenAxes:
     """The axes of a token dimension, outermost first, and where else they occur.

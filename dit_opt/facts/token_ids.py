@@ -21,8 +21,6 @@ from dit_opt.facts.sizes import Grid, are_equal
 from dit_opt.facts.timestep import feeds_layer
 from dit_opt.facts.tokens import Tokens
 
-__all__ = ["TokenIds", "find_token_ids", "read_grids"]
-
 
 class TokenIds(NamedTuple):
     """Where the ids of the latent tokens may be: `input.movedim(dim, 0)[start:stop]`.

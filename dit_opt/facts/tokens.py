@@ -22,8 +22,6 @@ from dit_opt.facts.rules import label_axes
 from dit_opt.facts.sites import Form, Site
 from dit_opt.facts.spans import Spans
 
-__all__ = ["Tokens", "find_tokens"]
-
 OPTION_HINT = 'pass options={"grid": (T, H, W)}.'
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,6 @@ from dit_opt._compat import writes_in_place
 from dit_opt.facts.nodes import holds_tensor
 from dit_opt.facts.ops import Trait, has, is_in_place
 
-__all__ = ["find_bases", "find_targets", "find_write"]
-
 
 def find_targets(node: Node) -> list[Node]:
     """The values that a node writes to."""

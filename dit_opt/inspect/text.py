@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import sympy
@@ -22,21 +22,6 @@ ALL_DENSE = (
     "fewer tokens than pay (min_tokens)."
 )
 
-_HEADERS = (
-    "site",
-    "module",
-    "decision",
-    "tokens",
-    "grid",
-    "query",
-    "key",
-    "GFLOP dense",
-    "sparse",
-    "gain",
-    "pays from",
-    "source",
-)
-
 
 def render_decisions(decisions: Sequence[SiteDecision], title: str = "") -> str:
     """A table with one row for each site (layers that differ by number share one), then reasons.
@@ -49,7 +34,7 @@ def render_decisions(decisions: Sequence[SiteDecision], title: str = "") -> str:
         return f"{title}\nNo attention site.".strip()
     groups = _group_layers(decisions)
     rows = [_make_row(name, members) for name, members in groups]
-    table = tabulate(rows, headers=_HEADERS, disable_numparse=True)
+    table = tabulate(rows, headers="keys", disable_numparse=True)
     notes = "\n".join(_explain_reasons([members[0] for _, members in groups]))
     return "\n".join(part for part in (title, table, notes) if part)
 
@@ -118,37 +103,27 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-_LAYER_HEADERS = (
-    "module",
-    "layer",
-    "branch",
-    "density",
-    "recall",
-    "heads",
-    "density by type",
-    "sparse calls",
-    "searches",
-    "guard",
-)
-
-
 def _render_layers(layers: Sequence[LayerReport]) -> str:
     rows = [
-        (
-            layer.module,
-            layer.layer,
-            str(layer.branch),
-            f"{layer.density:.3f}",
-            "" if layer.recall is None else f"{layer.recall:.3f}",
-            ", ".join(f"{kind} {count}" for kind, count in sorted(layer.heads.items())),
-            ", ".join(f"{kind} {d:.3f}" for kind, d in sorted(layer.density_by_type.items())),
-            str(layer.calls),
-            str(layer.searches),
-            _describe_guard(layer.guard),
-        )
+        {
+            "module": layer.module,
+            "layer": layer.layer,
+            "branch": str(layer.branch),
+            "density": f"{layer.density:.3f}",
+            "recall": "" if layer.recall is None else f"{layer.recall:.3f}",
+            "heads": _join(layer.heads, ""),
+            "density by type": _join(layer.density_by_type, ".3f"),
+            "sparse calls": str(layer.calls),
+            "searches": str(layer.searches),
+            "guard": _describe_guard(layer.guard),
+        }
         for layer in layers
     ]
-    return tabulate(rows, headers=_LAYER_HEADERS, disable_numparse=True)
+    return tabulate(rows, headers="keys", disable_numparse=True)
+
+
+def _join(figures: Mapping[str, float], form: str) -> str:
+    return ", ".join(f"{kind} {figure:{form}}" for kind, figure in sorted(figures.items()))
 
 
 def _describe_guard(guard: GuardReport | None) -> str:
@@ -192,24 +167,24 @@ def _name_group(members: list[SiteDecision]) -> str:
     return f"{_star(first)} (x{len(members)})"
 
 
-def _make_row(name: str, members: list[SiteDecision]) -> tuple[str, ...]:
+def _make_row(name: str, members: list[SiteDecision]) -> dict[str, str]:
     first = members[0]
     sites = str(first.site) if len(members) == 1 else f"{first.site}..{members[-1].site}"
     query, key = (*first.shapes, "", "")[:2]
-    return (
-        sites,
-        name,
-        f"{first.reason.name} by {first.router}" if first.router else first.reason.name,
-        _describe_tokens(first.layout),
-        _describe_grid(first.layout),
-        query,
-        key,
-        _describe_flops(first.flops_dense),
-        _describe_flops(first.flops_sparse),
-        "" if first.gain is None else f"{first.gain:.2f}x",
-        "" if first.pays_from is None else f"{first.pays_from:,} tokens",
-        first.source,
-    )
+    return {
+        "site": sites,
+        "module": name,
+        "decision": first.reason.name + (f" by {first.router}" if first.router else ""),
+        "tokens": _describe_tokens(first.layout),
+        "grid": _describe_grid(first.layout),
+        "query": query,
+        "key": key,
+        "GFLOP dense": _describe_flops(first.flops_dense),
+        "sparse": _describe_flops(first.flops_sparse),
+        "gain": "" if first.gain is None else f"{first.gain:.2f}x",
+        "pays from": "" if first.pays_from is None else f"{first.pays_from:,} tokens",
+        "source": first.source,
+    }
 
 
 def _describe_tokens(layout: LayoutSummary | None) -> str:

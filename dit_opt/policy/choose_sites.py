@@ -17,7 +17,8 @@ from dit_opt._compat import size_expression, size_hint
 from dit_opt.decisions import AttentionReason, LayoutSummary, SiteDecision
 from dit_opt.facts.anchors import find_layer_anchor
 from dit_opt.facts.graph import Facts
-from dit_opt.facts.layouts import Layout, SegmentKind, SiteKind, TokenGrid, declare_grid
+from dit_opt.facts.grids import TokenGrid
+from dit_opt.facts.layouts import Layout, SegmentKind, SiteKind, declare_grid
 from dit_opt.facts.masks import Mask, MaskKind
 from dit_opt.facts.sites import Site
 from dit_opt.options import OptionError, Options

@@ -13,7 +13,8 @@ from dataclasses import replace
 import sympy
 
 from dit_opt._compat import size_expression
-from dit_opt.facts.layouts import Layout, TokenGrid, declare_grid
+from dit_opt.facts.grids import TokenGrid
+from dit_opt.facts.layouts import Layout, declare_grid
 from dit_opt.facts.sites import Site
 from dit_opt.options import OptionError
 
