@@ -13,8 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from dit_opt import passes
-from dit_opt.decisions import GraphRecord
-from dit_opt.facts.graph import Facts, InputHints
+from dit_opt.facts.graph import InputHints
 from dit_opt.facts.token_ids import TokenIds
 from dit_opt.inspect.summary import log_summary, warn_of_sizes
 from dit_opt.kernels.cpp.build import build_ahead
@@ -83,13 +82,12 @@ def _compile(
     """The bound graph, and the inputs whose values may give the grid."""
     # Dynamo changes and clears its graph once the backend has returned; this one is a copy.
     program = Program(gm, hints)
-    facts = program.facts
-    signature = read_signature(facts)
-    forwards_latents = facts.tokens.forwards_latents
-    token_ids = () if hints.read_grid is None else _list_token_ids(facts)
-    record, lowering = run(passes.PASSES, program, options, Dumper(options.dump))
-    log_summary(record, options, forwards_latents)
-    bound = _bind(gm, inputs, options, signature, lowering, record)
+    signature = read_signature(program.facts)
+    ids = () if hints.read_grid is None else program.facts.token_ids.values()
+    token_ids = tuple(dict.fromkeys(itertools.chain.from_iterable(ids)))
+    lowering = run(passes.PASSES, program, options, Dumper(options.dump))
+    log_summary(lowering.record, options, signature.forwards_latents)
+    bound = _bind(gm, inputs, signature, lowering)
     register(bound)
     return bound, token_ids
 
@@ -101,24 +99,13 @@ def _to_input_hints(
     return InputHints(dict(hints.spans), read if hints.grid is None else None, hints.grid)
 
 
-def _list_token_ids(facts: Facts) -> tuple[TokenIds, ...]:
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(facts.token_ids.values())))
-
-
-def _bind(
-    gm: GraphModule,
-    inputs: list[Any],
-    options: Options,
-    signature: Signature,
-    lowering: Lowering,
-    record: GraphRecord,
-) -> Bound:
+def _bind(gm: GraphModule, inputs: list[Any], signature: Signature, lowering: Lowering) -> Bound:
     """The program with its variants, each compiled on first use."""
-    program = lowering.program
+    program, record = lowering.program, lowering.record
     fakes = _fake_inputs(gm, inputs)
     if record.replaced and find_device(fakes).type == "cpu":
         build_ahead()
-    compiler = VariantCompiler(inputs, options.inductor_patches())
+    compiler = VariantCompiler(inputs, lowering.options.inductor_patches())
     bound = Bound(
         lambda mode: compiler.compile(lowering.make_variant(mode).graph),
         signature,

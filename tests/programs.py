@@ -24,7 +24,9 @@ def run_passes(
 ) -> tuple[GraphRecord, Lowering]:
     """Run passes, by default all, over a program of a graph; the graph stays as it is."""
     parsed = Options(**{"min_tokens": 0, **options})  # pyright: ignore[reportArgumentType]
-    return run(passes.PASSES if only is None else only, Program(gm, hints), parsed, Dumper(None))
+    chosen = passes.PASSES if only is None else only
+    lowering = run(chosen, Program(gm, hints), parsed, Dumper(None))
+    return lowering.record, lowering
 
 
 def lower(gm: GraphModule, mode: Mode = Mode.SEARCH, **options: object) -> Variant:

@@ -78,7 +78,7 @@ def explain(
         program = Program(gm, hints)
         spans = program.facts.tokens.spans
         try:
-            found, _ = run(passes.PASSES, program, parsed, Dumper(None))
+            found = run(passes.PASSES, program, parsed, Dumper(None)).record
         except ValueError as error:
             # raised below: out of a backend, Dynamo would wrap it
             errors.append(error)

@@ -81,9 +81,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Lowering:
-    """Makes the variants of a program: each accepted pass lowers a copy of its main graph."""
+    """What passes did, and how variants are made: each accepted pass lowers a copy of the graph."""
 
     program: Program
+    record: GraphRecord
     options: Options
     accepted: tuple[tuple[Pass, tuple[Match, ...]], ...]
     dumper: Dumper
@@ -102,9 +103,7 @@ class Lowering:
         return variant
 
 
-def run(
-    passes: Sequence[Pass], program: Program, options: Options, dumper: Dumper
-) -> tuple[GraphRecord, Lowering]:
+def run(passes: Sequence[Pass], program: Program, options: Options, dumper: Dumper) -> Lowering:
     """Run passes over a program; nothing is compiled, and variants are made later.
 
     This is the one place that times a pass, dumps the graph before and after it, checks what it
@@ -142,7 +141,7 @@ def run(
         passes=tuple(records),
         timestep=None if timestep is None else timestep.candidates[0].name,
     )
-    return record, Lowering(program, options, tuple(accepted), dumper, unvalued)
+    return Lowering(program, record, options, tuple(accepted), dumper, unvalued)
 
 
 def _rewrite(

@@ -24,6 +24,7 @@ class Signature:
         model: an argument that is a parameter and so identifies the model; None where it has none.
         user_inputs: the arguments that are not the model's own.
         spans: how the tokens lie in outputs, by their position.
+        forwards_latents: another graph of the model attends over the latents.
     """
 
     outputs: int
@@ -31,6 +32,7 @@ class Signature:
     model: int | None = None
     user_inputs: tuple[int, ...] = ()
     spans: Mapping[int, Spans] = field(default_factory=dict)
+    forwards_latents: bool = False
 
 
 def find_user_inputs(graph: Graph) -> tuple[int, ...]:
@@ -49,4 +51,5 @@ def read_signature(facts: Facts) -> Signature:
         model=None if model is None else placeholders.index(model),
         user_inputs=find_user_inputs(facts.graph),
         spans=facts.tokens.spans,
+        forwards_latents=facts.tokens.forwards_latents,
     )

@@ -90,8 +90,8 @@ def double(graph, node, factor):
 
 def run_on(*passes, dump=None):
     program = Program(capture_one(model, X))
-    record, lowering = run(passes, program, Options(), Dumper(dump))
-    return program, record, lowering
+    lowering = run(passes, program, Options(), Dumper(dump))
+    return program, lowering.record, lowering
 
 
 def compute(variant):
