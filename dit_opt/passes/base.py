@@ -15,7 +15,7 @@ from dit_opt.options import Options, register_options
 from dit_opt.program.dump import Dumper
 from dit_opt.program.modes import Mode
 from dit_opt.program.program import Program, Variant
-from dit_opt.program.spec import check_graph, list_unvalued
+from dit_opt.program.spec import SpecError, check_graph, list_unvalued
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,11 @@ def _rewrite(
         return
     if each.sparse_only:
         program.keep_dense()
+    elif program.dense is not program.main:
+        raise SpecError(
+            f"Pass {each.name!r} rewrites all modes, but stands behind one that rewrites the sparse "
+            "modes alone, so dense steps would run without it; put it before that in PASSES."
+        )
     with dumper.around(each.name, program.main.gm):
         each.rewrite(program, matches, options)
         program.main.gm.recompile()

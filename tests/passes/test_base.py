@@ -287,3 +287,8 @@ def test_the_table_of_contents_is_in_order():
     sparse = [each.sparse_only for each in PASSES]
     # what serves sparse modes alone comes behind all others
     assert sparse == sorted(sparse)
+
+
+def test_a_pass_of_all_modes_behind_one_of_sparse_modes_is_an_error():
+    with pytest.raises(SpecError, match="'doubling' rewrites all modes, but stands behind"):
+        run_on(Sparse(), Doubling())
