@@ -33,7 +33,10 @@ def every_site(monkeypatch):
     """Queries and keys of two inputs are cross-attention, which stays dense."""
 
     def find_sparse_sites(facts, options):
-        return tuple(SimpleNamespace(site=site) for site in facts.sites)
+        return tuple(
+            SimpleNamespace(site=site, qkv=(site.query, site.key, site.value))
+            for site in facts.sites
+        )
 
     for module in (fuse_qk, fold_orders):
         monkeypatch.setattr(module, "find_sparse_sites", find_sparse_sites)

@@ -36,7 +36,10 @@ def every_site(monkeypatch, as_on_a_gpu):
     """Sites that stay dense are read as well, cross-attention among them."""
 
     def find_sparse_sites(facts, options):
-        return tuple(SimpleNamespace(site=site) for site in facts.sites)
+        return tuple(
+            SimpleNamespace(site=site, qkv=(site.query, site.key, site.value))
+            for site in facts.sites
+        )
 
     monkeypatch.setattr(fuse_qk, "find_sparse_sites", find_sparse_sites)
 
