@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from dit_opt.facts.layouts import declare_grid
-from dit_opt.facts.order import OrderRegion, find_order_region
+from dit_opt.facts.order import OrderRegion, TokenEdge, find_order_region
 from dit_opt.facts.sites import find_sites
 from dit_opt.facts.tokens import find_tokens
 from dit_opt.passes.token_order import order_tokens
@@ -80,8 +82,26 @@ def apply_order(gm: GraphModule, region: OrderRegion) -> tuple[GraphModule, int]
         append_placeholder(copy, name, example.new_empty(length, dtype=torch.int64))
         for name in ("order", "inverse")
     )
-    moved = region.moved({n.name: n for n in copy.graph.nodes})
-    return copy, len(order_tokens(copy, moved, order, inverse))
+    moved = move_region(region, {n.name: n for n in copy.graph.nodes})
+    count = len(order_tokens(copy, moved, order, inverse))
+    copy.recompile()
+    return copy, count
+
+
+def move_region(region: OrderRegion, at: dict[str, Node]) -> OrderRegion:
+    """The same region in a copy of its graph; `at`: the nodes of the copy by name."""
+
+    def move(edge: TokenEdge) -> TokenEdge:
+        users = tuple(at[user.name] for user in edge.users)
+        return replace(edge, node=at[edge.node.name], users=users)
+
+    return replace(
+        region,
+        entries=tuple(map(move, region.entries)),
+        tables=tuple(map(move, region.tables)),
+        exits=tuple(map(move, region.exits)),
+        sites=tuple(at[node.name] for node in region.sites),
+    )
 
 
 def random_order(count: int) -> tuple[torch.Tensor, torch.Tensor]:

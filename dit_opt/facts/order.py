@@ -8,8 +8,8 @@ undone once, if every node between treats all tokens alike. The proof is layout 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import sympy
 from torch.fx import Graph, Node
@@ -64,21 +64,6 @@ class OrderRegion:
     tables: tuple[TokenEdge, ...]
     exits: tuple[TokenEdge, ...]
     sites: tuple[Node, ...]
-
-    def moved(self, at: Mapping[str, Node]) -> OrderRegion:
-        """The same region in a copy of its graph; `at`: the nodes of the copy by name."""
-
-        def move(edge: TokenEdge) -> TokenEdge:
-            users = tuple(at[user.name] for user in edge.users)
-            return replace(edge, node=at[edge.node.name], users=users)
-
-        return replace(
-            self,
-            entries=tuple(map(move, self.entries)),
-            tables=tuple(map(move, self.tables)),
-            exits=tuple(map(move, self.exits)),
-            sites=tuple(at[node.name] for node in self.sites),
-        )
 
 
 @dataclass(frozen=True)

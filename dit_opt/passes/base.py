@@ -153,8 +153,8 @@ def _rewrite(
         program.keep_dense()
     elif program.dense is not program.main:
         raise SpecError(
-            f"Pass {each.name!r} rewrites all modes, but stands behind one that rewrites the sparse "
-            "modes alone, so dense steps would run without it; put it before that in PASSES."
+            f"Pass {each.name!r} rewrites all modes, but stands behind one of sparse modes alone, "
+            "so dense steps would run without it; put it before that one in PASSES."
         )
     with dumper.around(each.name, program.main.gm):
         each.rewrite(program, matches, options)

@@ -26,6 +26,7 @@ from tests.orders import (
     attend,
     find_region,
     latents,
+    move_region,
     patchify,
     randn,
     random_order,
@@ -183,7 +184,7 @@ def test_an_order_that_is_made_too_late():
         late = copy.graph.call_function(torch.argsort, (inverse,))
     at = {n.name: n for n in copy.graph.nodes}
     with pytest.raises(ValueError, match=r"argsort of the tokens is made after transpose"):
-        order_tokens(copy, region.moved(at), late, inverse)
+        order_tokens(copy, move_region(region, at), late, inverse)
     copy = copy_graph(gm)
     order = append_placeholder(copy, "order", example.new_empty(N, dtype=torch.int64))
     (output,) = copy.graph.find_nodes(op="output")
@@ -191,7 +192,7 @@ def test_an_order_that_is_made_too_late():
         late = copy.graph.call_function(torch.argsort, (order,))
     at = {n.name: n for n in copy.graph.nodes}
     with pytest.raises(ValueError, match=r"inverse order argsort .* after reshape"):
-        order_tokens(copy, region.moved(at), order, late)
+        order_tokens(copy, move_region(region, at), order, late)
 
 
 WEIGHT = randn(CHANNELS, CHANNELS)
