@@ -57,9 +57,9 @@ def build_case(target: str, case: Case) -> Build:
         size = case.dim * (_HEADS if case.norm == "across" else 1)
         weight = make_meta(size, dtype=case.dtype)
     if case.norm == "across":
-        rstd = make_meta(1, _TOKENS, dtype=torch.float32)
+        rstd = make_meta(1, _TOKENS)
     if case.table is not None:
-        cos = sin = make_meta(_TOKENS, case.dim, dtype=torch.float32)
+        cos = sin = make_meta(_TOKENS, case.dim)
         if case.table == "pair":
             cos, sin = cos[:, ::2], sin[:, 1::2]
     if case.rows is not None:
@@ -75,5 +75,5 @@ def list_builds(target: str) -> Iterator[Build]:
     for case in CASES:
         yield build_case(target, case)
     x = make_meta(1, _TOKENS, _HEADS, 128, dtype=torch.bfloat16)
-    launch = prepare_measure(x, 1e-6, make_meta(1, _TOKENS, dtype=torch.float32))
+    launch = prepare_measure(x, 1e-6, make_meta(1, _TOKENS))
     yield make_build(target, launch, "norm rope measure D=128 bf16")
