@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.gpu_timing import time_captured
 from benchmarks.problems import TOLERANCE
 from dit_opt.kernels.norm_rope import norm_rope
+from dit_opt.kernels.norm_rope.contract import Arguments
 from dit_opt.kernels.norm_rope.reference import compute_plainly
 
 OURS, COMPILED = "ditopt", "compiled"
@@ -93,7 +94,7 @@ def measure_prologue(shape: Shape, device: torch.device, seconds: float) -> dict
     # Wan's factors are every second column, as `passes.qk_prologue` finds them.
     tables = (cos[:, 0::2], sin[:, 1::2]) if shape.across_heads else (cos, sin)
     arguments = (x, weight, EPS, shape.across_heads, *tables)
-    expected = compute_plainly(x.float(), *arguments[1:], False, 0, None)
+    expected = compute_plainly(Arguments(x.float(), *arguments[1:], False, 0, None))
     # Freed at once: what the kernel allocates next holds NaN where it does not write.
     torch.full_like(x, torch.nan)
     errors = {OURS: _measure_error(norm_rope(*arguments), expected)}

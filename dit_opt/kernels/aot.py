@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from dit_opt.kernels.launch import Launch
+from dit_opt.kernels.launch import Launch, Specialization
 from dit_opt.kernels.machine_code import KernelReport, lint
 
 log = logging.getLogger(__name__)
@@ -43,13 +43,12 @@ SHARED_LIMITS = {
 
 
 @dataclass(frozen=True)
-class Build:
+class Build(Specialization):
     """One kernel in one configuration, as `compile_ahead` takes it.
 
     Attributes:
         config: a unique name of the configuration, for reports.
         kernel: "module:name" of the `triton.jit` function, which cannot be pickled itself.
-        signature, constexprs, attrs: see `launch.Specialization`.
         expects_wgmma: whether warpgroup matrix instructions must appear on sm_90.
         expects_roles: whether its warps must have roles of their own, with their own registers.
     """
@@ -57,9 +56,6 @@ class Build:
     config: str
     target: str
     kernel: str
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    attrs: Mapping[tuple[int, ...], list[list[Any]]]
     options: Mapping[str, Any] = field(default_factory=dict)
     expects_wgmma: bool = False
     expects_roles: bool = False
@@ -74,39 +70,30 @@ def make_build(
     expects_roles: bool = False,
 ) -> Build:
     """The build of a launch, whose tensors may be meta tensors, for a target."""
-    found = launch.specialize()
     function = launch.kernel.fn
     return Build(
+        **vars(launch.specialize()),
         config=config,
         target=target,
         kernel=f"{function.__module__}:{function.__name__}",
-        signature=found.signature,
-        constexprs=found.constexprs,
-        attrs=found.attrs,
         options=launch.options,
         expects_wgmma=expects_wgmma,
         expects_roles=expects_roles,
     )
 
 
-def make_meta(*shape: int, dtype: torch.dtype) -> Tensor:
+def make_meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor without memory, for the launches of builds; it counts as aligned."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compile_ahead(
-    kernel: Any,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    attrs: Mapping[tuple[int, ...], list[list[Any]]],
-    target: GPUTarget,
-    **options: Any,
+    kernel: Any, found: Specialization, target: GPUTarget, **options: Any
 ) -> CompiledKernel:
     """Compile a `triton.jit` or `gluon.jit` function for a target that need not be present.
 
     Args:
-        signature: type of every argument by name, "constexpr" for those in `constexprs`.
-        attrs: for instance {(0,): [["tt.divisibility", 16]]} for an aligned first pointer.
+        found: what it is compiled for, see `Launch.specialize`.
         options: num_warps, num_stages and other backend options.
 
     Raises:
@@ -122,7 +109,7 @@ def compile_ahead(
         # Imported here because Gluon is an experiment of Triton's that may change.
         from triton.experimental.gluon._runtime import GluonASTSource as make_source
     source = make_source(
-        fn=kernel, signature=dict(signature), constexprs=dict(constexprs), attrs=dict(attrs)
+        fn=kernel, signature=found.signature, constexprs=found.constexprs, attrs=found.attrs
     )
     return triton.compile(source, target=target, options=options)
 
@@ -157,14 +144,8 @@ def load_kernel(build: Build) -> Any:
 
 def check_build(build: Build) -> tuple[KernelReport, list[str]]:
     """Compile and lint one build: its report and its faults."""
-    compiled = compile_ahead(
-        load_kernel(build),
-        build.signature,
-        build.constexprs,
-        build.attrs,
-        TARGETS[build.target],
-        **build.options,
-    )
+    target = TARGETS[build.target]
+    compiled = compile_ahead(load_kernel(build), build, target, **build.options)
     report = lint(compiled, build.config)
     log.debug("compiled %s for %s: %s", build.config, build.target, report)
     return report, find_faults(build, report)

@@ -23,7 +23,7 @@ from dit_opt.program.program import LengthLimit, PinnedTable, Program, Variant
 from dit_opt.program.sizes import SizeWriter
 from dit_opt.program.slots import Key, Lives, Reduce, Slot, SlotRef
 from dit_opt.routers.base import BLOCK_K, BLOCK_Q, Routed, SiteWriter
-from dit_opt.routers.guard import CheckRule, write_check
+from dit_opt.routers.guard import write_check
 
 _OF_PROCESS = {"lives": Lives.PROCESS, "reduce": Reduce.SUM}
 # Statistics, float32 [B, H]: density of every sparse call as executed, 1 for a head that the guard
@@ -247,7 +247,7 @@ class _SiteRewriter:
         else:
             density = site.read(PLAN_DENSITY, dtype=torch.float32)
         if self._guarded:
-            return self._check(sparse, site, routed, density)
+            return self._check(site, routed, density)
         self._graph.write(site.ref(DENSITY), density)
         return routed
 
@@ -266,10 +266,9 @@ class _SiteRewriter:
         self._graph.write(site.ref(DENSITY), density)
         return routed
 
-    def _check(self, sparse: SparseSite, site: SiteWriter, routed: Routed, density: Node) -> Routed:
+    def _check(self, site: SiteWriter, routed: Routed, density: Node) -> Routed:
         """Let the guard check the plan, which goes on with every block for heads it caught."""
-        rule = CheckRule(sparse.scale, self._mode is Mode.SEARCH, sparse.goal)
-        checked, is_caught = write_check(site, routed, rule)
+        checked, is_caught = write_check(site, routed, self._mode is Mode.SEARCH)
         emit = site.emit
         executed = emit.method("masked_fill", density, is_caught, 1.0)
         self._graph.write(site.ref(DENSITY), executed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -18,24 +18,24 @@ from dit_opt.routers.word_lists import read_lists, write_words
 class BlockRouter(Router):
     """Searches in the cube order where there is a grid, else in the model's own.
 
-    Tokens that are in the order already stay where they are. A subclass names its operator, and
-    keeps its lists in the one slot that it has.
+    Tokens that are in the order already stay where they are. A subclass keeps its lists in the one
+    slot that it has.
+
+    Attributes:
+        operator: searches blocks. cells: its arguments behind the sizes of blocks.
     """
 
     cube_order = True
-
-    def call_search(
-        self, site: SiteWriter, q: Node, k: Node, bias: Node | None
-    ) -> tuple[Any, tuple[Any, ...]]:
-        """The operator of a search and its arguments, for tokens in the order."""
-        raise NotImplementedError
+    operator: ClassVar[Any]
+    cells: ClassVar[tuple[int, ...]]
 
     def search(self, site: SiteWriter) -> Routed:
         q, k, v, bias, inverse = _order(site)
-        operator, arguments = self.call_search(site, q, k, bias)
+        goal = (site.scale, site.goal.target, site.goal.by_density)
+        blocks = (site.grid[3], site.video, BLOCK_Q, BLOCK_K, *self.cells)
         boost = site.read_boost()
         named = {} if boost is None else {"boost": boost}
-        found = site.emit.call(operator, *arguments, **named)
+        found = site.emit.call(self.operator, q, k, bias, *goal, *blocks, **named)
         counts, indices, recall, density = site.emit.unpack(found, 4)
         state = {self.slots[0]: write_words(site, counts, indices)}
         return Routed(q, k, v, bias, counts, indices, state, recall, density, inverse)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from dit_opt.program.slots import Lives, Reduce, Slot
-from dit_opt.routers.base import BLOCK_K, BLOCK_Q, BOOST, Goal, Routed, SiteWriter
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q, BOOST, Routed, SiteWriter
 
 # What a plan may keep less than it did when it was made, or than was asked for.
 SLACK = 0.05
@@ -28,38 +27,25 @@ CHECKED_ERROR = Slot("guard.error", lives=Lives.PROCESS, reduce=Reduce.SUM)
 CAUGHT = Slot("guard.caught", lives=Lives.PROCESS, reduce=Reduce.SUM)
 
 
-@dataclass(frozen=True)
-class CheckRule:
-    """What a plan must keep.
-
-    Attributes:
-        scale: factor of the scores.
-        searched: the plan was made in this call, else by an earlier one, whose mass it must keep.
-        goal: what the router aimed at; a density promises no mass.
-    """
-
-    scale: float
-    searched: bool
-    goal: Goal
-
-
-def write_check(site: SiteWriter, routed: Routed, rule: CheckRule) -> tuple[Routed, Node]:
+def write_check(site: SiteWriter, routed: Routed, searched: bool) -> tuple[Routed, Node]:
     """Write the check of a plan: the plan with every block for heads that were caught, and which.
 
+    A plan that was `searched` in this call must keep what the router aimed at, where that is no
+    density; one of an earlier call must keep the mass that it kept then.
     A head that was caught may drop half of what it might before, and none at all after
     `CATCHES_TO_DENSE` times in a run: its boost says so to the next search. The second result is
     bool `[B, H]`.
     """
     emit, graph = site.emit, site.graph
     expected = None
-    if not rule.searched:
+    if not searched:
         expected = site.read(PLAN_MASS, dtype=torch.float32)
-    elif not rule.goal.by_density:
-        expected = emit.call(torch.full_like, routed.statistics[0], rule.goal.target)
+    elif not site.goal.by_density:
+        expected = emit.call(torch.full_like, routed.statistics[0], site.goal.target)
     checked = emit.call(
         torch.ops.ditopt.guard_plan_v1.default,
         *(routed.q, routed.k, routed.v, routed.counts, routed.indices, routed.bias),
-        *(rule.scale, expected, SLACK, BLOCK_Q, BLOCK_K),
+        *(site.scale, expected, SLACK, BLOCK_Q, BLOCK_K),
     )
     counts, indices, mass, error, caught = emit.unpack(checked, 5)
     is_caught = emit.call(operator.gt, caught, 0)
@@ -68,7 +54,7 @@ def write_check(site: SiteWriter, routed: Routed, rule: CheckRule) -> tuple[Rout
     doubled = emit.call(operator.mul, boost, 2)
     raised = emit.method("masked_fill", doubled, is_dense, torch.inf)
     graph.write(site.ref(BOOST), emit.call(torch.where, is_caught, raised, boost))
-    if rule.searched:
+    if searched:
         graph.write(site.ref(PLAN_MASS), mass)
     for slot, node in ((CHECKED_MASS, mass), (CHECKED_ERROR, error), (CAUGHT, caught)):
         graph.write(site.ref(slot), node)

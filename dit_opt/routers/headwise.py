@@ -12,15 +12,7 @@ from torch.fx import Node
 from dit_opt.kernels.plan.orders import VideoLayout
 from dit_opt.kernels.searches.headwise.head_orders import ORDER_NAMES, build_orders, list_orders
 from dit_opt.program.slots import Slot
-from dit_opt.routers.base import (
-    BLOCK_K,
-    BLOCK_Q,
-    Goal,
-    Routed,
-    Router,
-    SiteWriter,
-    gather_heads,
-)
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q, Goal, Routed, Router, SiteWriter, gather_heads
 from dit_opt.routers.word_lists import read_lists, read_words, write_words
 
 # A blank plan is read before there is one, by a variant that searches as it is told.
@@ -50,18 +42,18 @@ class Headwise(Router):
         found = site.emit.call(torch.ops.ditopt.headwise_plan_v2.default, *arguments)
         counts, indices, order, recall, density = site.emit.unpack(found, 5)
         words = write_words(site, counts, indices)
-        return self._route(site, counts, indices, words, order, recall, density)
+        return _route(site, counts, indices, words, order, recall, density)
 
     def restore(self, site: SiteWriter) -> Routed:
         words, counts, indices = read_lists(site, WORDS)
-        return self._route(site, counts, indices, words, site.read(ORDER))
+        return _route(site, counts, indices, words, site.read(ORDER))
 
     def search_or_restore(self, site: SiteWriter, searches: Node) -> Routed:
         kept = (read_words(site, WORDS), site.read(ORDER))
         arguments = (searches, *kept, *self._describe(site))
         found = site.emit.call(torch.ops.ditopt.headwise_search_or_reuse_v1.default, *arguments)
         counts, indices, order, words, recall, density = site.emit.unpack(found, 6)
-        return self._route(site, counts, indices, words, order, recall, density)
+        return _route(site, counts, indices, words, order, recall, density)
 
     def make_tables(self, layout: VideoLayout, goal: Goal, device: torch.device) -> list[Any]:
         orders = build_orders(layout, BLOCK_Q, BLOCK_K, self.cell, device)
@@ -78,28 +70,14 @@ class Headwise(Router):
         blocks = (BLOCK_Q, BLOCK_K, self.cell)
         return (site.q, site.k, site.bias, *goal, *site.grid, *blocks)
 
-    def _route(
-        self,
-        site: SiteWriter,
-        counts: Node,
-        indices: Node,
-        words: Node,
-        order: Node,
-        recall: Node | None = None,
-        density: Node | None = None,
-    ) -> Routed:
-        moves = site.emit.call(
-            torch.ops.ditopt.headwise_rows_v1.default,
-            *(order, site.length, *site.grid, BLOCK_Q, BLOCK_K),
-        )
-        rows, inverse = site.emit.unpack(moves, 2)
-        return Routed(
-            *gather_heads(site, rows),
-            counts,
-            indices,
-            state={WORDS: words, ORDER: order},
-            recall=recall,
-            density=density,
-            inverse=inverse,
-            per_head=True,
-        )
+
+def _route(
+    site: SiteWriter, counts: Node, indices: Node, words: Node, order: Node, *statistics: Node
+) -> Routed:
+    moves = site.emit.call(
+        torch.ops.ditopt.headwise_rows_v1.default,
+        *(order, site.length, *site.grid, BLOCK_Q, BLOCK_K),
+    )
+    rows, inverse = site.emit.unpack(moves, 2)
+    plan = (*gather_heads(site, rows), counts, indices, {WORDS: words, ORDER: order})
+    return Routed(*plan, *statistics, inverse=inverse, per_head=True)

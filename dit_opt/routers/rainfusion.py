@@ -10,19 +10,10 @@ import torch
 from torch.fx import Node
 
 from dit_opt.kernels.plan.orders import VideoLayout
-from dit_opt.kernels.searches.rainfusion.op import candidate_names
 from dit_opt.kernels.searches.rainfusion.sample import count_rows, draw_sample
 from dit_opt.kernels.searches.rainfusion.tables import build_tables
 from dit_opt.program.slots import Slot
-from dit_opt.routers.base import (
-    BLOCK_K,
-    BLOCK_Q,
-    Goal,
-    Routed,
-    Router,
-    SiteWriter,
-    gather_heads,
-)
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q, Goal, Routed, Router, SiteWriter, gather_heads
 
 CHOICE = Slot("rainfusion.choice")
 # the most rows that a search looks at
@@ -60,26 +51,15 @@ class RainFusion(Router):
     def name_heads(
         self, sizes: Sequence[int], state: Mapping[str, torch.Tensor]
     ) -> list[str] | None:
-        t, h, w, start, tokens = sizes
-        names = candidate_names(t, h, w, start, tokens, BLOCK_Q, BLOCK_K)
+        names = build_tables(*sizes, BLOCK_Q, BLOCK_K, torch.device("cpu")).names
         return [names[c].split()[0] for c in state[CHOICE.name].flatten().tolist()]
 
 
-def _route(
-    site: SiteWriter, choice: Node, recall: Node | None = None, density: Node | None = None
-) -> Routed:
+def _route(site: SiteWriter, choice: Node, *statistics: Node) -> Routed:
     lists = site.emit.call(
         torch.ops.ditopt.rainfusion_plan_v1.default,
         *(choice, site.length, *site.grid, BLOCK_Q, BLOCK_K),
     )
     counts, indices, rows, inverse = site.emit.unpack(lists, 4)
-    return Routed(
-        *gather_heads(site, rows),
-        counts,
-        indices,
-        state={CHOICE: choice},
-        recall=recall,
-        density=density,
-        inverse=inverse,
-        per_head=True,
-    )
+    plan = (*gather_heads(site, rows), counts, indices, {CHOICE: choice})
+    return Routed(*plan, *statistics, inverse=inverse, per_head=True)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sympy
 import torch
-from torch.fx import Node
 
 from dit_opt.program.slots import Slot
-from dit_opt.routers.base import BLOCK_K, BLOCK_Q, SiteWriter
+from dit_opt.routers.base import BLOCK_K, BLOCK_Q
 from dit_opt.routers.block_router import BlockRouter
 
 
@@ -18,14 +15,9 @@ class Sol(BlockRouter):
 
     name = "sol"
     launches = 270
+    operator = torch.ops.ditopt.subblock_plan_v2.default
+    cells = (BLOCK_Q, BLOCK_K)
     slots = (Slot("sol.words"),)
 
     def count_pairs(self, tokens: sympy.Expr) -> sympy.Expr:
         return tokens**2 / (BLOCK_Q * BLOCK_K)
-
-    def call_search(
-        self, site: SiteWriter, q: Node, k: Node, bias: Node | None
-    ) -> tuple[Any, tuple[Any, ...]]:
-        goal = (site.scale, site.goal.target, site.goal.by_density)
-        blocks = (site.grid[3], site.video, BLOCK_Q, BLOCK_K, BLOCK_Q, BLOCK_K)
-        return torch.ops.ditopt.subblock_plan_v2.default, (q, k, bias, *goal, *blocks)

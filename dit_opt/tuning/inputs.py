@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import Arguments
-from dit_opt.kernels.block_sparse_attention.impl.triton import attention as kernel
-from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling
 from dit_opt.kernels.plan.plan import list_kept
 
 BLOCK_Q = 128
@@ -30,20 +27,8 @@ class Workload:
     key_heads: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """q `[1, H, N, D]`, k and v `[1, Hk, N, D]`, and a plan over them."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    counts: Tensor
-    indices: Tensor
-    block_k: int
-
-
-def make_inputs(workload: Workload, dim: int, block_k: int, device: torch.device) -> Inputs:
-    """Normal tensors in `[1, N, H, D]` memory, and rows that differ in length."""
+def make_inputs(workload: Workload, dim: int, block_k: int, device: torch.device) -> Arguments:
+    """Normal tensors in `[1, N, H, D]` memory, and a plan whose rows differ in length."""
     generator = torch.Generator(device).manual_seed(0)
     key_heads = workload.heads if workload.key_heads is None else workload.key_heads
     like = {"generator": generator, "device": device, "dtype": workload.dtype}
@@ -60,12 +45,5 @@ def make_inputs(workload: Workload, dim: int, block_k: int, device: torch.device
     kept = draw < share.unsqueeze(-1)
     kept[..., 0] = True
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return Inputs(q, k, v, *list_kept(kept), block_k)
-
-
-def attend(inputs: Inputs, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """The output of the attention kernel by a tiling, and its log-sum-exp."""
-    plan = (inputs.counts, inputs.indices, None)
-    scale = inputs.q.shape[-1] ** -0.5
-    call = Arguments(inputs.q, inputs.k, inputs.v, *plan, scale, BLOCK_Q, inputs.block_k)
-    return kernel.attend(call, tiling)
+    counts, indices = list_kept(kept)
+    return Arguments(q, k, v, counts, indices, None, dim**-0.5, BLOCK_Q, block_k)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from dit_opt.kernels.block_sparse_attention.contract import Arguments
+from dit_opt.kernels.block_sparse_attention.impl.triton.attention import attend
 from dit_opt.kernels.block_sparse_attention.impl.triton.candidates import (
     list_candidates,
     list_variants,
@@ -28,7 +30,7 @@ from dit_opt.kernels.block_sparse_attention.impl.triton.tuning import (
     try_candidates,
 )
 from dit_opt.kernels.launch import read_architecture
-from dit_opt.tuning.inputs import BLOCK_Q, Inputs, Workload, attend, make_inputs
+from dit_opt.tuning.inputs import BLOCK_Q, Workload, make_inputs
 from dit_opt.tuning.variant_trial import prove
 
 BLOCKS_K = (64, 128)
@@ -84,8 +86,8 @@ def tune_kernel(
     return trials, store({key: choose_fastest(found) for key, found in trials.items()})
 
 
-def _attend(inputs: Inputs, tiling: Tiling) -> Tensor:
-    return attend(inputs, tiling)[0]
+def _attend(call: Arguments, tiling: Tiling) -> Tensor:
+    return attend(call, tiling)[0]
 
 
 def _measure(call: Callable[[], object]) -> float:

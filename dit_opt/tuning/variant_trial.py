@@ -15,10 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dit_opt.kernels.block_sparse_attention.impl.triton.attention import attend
 from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import Tiling, choose_tiling
 from dit_opt.kernels.block_sparse_attention.impl.triton.tuning import TOLERANCE
 from dit_opt.kernels.launch import read_architecture
-from dit_opt.tuning.inputs import BLOCK_Q, Workload, attend, make_inputs
+from dit_opt.tuning.inputs import BLOCK_Q, Workload, make_inputs
 
 # How often the output must be right: not every order of the warps shows a race.
 REPEATS = 20

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from dit_opt.kernels import aot
 from dit_opt.kernels.block_sparse_attention.impl.triton.builds import Case, build_case
+from dit_opt.kernels.launch import Specialization
 from dit_opt.kernels.machine_code import KernelReport, find_misfits, lint
 
 CLEAN = KernelReport(
@@ -48,14 +49,7 @@ def test_lint_reads_amd_code():
 
 def test_lint_sees_spills(build):
     options = {**build.options, "maxnreg": 64}
-    compiled = aot.compile_ahead(
-        aot.load_kernel(build),
-        build.signature,
-        build.constexprs,
-        build.attrs,
-        aot.TARGETS["sm_90"],
-        **options,
-    )
+    compiled = aot.compile_ahead(aot.load_kernel(build), build, aot.TARGETS["sm_90"], **options)
     report = lint(compiled)
     assert report.spill_bytes > 0 or report.serialized
     assert aot.find_faults(build, report) != []
@@ -85,7 +79,7 @@ def test_interpreted_kernels_are_refused():
         pass
 
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        aot.compile_ahead(kernel, {}, {}, {}, aot.TARGETS["sm_90"])
+        aot.compile_ahead(kernel, Specialization({}, {}, {}), aot.TARGETS["sm_90"])
 
 
 def test_warps_without_roles_are_a_fault_where_they_were_asked_for(build):

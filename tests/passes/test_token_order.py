@@ -88,10 +88,10 @@ def count_guards(gm):
 TABLES = {
     # rotary tables: cosines and sines
     "wan": 2,
-    "cogvideox": 2,
+    "cogvideox_rope": 2,
     # the positions of each axis, and those that the key mask compares with lengths
     "hunyuan_video": 4,
-    "ltx_video": 1,
+    "ltx": 1,
     "flux": 1,
     "sd3": 1,
     "dit": 1,

@@ -1,6 +1,8 @@
-"""What the op accepts: the argument checks of `ditopt::norm_rope`."""
+"""What the op accepts: the arguments of `ditopt::norm_rope`, and their checks."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,18 +10,24 @@ from torch import Tensor
 from dit_opt.kernels.block_sparse_attention.contract import DTYPES
 
 
-def check_arguments(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    across_heads: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    halves: bool,
-    rope_start: int,
-    rows: Tensor | None,
-) -> None:
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of one call, as the schema names them."""
+
+    x: Tensor
+    weight: Tensor | None
+    eps: float
+    across_heads: bool
+    cos: Tensor | None
+    sin: Tensor | None
+    halves: bool
+    rope_start: int
+    rows: Tensor | None
+
+
+def check_arguments(call: Arguments) -> None:
     """Raise on the first argument that does not fit; reads shapes, dtypes and devices only."""
+    x, cos, sin, rows = call.x, call.cos, call.sin, call.rows
     if x.dim() != 4:
         raise ValueError(
             f"norm_rope: x must be [B, N, H, D], not {tuple(x.shape)}; unflatten its heads first."
@@ -29,10 +37,10 @@ def check_arguments(
             f"norm_rope: x has dtype {x.dtype}, but only float32, float16 and bfloat16 are "
             "supported; cast it, or leave the model's own operations."
         )
-    if weight is not None:
-        _check_weight(x, weight, eps, across_heads)
+    if call.weight is not None:
+        _check_weight(x, call.weight, call.eps, call.across_heads)
     if cos is not None and sin is not None:
-        _check_tables(x, cos, sin, rope_start)
+        _check_tables(x, cos, sin, call.rope_start)
     elif cos is not None or sin is not None:
         raise ValueError(
             f"norm_rope: {'cos' if sin is None else 'sin'} was given, but "
@@ -44,7 +52,7 @@ def check_arguments(
             f"norm_rope: rows must be int64 [B, H, N], here {[batch, heads, tokens]}, not "
             f"{rows.dtype} {tuple(rows.shape)}; expand an order that heads share."
         )
-    tensors = [tensor for tensor in (x, weight, cos, sin, rows) if tensor is not None]
+    tensors = [tensor for tensor in (x, call.weight, cos, sin, rows) if tensor is not None]
     if any(tensor.device != x.device for tensor in tensors):
         raise ValueError(
             "norm_rope: all tensors must be on one device, not "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_opt.kernels.norm_rope.contract import check_arguments
+from dit_opt.kernels.norm_rope.contract import Arguments, check_arguments
 from dit_opt.kernels.norm_rope.reference import compute_plainly, new_output
 
 # The version is part of the name because the fake's body is in no compile cache key.
@@ -69,8 +69,9 @@ def norm_rope(
 @torch.library.impl(f"ditopt::{NAME}", "CPU")
 def _run_on_cpu(*arguments: Any) -> Tensor:
     # The reference suffices: on CPUs the pass leaves the model's own operations to Inductor.
-    check_arguments(*arguments)
-    return compute_plainly(*arguments)
+    call = Arguments(*arguments)
+    check_arguments(call)
+    return compute_plainly(call)
 
 
 @torch.library.impl(f"ditopt::{NAME}", "CUDA")
@@ -78,8 +79,9 @@ def _run_on_gpu(*arguments: Any) -> Tensor:
     # Imported here because Triton is absent where there is no GPU to run it on.
     from dit_opt.kernels.norm_rope.impl.triton import prologue
 
-    check_arguments(*arguments)
-    return prologue.compute(*arguments)
+    call = Arguments(*arguments)
+    check_arguments(call)
+    return prologue.compute(call)
 
 
 @torch.library.register_fake(f"ditopt::{NAME}")

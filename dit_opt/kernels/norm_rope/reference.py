@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_opt.kernels.norm_rope.contract import Arguments
+
 
 def new_output(x: Tensor, rows: Tensor | None) -> Tensor:
     """Allocate the result for `x` [B, N, H, D]: `x.dtype`, [B, H, N, D].
@@ -21,27 +23,18 @@ def new_output(x: Tensor, rows: Tensor | None) -> Tensor:
     return x.new_empty((batch, heads, tokens, dim))
 
 
-def compute_plainly(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    across_heads: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    halves: bool,
-    rope_start: int,
-    rows: Tensor | None,
-) -> Tensor:
-    """Same arguments and result as `op.norm_rope`, which checks them; one rounding, at the end."""
+def compute_plainly(call: Arguments) -> Tensor:
+    """Same result as `op.norm_rope`, which checks the arguments; one rounding, at the end."""
+    x, rows = call.x, call.rows
     y = x.float()
-    if eps >= 0:
-        dims = (-2, -1) if across_heads else (-1,)
-        y = y * torch.rsqrt(y.square().mean(dims, keepdim=True) + eps)
-    if weight is not None:
+    if call.eps >= 0:
+        dims = (-2, -1) if call.across_heads else (-1,)
+        y = y * torch.rsqrt(y.square().mean(dims, keepdim=True) + call.eps)
+    if call.weight is not None:
         # [H, D] across heads, else [1, D]
-        y = y * weight.float().reshape(-1, x.shape[-1])
-    if cos is not None and sin is not None:
-        y = _rotate(y, cos, sin, halves, rope_start)
+        y = y * call.weight.float().reshape(-1, x.shape[-1])
+    if call.cos is not None and call.sin is not None:
+        y = _rotate(y, call.cos, call.sin, call.halves, call.rope_start)
     y = y.transpose(1, 2)
     if rows is not None:
         y = y.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))

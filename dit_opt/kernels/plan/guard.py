@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 
 # The check costs rows / N of a dense call.
 MAX_ROWS = 64
@@ -67,8 +68,8 @@ def check_plan(
     batch, heads, queries, _ = q.shape
     tokens, key_blocks = k.shape[2], ceil_div(k.shape[2], block_k)
     rows = sample_rows(queries, block_q, q.device)
-    listed = _mark_listed(counts, indices, rows // block_q, key_blocks)
-    listed = listed.expand(batch, heads, -1, -1)
+    counts, indices = (x.index_select(2, rows // block_q) for x in (counts, indices))
+    listed = expand_lists(counts, indices, key_blocks).expand(batch, heads, -1, -1)
     sampled = q.index_select(2, rows).float() * scale
     group = heads // k.shape[1]
     kept, error = [], []
@@ -97,16 +98,6 @@ def check_plan(
         norm = dense.flatten(2).norm(dim=-1)
         error.append((sparse - dense).flatten(2).norm(dim=-1) / torch.where(norm > 0, norm, 1.0))
     return torch.cat(kept, 1), torch.cat(error, 1)
-
-
-def _mark_listed(counts: Tensor, indices: Tensor, blocks: Tensor, key_blocks: int) -> Tensor:
-    """Which key blocks the rows' lists name, bool [B, H, m, nk]."""
-    counts, indices = counts.index_select(2, blocks), indices.index_select(2, blocks)
-    slots = torch.arange(indices.shape[-1], device=indices.device)
-    # unused entries go to one more column, which is cut off
-    named = torch.where(slots < counts.unsqueeze(-1), indices.long(), key_blocks)
-    marks = torch.zeros((*named.shape[:-1], key_blocks + 1), dtype=torch.bool, device=named.device)
-    return marks.scatter_(-1, named, True)[..., :key_blocks]
 
 
 @torch.library.impl(_library, "guard_plan_v1", "CompositeExplicitAutograd")

@@ -6,7 +6,6 @@ to the last bit of a float32 reads the scores 29 times and keeps the same blocks
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 from collections.abc import Callable
@@ -46,56 +45,7 @@ def find_threshold(
         gains: nonnegative float32 that broadcasts to the scores.
     """
     steps = (_HIGHEST - _LOWEST + 1).bit_length()
-    kernel = _find_kernel(scores)
-    search = _search if kernel is None else functools.partial(_search_rows, kernel)
-    # The search starts from bits that hold by definition: the lowest threshold, or with `within`,
-    # where it looks for the last one that exceeds, the one below it.
-    low = search(scores, gains, target, dims, _LOWEST - within, steps, within)
-    return (low.clamp(max=_HIGHEST) + within).view(torch.float32)
-
-
-def _search(
-    scores: Tensor,
-    gains: Tensor,
-    target: float | Tensor,
-    dims: tuple[int, ...],
-    lowest: int,
-    steps: int,
-    within: bool,
-) -> Tensor:
-    """The bits of the last threshold that holds: `lowest` plus a number of `steps` bits."""
-    low = scores.new_full(_reduce(scores, dims), lowest, dtype=torch.int32)
-    nothing = gains.new_zeros(())
-    for step in reversed(range(steps)):
-        middle = low + (1 << step)
-        total = torch.where(scores >= middle.view(torch.float32), gains, nothing).sum(dims, True)
-        rises = total > target if within else total >= target
-        low = torch.where(rises, middle, low)
-    return low
-
-
-def _find_kernel(scores: Tensor) -> Callable[..., Tensor] | None:
-    """`search_bits` for the device of the scores, if there is one."""
-    if scores.is_cuda:
-        # Imported here because Triton is absent where there is no GPU to run it on.
-        from dit_opt.kernels.plan.impl.triton.thresholds import search_bits
-
-        return search_bits
-    return cpp.search_bits if cpp.can_search() else None
-
-
-def _search_rows(
-    search_bits: Callable[..., Tensor],
-    scores: Tensor,
-    gains: Tensor,
-    target: float | Tensor,
-    dims: tuple[int, ...],
-    lowest: int,
-    steps: int,
-    within: bool,
-) -> Tensor:
-    """As `_search`, by one kernel for all steps."""
-    shape = _reduce(scores, dims)
+    shape = [1 if axis - scores.dim() in dims else n for axis, n in enumerate(scores.shape)]
     groups = math.prod(shape)
     rows = scores.reshape(groups, -1).contiguous()
     gains = gains.expand(scores.shape[scores.dim() - gains.dim() :])
@@ -105,9 +55,35 @@ def _search_rows(
     if not isinstance(target, Tensor):
         target = scores.new_full((), target)
     targets = target.expand(shape).reshape(groups).contiguous()
-    return search_bits(rows, gains.contiguous(), targets, lowest, steps, within).view(shape)
+    search = _find_kernel(scores)
+    # The search starts from bits that hold by definition: the lowest threshold, or with `within`,
+    # where it looks for the last one that exceeds, the one below it.
+    low = search(rows, gains.contiguous(), targets, _LOWEST - within, steps, within).view(shape)
+    return (low.clamp(max=_HIGHEST) + within).view(torch.float32)
 
 
-def _reduce(scores: Tensor, dims: tuple[int, ...]) -> list[int]:
-    """The shape with 1 along `dims`."""
-    return [1 if axis - scores.dim() in dims else n for axis, n in enumerate(scores.shape)]
+def _find_kernel(scores: Tensor) -> Callable[..., Tensor]:
+    """`search_bits` for the device of the scores."""
+    if scores.is_cuda:
+        # Imported here because Triton is absent where there is no GPU to run it on.
+        from dit_opt.kernels.plan.impl.triton.thresholds import search_bits
+
+        return search_bits
+    return cpp.search_bits if cpp.can_search() else _search_bits
+
+
+def _search_bits(
+    scores: Tensor, gains: Tensor, target: Tensor, lowest: int, steps: int, within: bool
+) -> Tensor:
+    """As `triton.thresholds.search_bits`, by torch's operators."""
+    groups, size = scores.shape
+    gains = gains.flatten().repeat(max(1, size // gains.numel())).view(-1, size)
+    low = scores.new_full((groups,), lowest, dtype=torch.int32)
+    nothing = gains.new_zeros(())
+    for step in reversed(range(steps)):
+        middle = low + (1 << step)
+        kept = scores >= middle.view(torch.float32)[:, None]
+        total = torch.where(kept, gains, nothing).sum(1)
+        rises = total > target if within else total >= target
+        low = torch.where(rises, middle, low)
+    return low

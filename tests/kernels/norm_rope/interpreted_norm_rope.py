@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+from dit_opt.kernels.norm_rope.contract import Arguments
 from dit_opt.kernels.norm_rope.impl.triton import prologue as kernels
 from dit_opt.kernels.norm_rope.reference import compute_plainly
 
@@ -31,7 +32,8 @@ def poison(monkeypatch):
 
 
 def assert_matches(arguments):
-    found, expected = kernels.compute(*arguments), compute_plainly(*arguments)
+    call = Arguments(*arguments)
+    found, expected = kernels.compute(call), compute_plainly(call)
     assert_close(found, expected)
     assert found.stride() == expected.stride()
 
@@ -83,8 +85,8 @@ def test_a_wrong_order_pair_or_table_differs():
     scene = Scene(rows="per head")
     x, weight, eps, across, cos, sin, halves, start, rows = make_inputs(scene, device=DEVICE)
     right = (x, weight, eps, across, cos, sin, halves, start, rows)
-    found = kernels.compute(*right)
-    assert_close(found, compute_plainly(*right))
+    found = kernels.compute(Arguments(*right))
+    assert_close(found, compute_plainly(Arguments(*right)))
     for wrong in (
         (x, weight, eps, across, cos, sin, halves, start, rows.argsort(-1)),
         (x, weight, eps, across, cos, sin, not halves, start, rows),
@@ -94,7 +96,7 @@ def test_a_wrong_order_pair_or_table_differs():
         (x, None, eps, across, cos, sin, halves, start, rows),
     ):
         with pytest.raises(AssertionError, match="not close"):
-            assert_close(found, compute_plainly(*wrong))
+            assert_close(found, compute_plainly(Arguments(*wrong)))
 
 
 @pytest.mark.parametrize("changes", [{"tokens": 0, "rotated": 0}, {"rotated": 0}], ids=str)

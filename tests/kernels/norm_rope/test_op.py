@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_opt.kernels.norm_rope import norm_rope
-from dit_opt.kernels.norm_rope.contract import check_arguments
+from dit_opt.kernels.norm_rope.contract import Arguments, check_arguments
 
 from .scenes import LAYOUTS, SCENES, Scene, make_inputs
 
@@ -105,7 +105,7 @@ def test_errors_say_what_does_not_fit(change, message):
 
 
 def test_tensors_of_two_devices():
-    x, weight, *_ = make_inputs(Scene())
+    x, weight, *others = make_inputs(Scene())
     # The check itself is called: the dispatcher would take the fake for a meta tensor.
     with pytest.raises(ValueError, match="one device, not cpu, meta"):
-        check_arguments(x, weight.to("meta"), 1e-6, False, None, None, False, 0, None)
+        check_arguments(Arguments(x, weight.to("meta"), *others))

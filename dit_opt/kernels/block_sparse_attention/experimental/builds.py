@@ -38,7 +38,7 @@ def build_int8(case: Case) -> Build:
     queries, keys = (
         _make_quantized(x, block) for x, block in ((call.q, call.block_q), (call.k, call.block_k))
     )
-    shifts = make_meta(*call.q.shape[:3], dtype=torch.float32)
+    shifts = make_meta(*call.q.shape[:3])
     order = torch.empty_like(call.counts)
     launch = int8.prepare(call, queries, shifts, keys, order, *new_outputs(call.q))
     config = f"int8 {_describe(case)} tile {int8.TILE_K}" + (" ragged" if case.ragged else "")
@@ -49,8 +49,8 @@ def build_quantize(dim: int, dtype: torch.dtype, block: int, *, queries: bool) -
     """The launch of the kernel that makes 8-bit queries or keys."""
     call = make_call(Case(dim, dtype))
     x = call.q if queries else call.k
-    mean = make_meta(x.shape[0], call.k.shape[1], dim, dtype=torch.float32)
-    shifts = make_meta(*x.shape[:3], dtype=torch.float32) if queries else None
+    mean = make_meta(x.shape[0], call.k.shape[1], dim)
+    shifts = make_meta(*x.shape[:3]) if queries else None
     launch = int8.prepare_quantize(x, mean, block, _make_quantized(x, block), shifts)
     kind = "queries" if queries else "keys"
     return make_build(_TARGET, launch, f"quantize {kind} D={dim} {TYPE_NAMES[dtype]} block {block}")
@@ -73,7 +73,7 @@ def list_builds(target: str) -> Iterator[Build]:
 
 
 def _make_quantized(x: torch.Tensor, block: int) -> int8.Quantized:
-    scales = make_meta(*x.shape[:2], ceil_div(x.shape[2], block), dtype=torch.float32)
+    scales = make_meta(*x.shape[:2], ceil_div(x.shape[2], block))
     return int8.Quantized(make_meta(*x.shape, dtype=torch.int8), scales)
 
 

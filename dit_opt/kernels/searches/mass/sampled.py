@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 Softmax = Literal["torch", "exp2", "shift"]
 
 
-@dataclass(frozen=True, eq=False)
-class Sums:
+class Sums(NamedTuple):
     """Which values are summed, as an embedding bag takes it: `gather` int64 lists the values of one
     sum after the other, `offsets` int64 where each sum begins.
     """

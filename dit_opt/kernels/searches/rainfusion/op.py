@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.plan.plan import check_request
 from dit_opt.kernels.searches.mass.sampled import measure_sampled_mass
 from dit_opt.kernels.searches.rainfusion.sample import count_rows, draw_sample
 from dit_opt.kernels.searches.rainfusion.tables import Tables, build_tables
@@ -41,7 +42,7 @@ def measure_recall(
     key_bias is additive, [B or 1, H or 1, N]. Raises ValueError for shapes that do not fit.
     """
     batch, heads = q.shape[:2]
-    _check_shapes(q, k, tables)
+    check_request(q, k, tables.blocks)
     sample = draw_sample(tables, count_rows(tables.layout))
     count, blocks = sample.rows.numel(), sample.kept.shape[-1]
     by_row = q.new_empty(
@@ -98,13 +99,6 @@ def recognize(
     return choice.int(), recall
 
 
-def candidate_names(
-    T: int, H: int, W: int, video_start: int, N: int, block_q: int, block_k: int
-) -> tuple[str, ...]:
-    """What each value of `choice` means on this grid: "temporal 1x1", "textural 4", "dense"..."""
-    return build_tables(T, H, W, video_start, N, block_q, block_k, torch.device("cpu")).names
-
-
 @torch.library.impl(_library, "rainfusion_recognize_v1", "CompositeExplicitAutograd")
 def _recognize(
     q: Tensor,
@@ -140,13 +134,8 @@ def _plan(
     tables = build_tables(T, H, W, video_start, N, block_q, block_k, choice.device)
     flat = choice.flatten().long()
     order = tables.order_of[flat]
-    chosen = (
-        tables.counts[flat],
-        tables.indices[flat],
-        tables.orders[order],
-        tables.inverses[order],
-    )
-    counts, indices, rows, inverse = (entry.unflatten(0, choice.shape) for entry in chosen)
+    counts, indices = (x[flat].unflatten(0, choice.shape) for x in (tables.counts, tables.indices))
+    rows, inverse = (x[order].unflatten(0, choice.shape) for x in (tables.orders, tables.inverses))
     return counts, indices, rows, inverse
 
 
@@ -159,14 +148,3 @@ def _fake_plan(choice, N, T, H, W, video_start, block_q, block_k):
         choice.new_empty((*choice.shape, N), dtype=torch.int64),
         choice.new_empty((*choice.shape, N), dtype=torch.int64),
     )
-
-
-def _check_shapes(q: Tensor, k: Tensor, tables: Tables) -> None:
-    tokens = tables.layout.tokens
-    if q.shape[2] != tokens or k.shape[2] != tokens:
-        raise ValueError(
-            f"RainFusion is for self-attention over {tokens} tokens, but got {q.shape[2]} queries "
-            f"and {k.shape[2]} keys; leave cross-attention dense."
-        )
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly.")

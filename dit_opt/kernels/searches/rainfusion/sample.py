@@ -61,20 +61,14 @@ def draw_sample(tables: Tables, count: int) -> Sample:
     """A sample of `count` rows, fewer when the video is shorter; cached beside its tables."""
     device = tables.orders.device
     rows = torch.tensor(place_rows(tables.layout, count), device=device)
-    query_blocks = tables.inverses[:, rows][tables.order_of] // tables.block_q
+    query_blocks = tables.inverses[:, rows][tables.order_of] // tables.blocks.block_q
     candidates = torch.arange(len(tables.order_of), device=device)[:, None]
-    key_blocks = tables.indices.shape[-1]
-    kept = expand_lists(
-        tables.counts[candidates, query_blocks],
-        tables.indices[candidates, query_blocks],
-        key_blocks,
-    )
+    lists = (tables.counts, tables.indices)
+    counts, indices = (x[candidates, query_blocks] for x in lists)
+    kept = expand_lists(counts, indices, tables.indices.shape[-1])
     orders = torch.arange(len(tables.orders), device=device)
     kept = kept[:, :, None] & (orders == tables.order_of[:, None])[:, None, :, None]
-    return Sample(
-        rows=rows,
-        kept=kept.flatten(2).transpose(0, 1).float().contiguous(),
-    )
+    return Sample(rows, kept.flatten(2).transpose(0, 1).float().contiguous())
 
 
 def _spread(count: int, length: int) -> list[int]:

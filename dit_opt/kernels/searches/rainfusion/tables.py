@@ -20,7 +20,7 @@ from dit_opt.kernels.plan.orders import (
     order_lattice,
     order_raster,
 )
-from dit_opt.kernels.plan.plan import list_kept
+from dit_opt.kernels.plan.plan import BlockLayout, lay_blocks, list_kept
 from dit_opt.kernels.searches.mass.sampled import Sums, lay_sums
 from dit_opt.kernels.searches.rainfusion.patterns import (
     DENSE,
@@ -57,8 +57,7 @@ class Tables:
     """
 
     layout: VideoLayout
-    block_q: int
-    block_k: int
+    blocks: BlockLayout
     patterns: tuple[Pattern, ...]
     orders: Tensor
     inverses: Tensor
@@ -70,7 +69,7 @@ class Tables:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each candidate is called in reports."""
+        """What each candidate is called: "temporal 1x1", "textural 4", "dense"..."""
         return tuple(pattern.name for pattern in self.patterns)
 
 
@@ -90,9 +89,9 @@ def build_tables(
     Cached. Candidates that keep everything, or the same blocks as another one of their order, are
     left out. Raises ValueError when the grid does not fit into the sequence or a block is empty.
     """
-    if min(block_q, block_k) < 1:
-        raise ValueError(f"Blocks of {block_q} x {block_k} tokens are empty; use 1 or more.")
     layout = VideoLayout(frames, height, width, video_start, tokens)
+    cpu, video_tokens = torch.device("cpu"), layout.video_tokens
+    blocks = lay_blocks(tokens, video_start, video_tokens, block_q, block_k, cpu)
     orders = [
         order_raster(layout),
         order_columns(layout, choose_strip(layout, block_q, block_k)),
@@ -100,7 +99,7 @@ def build_tables(
     ]
     query_boxes = [box_blocks(layout, order, block_q) for order in orders]
     key_boxes = [box_blocks(layout, order, block_k) for order in orders]
-    areas = _measure_blocks(tokens, block_q)[:, None] * _measure_blocks(tokens, block_k)
+    areas = torch.outer(blocks.query_sizes.double(), blocks.key_sizes.double())
 
     lists: dict[tuple[int, bytes], tuple[float, Pattern, Tensor, Tensor]] = {}
     for pattern in (*list_patterns(layout), DENSE):
@@ -115,8 +114,7 @@ def build_tables(
     stacked = torch.stack(orders)
     return Tables(
         layout=layout,
-        block_q=block_q,
-        block_k=block_k,
+        blocks=blocks,
         patterns=tuple(entry[1] for entry in entries),
         orders=stacked.to(device),
         inverses=invert_order(stacked).to(device),
@@ -145,8 +143,3 @@ def choose_strip(layout: VideoLayout, block_q: int, block_k: int) -> int:
         return math.prod(pattern.lift(queries, keys).float().mean().item() for pattern in temporal)
 
     return min(range(1, highest + 1), key=measure_kept)
-
-
-def _measure_blocks(tokens: int, block: int) -> Tensor:
-    starts = torch.arange(0, tokens, block)
-    return (tokens - starts).clamp(max=block)

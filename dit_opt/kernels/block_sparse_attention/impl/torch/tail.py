@@ -7,8 +7,6 @@ nk columns per row are added, and the path of the kept blocks stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -47,49 +45,35 @@ def add_tail(
     lse = lse.view(rows, query_blocks, block_q)
     if not direct:
         centroids, values = centroids.float(), values.float()
-    attend: Callable = _sum_weights if direct else _attend
+    attend = _sum_weights if direct else _attend
+    alpha = scale * LOG2_E if direct else scale
     step = max(1, TILE // (rows * block_q * max(blocks, dim)))
     # Fresh buffers in every step would cost a page fault for every 4 KiB.
-    scores, products = (centroids.new_empty(rows * step * block_q * size) for size in (blocks, dim))
+    buffers = [centroids.new_empty(rows * step * block_q * size) for size in (blocks, dim)]
     for begin in range(0, query_blocks, step):
         part = slice(begin, begin + step)
         lengths = log_lengths.masked_fill(kept[:, part], -torch.inf).unsqueeze(2)
         queries = q[:, part].flatten(1, 2).to(centroids.dtype)
         tokens = rows * queries.shape[1]
-        tail_lse = attend(
-            queries,
-            centroids,
-            values,
-            lengths,
-            scale,
-            scores[: tokens * blocks].view(rows, -1, blocks),
-            products[: tokens * dim].view(rows, -1, dim),
-        )
-        tail_lse = tail_lse.view_as(lse[:, part])
-        tail_out = products[: tokens * dim].view_as(out[:, part]).to(out.dtype)
+        scores = buffers[0][: tokens * blocks].view(rows, -1, blocks)
+        products = buffers[1][: tokens * dim].view(rows, -1, dim)
+        torch.baddbmm(scores, queries, centroids.mT, beta=0, alpha=alpha, out=scores)
+        tail_lse = attend(scores, lengths, values, products).view_as(lse[:, part])
+        tail_out = products.view_as(out[:, part]).to(out.dtype)
         # A row without any key has lse -inf in both parts, and -inf + inf is NaN.
         share = torch.sigmoid(tail_lse - lse[:, part]).nan_to_num_(0.0)
         out[:, part].lerp_(tail_out, share.unsqueeze(-1).to(out.dtype))
         lse[:, part] = torch.logaddexp(lse[:, part], tail_lse)
 
 
-def _sum_weights(
-    q: Tensor,
-    centroids: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    scale: float,
-    scores: Tensor,
-    out: Tensor,
-) -> Tensor:
+def _sum_weights(scores: Tensor, lengths: Tensor, values: Tensor, out: Tensor) -> Tensor:
     """Write `out` [rows, tokens, D] for lengths [rows, query blocks, 1, nk]; returns the lse.
 
-    `scores` [rows, tokens, nk] is overwritten.
+    `scores` [rows, tokens, nk], in units of log2, is overwritten.
     """
-    torch.baddbmm(scores, q, centroids.mT, beta=0, alpha=scale * LOG2_E, out=scores)
     weights = scores.exp2_()
     # Lengths are factors here: added to rounded scores, their logarithms would be rounded too.
-    weights.unflatten(1, (lengths.shape[1], -1)).mul_(lengths.exp().to(q.dtype))
+    weights.unflatten(1, (lengths.shape[1], -1)).mul_(lengths.exp().to(scores.dtype))
     total = weights.sum(-1)
     torch.bmm(weights, values, out=out)
     # A row that keeps every block has no weight here.
@@ -97,17 +81,8 @@ def _sum_weights(
     return total.float().log()
 
 
-def _attend(
-    q: Tensor,
-    centroids: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    scale: float,
-    scores: Tensor,
-    out: Tensor,
-) -> Tensor:
-    """The same for scores of any size, in float32."""
-    torch.baddbmm(scores, q, centroids.mT, beta=0, alpha=scale, out=scores)
+def _attend(scores: Tensor, lengths: Tensor, values: Tensor, out: Tensor) -> Tensor:
+    """The same for natural scores of any size, in float32."""
     scores.unflatten(1, (lengths.shape[1], -1)).add_(lengths)
     lse = scores.logsumexp(-1)
     finite = lse.masked_fill(lse == -torch.inf, 0.0)

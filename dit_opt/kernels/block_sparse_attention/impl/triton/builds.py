@@ -65,14 +65,14 @@ def make_call(case: Case) -> Arguments:
     means = lengths = None
     if case.tail:
         means = make_meta(_BATCH, _KEY_HEADS, blocks, case.dim, dtype=case.dtype)
-        lengths = make_meta(_BATCH, _HEADS, blocks, dtype=torch.float32)
+        lengths = make_meta(_BATCH, _HEADS, blocks)
     return Arguments(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         counts,
         make_meta(*counts.shape, blocks, dtype=torch.int32),
-        make_meta(1, 1, keys, dtype=torch.float32) if case.bias else None,
+        make_meta(1, 1, keys) if case.bias else None,
         case.dim**-0.5,
         case.block_q,
         case.block_k,

@@ -10,6 +10,7 @@ import torch
 
 from dit_opt.kernels.aot import Build, make_build, make_meta
 from dit_opt.kernels.launch import TYPE_NAMES
+from dit_opt.kernels.norm_rope.contract import Arguments
 from dit_opt.kernels.norm_rope.impl.triton.prologue import prepare, prepare_measure
 from dit_opt.kernels.norm_rope.reference import new_output
 
@@ -56,18 +57,17 @@ def build_case(target: str, case: Case) -> Build:
         size = case.dim * (_HEADS if case.norm == "across" else 1)
         weight = make_meta(size, dtype=case.dtype)
     if case.norm == "across":
-        rstd = make_meta(1, _TOKENS, dtype=torch.float32)
+        rstd = make_meta(1, _TOKENS)
     if case.table is not None:
-        cos = sin = make_meta(_TOKENS, case.dim, dtype=torch.float32)
+        cos = sin = make_meta(_TOKENS, case.dim)
         if case.table == "pair":
             cos, sin = cos[:, ::2], sin[:, 1::2]
     if case.rows is not None:
         rows = make_meta(1, _HEADS, _TOKENS, dtype=torch.int64)
         rows = rows[:, :1].expand(1, _HEADS, _TOKENS) if case.rows == "shared" else rows
-    eps = -1.0 if case.norm is None else 1e-6
-    out = new_output(x, rows)
-    launch = prepare(x, weight, eps, cos, sin, case.halves, 0, rows, rstd, out)
-    return make_build(target, launch, str(case))
+    eps, across = -1.0 if case.norm is None else 1e-6, case.norm == "across"
+    call = Arguments(x, weight, eps, across, cos, sin, case.halves, 0, rows)
+    return make_build(target, prepare(call, rstd, new_output(x, rows)), str(case))
 
 
 def list_builds(target: str) -> Iterator[Build]:
@@ -75,5 +75,5 @@ def list_builds(target: str) -> Iterator[Build]:
     for case in CASES:
         yield build_case(target, case)
     x = make_meta(1, _TOKENS, _HEADS, 128, dtype=torch.bfloat16)
-    launch = prepare_measure(x, 1e-6, make_meta(1, _TOKENS, dtype=torch.float32))
+    launch = prepare_measure(x, 1e-6, make_meta(1, _TOKENS))
     yield make_build(target, launch, "norm rope measure D=128 bf16")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
 from dit_opt.kernels.launch import Launch, name_strides, next_power_of_2
+from dit_opt.kernels.norm_rope.contract import Arguments
 from dit_opt.kernels.norm_rope.impl.triton.kernels import measure_rows_kernel, norm_rope_kernel
 from dit_opt.kernels.norm_rope.reference import new_output
 
@@ -30,45 +31,25 @@ def choose_group(heads: int, tiles: int, per_head: bool) -> int:
     return ceil_div(heads, min(heads, groups))
 
 
-def compute(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    across_heads: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    halves: bool,
-    rope_start: int,
-    rows: Tensor | None,
-) -> Tensor:
-    """Same arguments and result as `reference.compute_plainly`.
+def compute(call: Arguments) -> Tensor:
+    """Same result as `reference.compute_plainly`.
 
     Runs on the device of `x`, or on CPU tensors under TRITON_INTERPRET=1.
     """
-    out = new_output(x, rows)
+    out = new_output(call.x, call.rows)
     if out.numel() == 0:
         return out
     rstd = None
-    if across_heads and eps >= 0:
-        rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
-        prepare_measure(x, eps, rstd).run()
-    prepare(x, weight, eps, cos, sin, halves, rope_start, rows, rstd, out).run()
+    if call.across_heads and call.eps >= 0:
+        rstd = call.x.new_empty(call.x.shape[:2], dtype=torch.float32)
+        prepare_measure(call.x, call.eps, rstd).run()
+    prepare(call, rstd, out).run()
     return out
 
 
-def prepare(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    halves: bool,
-    rope_start: int,
-    rows: Tensor | None,
-    rstd: Tensor | None,
-    out: Tensor,
-) -> Launch:
+def prepare(call: Arguments, rstd: Tensor | None, out: Tensor) -> Launch:
     """The launch that writes `out`; with `rstd` of `prepare_measure` the norm is across heads."""
+    x, cos, sin, rows = call.x, call.cos, call.sin, call.rows
     batch, tokens, heads, dim = x.shape
     padded_half = next_power_of_2(ceil_div(dim, 2))
     tile = choose_tile(2 * padded_half)
@@ -83,18 +64,18 @@ def prepare(
         args={
             "p_x": x,
             # Pointers must be given; those that stand for nothing are never read.
-            "p_weight": x if weight is None else weight.contiguous(),
+            "p_weight": x if call.weight is None else call.weight.contiguous(),
             "p_cos": x if cos is None else cos,
             "p_sin": x if sin is None else sin,
             "p_rows": x if rows is None else rows,
             "p_rstd": x if rstd is None else rstd,
             "p_out": out,
-            "eps": eps,
+            "eps": call.eps,
             "tokens": tokens,
             "heads": heads,
             "group": group,
-            "rope_start": rope_start,
-            "rope_stop": rope_start + rotated,
+            "rope_start": call.rope_start,
+            "rope_stop": call.rope_start + rotated,
             **name_strides("x", "bnhd", x),
             "stride_cn": 0 if cos is None else cos.stride(0),
             "stride_sn": 0 if sin is None else sin.stride(0),
@@ -102,11 +83,11 @@ def prepare(
             **name_strides("o", "bhn", out),
         },
         constexprs={
-            "HAS_NORM": eps >= 0,
-            "HAS_WEIGHT": weight is not None,
+            "HAS_NORM": call.eps >= 0,
+            "HAS_WEIGHT": call.weight is not None,
             "ACROSS": rstd is not None,
             "ROPE": cos is not None,
-            "HALVES": halves and cos is not None,
+            "HALVES": call.halves and cos is not None,
             "PER_PAIR": cos is not None and cos.shape[1] != dim,
             "HAS_ROWS": rows is not None,
             "PER_HEAD": per_head,

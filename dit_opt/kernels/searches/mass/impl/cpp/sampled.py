@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +11,6 @@ from torch import Tensor
 from dit_opt.kernels.cpp.arguments import count, point
 from dit_opt.kernels.cpp.build import load_library
 from dit_opt.kernels.scratch import SCRATCH
-
-if TYPE_CHECKING:
-    from dit_opt.kernels.searches.mass.sampled import Sums
 
 
 def can_sample(k: Tensor) -> bool:
@@ -25,11 +23,11 @@ def can_sample(k: Tensor) -> bool:
     )
 
 
-def sample_mass(queries: Tensor, k: Tensor, sums: tuple[Sums, ...]) -> Tensor:
+def sample_mass(queries: Tensor, k: Tensor, sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The softmax mass of each row of `queries` in each block, float32 [B, Hk, blocks, rows].
 
     queries float32 [B, Hk, D, rows], scaled, in units of log2; k [B, Hk, N, D], which `can_sample`.
-    `sums`: one or two levels of `lay_sums`.
+    `sums`: `gather` and `offsets` of one or two levels of `lay_sums`.
     """
     library = load_library()
     assert library is not None
@@ -42,16 +40,12 @@ def sample_mass(queries: Tensor, k: Tensor, sums: tuple[Sums, ...]) -> Tensor:
     laid = SCRATCH.take("sampled queries", torch.float32, *shape)
     padded = torch.nn.functional.pad(queries, (0, tiles * columns - rows))
     laid.copy_(padded.unflatten(-1, (tiles, columns)).transpose(2, 3))
-    blocks = sums[-1].offsets.numel()
+    blocks = sums[-1][1].numel()
     # Dtype and device of the keys, not torch's defaults: the kernel writes to an address.
     mass = k.new_empty(batch, heads, blocks, tiles * columns)
-    levels: list[object] = []
-    for level in (sums[0], sums[1] if len(sums) > 1 else None):
-        if level is None:
-            levels += [point(None), *count(0), point(None), *count(0)]
-        else:
-            levels += [point(level.gather), *count(level.gather.numel())]
-            levels += [point(level.offsets), *count(level.offsets.numel())]
+    # A level that is not there has no addresses and no sizes.
+    tables = [*itertools.chain(*sums), None, None][:4]
+    levels = [x for t in tables for x in (point(t), *count(0 if t is None else t.numel()))]
     library.ditopt_sample_mass(
         point(k),
         *count(*k.stride()[:3]),

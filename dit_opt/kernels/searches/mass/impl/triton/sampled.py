@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_opt.kernels.block_sparse_attention.contract import ceil_div
+from dit_opt.kernels.block_sparse_attention.impl.triton.arguments import name_broadcast_strides
 from dit_opt.kernels.block_sparse_attention.impl.triton.tilings import (
     Tiling,
     choose_precision,
@@ -83,11 +84,8 @@ def measure_orders(
     Returns float32 [B, H, O, nq, ceil(Nk / block_k)].
     """
     batch, heads = q.shape[:2]
-    lines, (kinds, rows), key_blocks = (
-        batch * heads,
-        means.rows.shape,
-        ceil_div(k.shape[2], block_k),
-    )
+    lines, key_blocks = batch * heads, ceil_div(k.shape[2], block_k)
+    kinds, rows = means.rows.shape
     mass = q.new_empty((lines, kinds, means.first.shape[1], key_blocks), dtype=torch.float32)
     architecture = read_architecture(q.device)
     tiling = _choose_tiling(q, key_bias, block_k, architecture)
@@ -139,13 +137,8 @@ def launch_shares(
     (heads, dim), keys = q.shape[1::2], k.shape[2]
     count, kinds, key_tiles, num_rows = shares.shape
     tiling = _choose_tiling(q, key_bias, block_k, architecture)
-    bias_strides = (0, 0)
     if key_bias is not None:
         key_bias = key_bias.float().contiguous()
-        bias_strides = tuple(
-            stride if size > 1 else 0
-            for size, stride in zip(key_bias.shape[:2], key_bias.stride()[:2], strict=True)
-        )
     args = {
         "p_q": q,
         "p_k": k,
@@ -164,8 +157,7 @@ def launch_shares(
         "key_tiles": key_tiles,
         **name_strides("q", "bhnd", q),
         **name_strides("k", "bhnd", k),
-        "stride_bias_b": bias_strides[0],
-        "stride_bias_h": bias_strides[1],
+        **name_broadcast_strides("bias", key_bias),
     }
     padded_dim = pad_dim(dim)
     constexprs = {
