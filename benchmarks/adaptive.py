@@ -21,14 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
-from torch.overrides import TorchFunctionMode
 
+from benchmarks.attention_mass import TOKENS, Call, record_noised
 from benchmarks.searches import list_searches, make_mover
 from benchmarks.timing import time_in_turns
 from dit_opt.demo import clips
 from dit_opt.demo.machine import describe_run
 from dit_opt.demo.model import CHECKPOINT, GRID, load_model
 from dit_opt.kernels.block_sparse_attention.op import block_sparse_attention
+from dit_opt.kernels.block_sparse_attention.reference import expand_lists
 from dit_opt.kernels.plan.budgets import Spread, allot_blocks
 from dit_opt.kernels.plan.orders import VideoLayout
 from dit_opt.kernels.plan.plan import lay_blocks
@@ -40,38 +41,10 @@ from dit_opt.routers import AUTO, find_router
 from dit_opt.routers.base import BLOCK_K, BLOCK_Q
 from dit_opt.routers.headwise import Headwise
 
-TOKENS = GRID[0] * GRID[1] * GRID[2]
-NOISE_LEVELS = (0.9, 0.6, 0.3)
 SPREADS: tuple[Spread, ...] = ("equal", "need", "even")
 # a trajectory, and how often searches come, for the share of the searches in it
 STEPS, DENSE_STEPS = 50, 0
 REFRESH = (1, 2, 5, DEFAULT_REFRESH_EVERY)
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One self-attention call: its layer, and q, k, v `[1, H, N, D]`."""
-
-    layer: int
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-
-
-class RecordCalls(TorchFunctionMode):
-    """Keeps the inputs of every self-attention call over the demo grid."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-        self._layers = layers
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs["key"].shape[-2] == TOKENS:
-            qkv = [kwargs[name] for name in ("query", "key", "value")]
-            self.calls.append(Call(len(self.calls) % self._layers, *qkv))
-        return func(*args, **kwargs)
 
 
 def order_tokens(call: Call, density: float, name: str | None = None) -> Call:
@@ -86,23 +59,11 @@ def order_tokens(call: Call, density: float, name: str | None = None) -> Call:
     return Call(call.layer, *(gather_tokens(x, orders.orders[order.long()]) for x in (q, k, v)))
 
 
-@torch.no_grad()
-def record_calls(model: torch.nn.Module, seed: int = 0) -> list[Call]:
-    """The calls of one forward at each noise level, of one clip of two subjects, their tokens in
-    the model's own order."""
-    rng = torch.Generator().manual_seed(seed)
+def record_calls(model: torch.nn.Module) -> list[Call]:
+    """The calls of one clip of two subjects, their tokens in the model's own order."""
+    rng = torch.Generator().manual_seed(0)
     prompt = clips.list_prompts(1)[0]
-    clip = clips.render(prompt, rng)[None]
-    noise = torch.randn(clip.shape, generator=rng)
-    places = clips.locate()[None]
-    with RecordCalls(len(model.blocks)) as record:
-        for sigma in NOISE_LEVELS:
-            model(
-                hidden_states=torch.cat([(1 - sigma) * clip + sigma * noise, places], 1),
-                timestep=torch.tensor([sigma * 1000]),
-                encoder_hidden_states=clips.embed([prompt]),
-            )
-    return record.calls
+    return record_noised(model, clips.render(prompt, rng)[None], [prompt], rng)
 
 
 def measure_recalls(calls: list[Call], density: float) -> dict[str, dict[str, float]]:
@@ -113,7 +74,7 @@ def measure_recalls(calls: list[Call], density: float) -> dict[str, dict[str, fl
         mass = _measure_mass(call)
         for spread in SPREADS:
             plan = allot_blocks(mass, blocks, density, True, spread=spread)
-            kept = _mark(plan.counts, plan.indices)
+            kept = expand_lists(plan.counts, plan.indices, mass.shape[-1])
             recalls[spread].append((mass * kept).sum(-1).flatten())
     return {
         spread: {
@@ -200,13 +161,6 @@ def _spend(search: float, every: int, kept: dict[str, float]) -> float:
 
 def _measure_mass(call: Call) -> torch.Tensor:
     return measure_block_mass(call.q, call.k, call.q.shape[-1] ** -0.5, BLOCK_Q, BLOCK_K)
-
-
-def _mark(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    used = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
-    named = torch.where(used, indices.long(), indices.shape[-1])
-    marks = torch.zeros(*indices.shape[:-1], indices.shape[-1] + 1)
-    return marks.scatter_(-1, named, 1.0)[..., :-1]
 
 
 def render(result: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ from dit_opt.demo.sampler import STEPS, denoise
 from dit_opt.kernels.plan.orders import VideoLayout, order_cubes
 from dit_opt.kernels.searches.mass.blocks import measure_block_mass
 
+TOKENS = GRID[0] * GRID[1] * GRID[2]
 # tokens of a cube of 4 x 4 x 4
 BLOCK = 64
+NOISE_LEVELS = (0.9, 0.6, 0.3)
 
 
 def best_share_mass(q: torch.Tensor, k: torch.Tensor, share: float = 0.25) -> torch.Tensor:
@@ -39,21 +42,52 @@ def best_share_mass(q: torch.Tensor, k: torch.Tensor, share: float = 0.25) -> to
     return mass[0].topk(kept, dim=-1).values.sum(-1).mean(-1)
 
 
-class RecordMass(TorchFunctionMode):
-    """Collects the mass of every self-attention call over the demo grid."""
+@dataclass(frozen=True)
+class Call:
+    """One self-attention call: its layer, and q, k, v `[1, H, N, D]`."""
 
-    def __init__(self) -> None:
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def measure_mass(self) -> torch.Tensor:
+        """`best_share_mass` of the call."""
+        return best_share_mass(self.q[0], self.k[0])
+
+
+class RecordCalls(TorchFunctionMode):
+    """Keeps the inputs of every self-attention call over the demo grid."""
+
+    def __init__(self, layers: int) -> None:
         super().__init__()
-        self.rows: list[torch.Tensor] = []
+        self.calls: list[Call] = []
+        self._layers = layers
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            q = kwargs.get("query", args[0] if args else None)
-            k = kwargs.get("key", args[1] if len(args) > 1 else None)
-            if q.shape[-2] == k.shape[-2] == GRID[0] * GRID[1] * GRID[2]:
-                self.rows.append(best_share_mass(q[0], k[0]))
+        is_attention = func is torch.nn.functional.scaled_dot_product_attention
+        if is_attention and kwargs["key"].shape[-2] == TOKENS:
+            qkv = [kwargs[name] for name in ("query", "key", "value")]
+            self.calls.append(Call(len(self.calls) % self._layers, *qkv))
         return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def record_noised(
+    model, clip: torch.Tensor, prompts: list[clips.Prompt], rng: torch.Generator
+) -> list[Call]:
+    """The calls of one forward of a clip `[1, 3, T, H, W]` at each of `NOISE_LEVELS`."""
+    noise = torch.randn(clip.shape, generator=rng)
+    places = clips.locate()[None]
+    with RecordCalls(len(model.blocks)) as record:
+        for sigma in NOISE_LEVELS:
+            model(
+                hidden_states=torch.cat([(1 - sigma) * clip + sigma * noise, places], 1),
+                timestep=torch.tensor([sigma * 1000]),
+                encoder_hidden_states=clips.embed(prompts),
+            )
+    return record.calls
 
 
 def measure_mass(model, prompts: list[clips.Prompt], steps: int, every: int = 5) -> torch.Tensor:
@@ -67,9 +101,9 @@ def measure_mass(model, prompts: list[clips.Prompt], steps: int, every: int = 5)
             counter["call"] += 1
             if index % every != every // 2:
                 return model(**kwargs)
-            with RecordMass() as record:
+            with RecordCalls(layers) as record:
                 out = model(**kwargs)
-            rows.append(torch.stack(record.rows).view(layers, -1))
+            rows.append(torch.stack([call.measure_mass() for call in record.calls]))
             return out
 
         for _ in denoise(run, prompt, seed, steps):

@@ -94,23 +94,12 @@ def explain_model(record: Model, density: float) -> Row:
 
 def render(rows: Sequence[Row]) -> str:
     """A line for each model, and how many have how much of their sites replaced."""
-    table = [
-        [
-            row.name,
-            row.model,
-            *(
-                ["", "", "", row.error]
-                if row.error
-                else [
-                    row.graphs,
-                    f"{row.replaced} / {row.sites}",
-                    "; ".join(row.grids) or "none",
-                    ", ".join(f"{reason} {count}" for reason, count in row.left.items()),
-                ]
-            ),
-        ]
-        for row in rows
-    ]
+    table = []
+    for row in rows:
+        left = ", ".join(f"{reason} {count}" for reason, count in row.left.items())
+        grids = "; ".join(row.grids) or "none"
+        found = [row.graphs, f"{row.replaced} / {row.sites}", grids, left]
+        table.append([row.name, row.model, *(["", "", "", row.error] if row.error else found)])
     headers = ["name", "class", "graphs", "replaced", "grid", "left alone"]
     return f"{tabulate(table, headers, disable_numparse=True)}\n{summarise(rows)}"
 

@@ -27,7 +27,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.attention_mass import RecordMass
+from benchmarks.attention_mass import record_noised
 from dit_opt.demo import clips
 from dit_opt.demo.model import CONFIG, save_checkpoint
 
@@ -65,7 +65,6 @@ PHASES = (
 SPREAD = 0.04
 ENTROPY_WEIGHT = 0.03
 ENTROPY_ROWS = 16
-MASS_LEVELS = (0.9, 0.6, 0.3)
 SAVE_EVERY, MASS_EVERY = 100, 500
 
 
@@ -205,23 +204,14 @@ def choose_rate(progress: float, steps: int) -> tuple[int, float]:
     return which, rate * min(1.0, (steps + 1) / 30)
 
 
-@torch.no_grad()
 def measure_model_mass(state: dict[str, torch.Tensor]) -> float:
     """Mass of the best quarter of key blocks, of one noised clip at a few noise levels."""
     model = WanTransformer3DModel(**CONFIG).eval()
     model.load_state_dict(state)
     rng = torch.Generator().manual_seed(7)
     clip, prompts = clips.draw_batch(1, rng)
-    noise = torch.randn(clip.shape, generator=rng)
-    places = clips.locate()[None]
-    with RecordMass() as record:
-        for sigma in MASS_LEVELS:
-            model(
-                hidden_states=torch.cat([(1 - sigma) * clip + sigma * noise, places], 1),
-                timestep=torch.tensor([sigma * 1000]),
-                encoder_hidden_states=clips.embed(prompts),
-            )
-    return torch.stack(record.rows).mean().item()
+    calls = record_noised(model, clip, prompts, rng)
+    return torch.stack([call.measure_mass() for call in calls]).mean().item()
 
 
 def save_progress(folder: Path, model, average: dict, step: int, seconds: float) -> None:

@@ -258,10 +258,6 @@ def list_routers() -> tuple[str, ...]:
     return ("auto", "dense", *(router.name for router in routers.ROUTERS))
 
 
-def _check_router(name: str, value: Any) -> str:
-    return _check_choice(list_routers())(name, value)
-
-
 def _check_choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         expected = f"one of {', '.join(map(repr, choices))}"
@@ -273,10 +269,13 @@ def _check_choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     return check
 
 
-def _check_share(one_allowed: bool) -> Callable:
-    def check(name: str, value: Any) -> float | None:
-        if value is None:
-            return None
+def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """The check of an option that need not be given; its message says so itself."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _check_share(one_allowed: bool) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
         number = _is_int(value) or isinstance(value, float)
         if not number or not 0 < value <= 1 or (value == 1 and not one_allowed):
             end = "]" if one_allowed else ")"
@@ -287,10 +286,8 @@ def _check_share(one_allowed: bool) -> Callable:
     return check
 
 
-def _check_dense_steps(name: str, value: Any) -> int | float | None:
-    if value is None or (_is_int(value) and value >= 0):
-        return value
-    if isinstance(value, float) and 0 <= value <= 1:
+def _check_dense_steps(name: str, value: Any) -> int | float:
+    if (_is_int(value) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1):
         return value
     raise _refuse(
         name,
@@ -299,13 +296,11 @@ def _check_dense_steps(name: str, value: Any) -> int | float | None:
     )
 
 
-def _check_int(least: int, optional: bool) -> Callable:
-    def check(name: str, value: Any) -> int | None:
-        if value is None and optional:
-            return None
+def _check_int(least: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
         if isinstance(value, int) and _is_int(value) and value >= least:
             return value
-        raise _refuse(name, value, f"an int >= {least}" + (", or None" if optional else ""))
+        raise _refuse(name, value, f"an int >= {least}, or None")
 
     return check
 
@@ -316,9 +311,7 @@ def _check_bool(name: str, value: Any) -> bool:
     raise _refuse(name, value, "True or False")
 
 
-def _check_grid(name: str, value: Any) -> tuple[int, int, int] | None:
-    if value is None:
-        return None
+def _check_grid(name: str, value: Any) -> tuple[int, int, int]:
     if (
         isinstance(value, (tuple, list))
         and len(value) == 3
@@ -328,17 +321,13 @@ def _check_grid(name: str, value: Any) -> tuple[int, int, int] | None:
     raise _refuse(name, value, "three positive ints (T, H, W) in tokens, or None")
 
 
-def _check_dump(name: str, value: Any) -> str | None:
-    if value is None:
-        return None
+def _check_dump(name: str, value: Any) -> str:
     if isinstance(value, (str, os.PathLike)) and os.fspath(value):
         return str(os.fspath(value))
     raise _refuse(name, value, "the path of a folder, or None")
 
 
-def _check_mode(name: str, value: Any) -> str | None:
-    if value is None:
-        return None
+def _check_mode(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _refuse(name, value, "the name of a torch.compile mode, or None")
     try:
@@ -348,9 +337,7 @@ def _check_mode(name: str, value: Any) -> str | None:
     return value
 
 
-def _check_inductor(name: str, value: Any) -> dict[str, Any] | None:
-    if value is None:
-        return None
+def _check_inductor(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise _refuse(name, value, "a dict of Inductor settings, or None")
     settings = inductor_settings()
@@ -364,19 +351,20 @@ def _check_inductor(name: str, value: Any) -> dict[str, Any] | None:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "router": _check_router,
-    "density": _check_share(one_allowed=True),
-    "quality": _check_share(one_allowed=False),
+    # routers may be added later
+    "router": lambda name, value: _check_choice(list_routers())(name, value),
+    "density": _or_none(_check_share(one_allowed=True)),
+    "quality": _or_none(_check_share(one_allowed=False)),
     "tail": _check_choice(TAILS),
-    "dense_steps": _check_dense_steps,
-    "refresh_every": _check_int(1, optional=True),
-    "verify_every": _check_int(1, optional=True),
+    "dense_steps": _or_none(_check_dense_steps),
+    "refresh_every": _or_none(_check_int(1)),
+    "verify_every": _or_none(_check_int(1)),
     "verify": _check_bool,
-    "min_tokens": _check_int(0, optional=True),
+    "min_tokens": _or_none(_check_int(0)),
     "fuse": _check_bool,
-    "grid": _check_grid,
+    "grid": _or_none(_check_grid),
     "on_no_match": _check_choice(ON_NO_MATCH),
-    "dump": _check_dump,
-    "mode": _check_mode,
-    "inductor": _check_inductor,
+    "dump": _or_none(_check_dump),
+    "mode": _or_none(_check_mode),
+    "inductor": _or_none(_check_inductor),
 }

@@ -27,7 +27,7 @@ from dit_opt.demo.images import (
     write_contact_sheet,
     write_gif,
 )
-from dit_opt.demo.machine import describe_machine, list_versions, read_date
+from dit_opt.demo.machine import describe_run
 from dit_opt.demo.side_by_side import (
     Contestants,
     Notify,
@@ -65,6 +65,7 @@ class DemoResult:
         density: realised over sparse steps; None where nothing was replaced.
         layers: per attention site and guidance branch, head types, density and recall.
         compile_cache_hit: whether ditopt's graphs came from Inductor's cache on disk.
+        made: machine, versions and date, as `describe_run` tells them.
     """
 
     task: Task
@@ -78,9 +79,7 @@ class DemoResult:
     density: float | None
     layers: list[dict[str, Any]]
     compile_cache_hit: list[bool | None]
-    machine: dict[str, Any]
-    versions: dict[str, str | None]
-    date: str
+    made: dict[str, Any]
 
     @property
     def speedup(self) -> float:
@@ -126,9 +125,7 @@ class DemoResult:
             "dense_steps": self.dense_steps,
             "layers": self.layers,
             "compile_cache_hit": self.compile_cache_hit,
-            "versions": self.versions,
-            "machine": self.machine,
-            "date": self.date,
+            **self.made,
         }
 
 
@@ -191,9 +188,7 @@ def run_demo(contestants: Contestants, task: Task, notify: Notify) -> DemoResult
         density=report.density,
         layers=[asdict(layer) for graph in report.graphs for layer in graph.layers],
         compile_cache_hit=[graph.warm for graph in report.graphs],
-        machine=describe_machine(task.device),
-        versions=list_versions(),
-        date=read_date(),
+        made=describe_run(task.device),
     )
 
 
@@ -253,9 +248,10 @@ def _write_pictures(result: DemoResult, folder: Path) -> None:
     dense, sparse = (result.warm[name].latents for name in ("inductor", "ditopt"))
     likeness = result.likeness
     density = "" if result.density is None else f", density {result.density:.2f}"
+    machine, date = result.made["machine"], result.made["date"]
     speedup = (
         f"{result.speedup:.2f}x Inductor's speed over {result.task.steps} steps on "
-        f"{result.machine['device']}, {result.machine['threads']} threads, {result.date[:10]}"
+        f"{machine['device']}, {machine['threads']} threads, {date[:10]}"
     )
     caption = (
         f"ditopt: {result.warm['ditopt'].total:.1f} s, PSNR {likeness.psnr_db:.1f} dB, "

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dit_opt._compat import size_expression
 from dit_opt.decisions import AttentionReason
+from dit_opt.facts.nodes import shape_of, tensor_of
 from dit_opt.facts.ops import Trait, argument, has, is_op
 from dit_opt.facts.writes import find_targets, find_write
 
@@ -63,7 +63,8 @@ def match_decomposed(node: Node) -> Decomposed | None:
     scores = weights.args[0] if weights.args else weights.kwargs.get("input")
     complete = _read_scores(scores, found)
     if complete is not None:
-        return _judge(complete)
+        reason, detail = _find_refusal(complete)
+        return replace(complete, refusal=reason, detail=detail)
     if _find_product(scores) is None:
         return None
     return replace(found, refusal=AttentionReason.UNREADABLE_SCORES, detail=str(scores))
@@ -181,28 +182,25 @@ def _uncast(node: Node, value: Node) -> Node:
     return node
 
 
-def _judge(found: Decomposed) -> Decomposed:
-    """Refuse what one call of scaled_dot_product_attention cannot express."""
+def _find_refusal(found: Decomposed) -> tuple[AttentionReason | None, str]:
+    """What one call of scaled_dot_product_attention cannot express, or (None, "")."""
     inside = {*found.interior, found.node}
     escaping = [n.name for n in found.interior if not inside.issuperset(n.users)]
     tensors = [n for n in (found.query, found.key, found.value) if n is not None]
     if escaping:
-        return replace(
-            found, refusal=AttentionReason.SHARED_INTERMEDIATE, detail=", ".join(escaping)
-        )
+        return AttentionReason.SHARED_INTERMEDIATE, ", ".join(escaping)
     write = _find_late_write(found)
     if write is not None:
-        detail = f"written in place by {write.name}"
-        return replace(found, refusal=AttentionReason.SHARED_INTERMEDIATE, detail=detail)
+        return AttentionReason.SHARED_INTERMEDIATE, f"written in place by {write.name}"
     if found.dropout_p:
-        return replace(found, refusal=AttentionReason.DROPOUT, detail=f"p={found.dropout_p}")
-    if len({_dtype(n) for n in tensors}) > 1:
-        detail = ", ".join(str(_dtype(n)) for n in tensors)
-        return replace(found, refusal=AttentionReason.UNSUPPORTED_DTYPE, detail=detail)
-    if _rank(found.node) not in (3, 4) or len({_batch(n) for n in tensors}) > 1:
-        detail = ", ".join(str(tuple(n.meta["example_value"].shape)) for n in tensors)
-        return replace(found, refusal=AttentionReason.UNSUPPORTED_SHAPE, detail=detail)
-    return found
+        return AttentionReason.DROPOUT, f"p={found.dropout_p}"
+    dtypes = [_dtype(n) for n in tensors]
+    if len(set(dtypes)) > 1:
+        return AttentionReason.UNSUPPORTED_DTYPE, ", ".join(map(str, dtypes))
+    if _rank(found.node) not in (3, 4) or len({shape_of(n)[:-2] for n in tensors}) > 1:
+        shapes = [str(tuple(n.meta["example_value"].shape)) for n in tensors]
+        return AttentionReason.UNSUPPORTED_SHAPE, ", ".join(shapes)
+    return None, ""
 
 
 def _find_late_write(found: Decomposed) -> Node | None:
@@ -244,27 +242,18 @@ def _find_product(scores: Any, depth: int = 8) -> Node | None:
     if _read_product(scores) is not None or is_op(scores, "baddbmm"):
         return scores
     for node in scores.all_input_nodes:
-        if _rank(node) == _rank(scores) and _shape(node) == _shape(scores):
+        if _rank(node) == _rank(scores) and shape_of(node) == shape_of(scores):
             product = _find_product(node, depth - 1)
             if product is not None:
                 return product
     return None
 
 
-def _shape(node: Node) -> tuple[Any, ...]:
-    # sympy expressions: comparing SymInts would add guards
-    return tuple(size_expression(s) for s in node.meta["example_value"].shape)
-
-
-def _batch(node: Node) -> tuple[Any, ...]:
-    return _shape(node)[:-2]
-
-
 def _rank(node: Any) -> int:
-    value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return value.dim() if isinstance(value, torch.Tensor) else -1
+    value = tensor_of(node)
+    return -1 if value is None else value.dim()
 
 
 def _dtype(node: Node) -> torch.dtype | None:
-    value = node.meta.get("example_value")
-    return value.dtype if isinstance(value, torch.Tensor) else None
+    value = tensor_of(node)
+    return None if value is None else value.dtype

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dit_opt._compat import size_expression
+from dit_opt.facts.nodes import example_of, shape_of, tensor_of
 from dit_opt.facts.ops import Trait, argument, has, is_op
 from dit_opt.facts.sites import Site
 from dit_opt.facts.writes import find_write
@@ -56,11 +56,11 @@ def classify_mask(site: Site) -> Mask:
     mask = site.mask
     if mask is None:
         return Mask(MaskKind.NONE)
-    if site.query is None or site.key is None or _shape(mask) is None:
+    if site.query is None or site.key is None:
         return Mask(MaskKind.OTHER)
-    shape = _shape(mask)
+    shape = shape_of(mask)
     # A mask of higher rank than the query would broadcast the result.
-    if not 0 < len(shape) <= len(_shape(site.query)) or shape[-1] != _shape(site.key)[-2]:
+    if not 0 < len(shape) <= len(shape_of(site.query)) or shape[-1] != shape_of(site.key)[-2]:
         return Mask(MaskKind.OTHER)
     if all(size == 1 for size in shape[1:-1]) and _is_batch(shape[:-1], site):
         return Mask(MaskKind.KEY_PADDING, mask)
@@ -71,7 +71,7 @@ def classify_mask(site: Site) -> Mask:
         found = Mask(MaskKind.OTHER)
     else:
         found = Mask(MaskKind.KEY_PADDING, vector.root)
-    if found.keys is None or _is_batch(_shape(found.keys)[:-1], site):
+    if found.keys is None or _is_batch(shape_of(found.keys)[:-1], site):
         return found
     return Mask(MaskKind.OTHER)
 
@@ -81,7 +81,7 @@ def _is_batch(sizes: tuple[sympy.Expr, ...], site: Site) -> bool:
     assert site.mask is not None and site.query is not None
     if all(size == 1 for size in sizes):
         return True
-    mask, query = _shape(site.mask), _shape(site.query)
+    mask, query = shape_of(site.mask), shape_of(site.query)
     # A mask of lower rank is aligned to the right, so its first dimension is no batch. Against a
     # query with a batch of 1, it would broadcast the result.
     return len(mask) == len(query) and query[0] != 1
@@ -90,7 +90,7 @@ def _is_batch(sizes: tuple[sympy.Expr, ...], site: Site) -> bool:
 def _classify_outer(mask: Node, site: Site) -> Mask:
     path: list[Node] = []
     node: Any = mask
-    rank = len(_shape(mask))
+    rank = len(shape_of(mask))
     while _is_identity(node):
         path.append(node)
         node = node.args[0]
@@ -111,7 +111,8 @@ def _is_conjunction(node: Node) -> bool:
     if len(node.args) != 2:
         return False
     # A product of numbers is added to scores.
-    of_bools = _shape(node) is not None and _example(node).dtype == torch.bool
+    value = tensor_of(node)
+    of_bools = value is not None and value.dtype == torch.bool
     return is_op(node, "bitwise_and", "logical_and") or (of_bools and is_op(node, "mul"))
 
 
@@ -135,14 +136,14 @@ class _Vector:
 
 def _trace(node: Node) -> _Vector | None:
     """Follow a mask back through broadcasts, transposes and views to what it is made of."""
-    shape = _shape(node)
-    if shape is None or not shape:
+    shape = shape_of(node)
+    if not shape:
         return None
     source = node.args[0] if node.args else None
     if is_op(node, "expand", "repeat", "transpose") and isinstance(source, Node):
         inner = _trace(source)
-        inner_shape = _shape(source)
-        if inner is None or inner_shape is None:
+        inner_shape = shape_of(source)
+        if inner is None:
             return None
         if is_op(node, "transpose"):
             # `swapaxes` has keywords of its own
@@ -181,12 +182,12 @@ def _read_vector(node: Node, shape: tuple[sympy.Expr, ...]) -> _Vector | None:
     # views that only insert or drop ones keep the order of the values
     while has(path[-1], Trait.RESHAPE) or _is_new_axis(path[-1]):
         source = path[-1].args[0]
-        if not isinstance(source, Node) or (inner := _shape(source)) is None:
+        if not isinstance(source, Node) or tensor_of(source) is None:
             break
-        if [s for s in inner if s != 1] != wanted:
+        if [size for size in shape_of(source) if size != 1] != wanted:
             break
         path.append(source)
-    ends = [i for i, n in enumerate(path) if _shape(n)[-1] == shape[long[0]]]
+    ends = [i for i, n in enumerate(path) if shape_of(n)[-1] == shape[long[0]]]
     return _Vector(path[ends[-1]], long[0], tuple(path[: ends[-1] + 1])) if ends else None
 
 
@@ -200,16 +201,5 @@ def _is_new_axis(node: Any) -> bool:
 
 def _is_identity(node: Any) -> bool:
     """A cast or copy that keeps the dtype."""
-    if not has(node, Trait.CAST | Trait.COPY) or not isinstance(node.args[0], Node):
-        return False
-    return _shape(node.args[0]) is not None and _example(node.args[0]).dtype == _example(node).dtype
-
-
-def _example(node: Node) -> torch.Tensor:
-    return node.meta["example_value"]
-
-
-def _shape(node: Node) -> Any:
-    """Sizes as sympy expressions (comparing SymInts would add guards); None for other values."""
-    value = node.meta.get("example_value")
-    return tuple(map(size_expression, value.shape)) if isinstance(value, torch.Tensor) else None
+    source = tensor_of(node.args[0]) if has(node, Trait.CAST | Trait.COPY) else None
+    return source is not None and source.dtype == example_of(node).dtype

@@ -50,6 +50,24 @@ def sizes_of(value: torch.Tensor) -> tuple[sympy.Expr, ...]:
     return tuple(size_expression(s) for s in value.shape)
 
 
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The fake tensor of a node; None for any other value."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def example_of(node: Node | None) -> torch.Tensor:
+    """The fake tensor of a node that is known to be there and to have one."""
+    assert node is not None
+    return node.meta["example_value"]
+
+
+def shape_of(node: Any) -> tuple[sympy.Expr, ...]:
+    """The shape of a node's tensor as expressions, which add no guard; () for any other value."""
+    value = tensor_of(node)
+    return () if value is None else sizes_of(value)
+
+
 def number_of(value: Any) -> sympy.Expr | None:
     """An argument that is an int or a node of a size, as an expression; None for anything else."""
     if isinstance(value, Node):

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from dit_opt.facts.nodes import number_of, sizes_of
+from dit_opt.facts.nodes import number_of, shape_of
 from dit_opt.facts.ops import Trait, argument, has, is_op
 from dit_opt.facts.rms_norm import Norm, match_norm
 from dit_opt.facts.rotation import Rotation, match_rotation, strip_casts
@@ -59,7 +58,7 @@ def find_prologue(node: Node) -> Prologue | str:
     Tokens may be concatenated from parts, before or after their rotation; of one part only some
     may be rotated, as the latents in a stream that holds text too.
     """
-    if len(_shape(node)) != 4:
+    if len(shape_of(node)) != 4:
         return "it is not [B, H, N, D]"
     reader = _PrologueReader()
     try:
@@ -200,7 +199,7 @@ def _read_slice(node: Node, dim: int) -> tuple[Node, tuple[Any, Any]] | None:
 
 def _splits_heads(flat: Node, value: Node) -> bool:
     """Whether `[B, N, H * D]` became `[B, N, H, D]`."""
-    before, after = _shape(flat), _shape(value)
+    before, after = shape_of(flat), shape_of(value)
     return (
         len(before) == 3
         and len(after) == 4
@@ -210,9 +209,4 @@ def _splits_heads(flat: Node, value: Node) -> bool:
 
 
 def _heads(value: Node, token_dim: int) -> int:
-    return int(_shape(value)[3 - token_dim])
-
-
-def _shape(node: Node) -> tuple[Any, ...]:
-    example = node.meta.get("example_value")
-    return sizes_of(example) if isinstance(example, torch.Tensor) else ()
+    return int(shape_of(value)[3 - token_dim])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
-import torch
 from torch.fx import Node
 
-from dit_opt.facts.nodes import sizes_of
+from dit_opt.facts.nodes import shape_of, tensor_of
 from dit_opt.facts.ops import argument, is_op
 from dit_opt.facts.rotation import strip_casts
 
@@ -80,9 +79,6 @@ def _is_eps(value: Any) -> TypeGuard[float]:
 
 def _as_weight(value: Any, normed: Node) -> Node | None:
     """A vector with a factor for each channel of what is normalised."""
-    weight, like = (
-        n.meta.get("example_value") if isinstance(n, Node) else None for n in (value, normed)
-    )
-    if not isinstance(weight, torch.Tensor) or not isinstance(like, torch.Tensor):
+    if tensor_of(value) is None or tensor_of(normed) is None:
         return None
-    return value if sizes_of(weight) == sizes_of(like)[-1:] else None
+    return value if shape_of(value) == shape_of(normed)[-1:] else None

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from dit_opt.facts.nodes import sizes_of
+from dit_opt.facts.nodes import shape_of, sizes_of, tensor_of
 from dit_opt.facts.ops import Trait, argument, has, is_op
 
 _EVERY = slice(None, None, None)
@@ -55,12 +54,12 @@ def match_rotation(node: Node, token_dim: int) -> Rotation | None:
         found, each = _match_writes(node), 2
     if found is None:
         return None
-    sizes = list(_sizes(found.source))
-    if len(sizes) != 4 or sizes != list(_sizes(node)):
+    sizes = list(shape_of(found.source))
+    if len(sizes) != 4 or sizes != list(shape_of(node)):
         return None
     table = [1, 1, 1, sizes[3] / each]
     table[token_dim] = sizes[token_dim]
-    return found if all(list(_sizes(t)) == table for t in (found.cos, found.sin)) else None
+    return found if all(list(shape_of(t)) == table for t in (found.cos, found.sin)) else None
 
 
 def _match_sum(node: Node) -> Rotation | None:
@@ -170,7 +169,7 @@ def _read_member(node: Any) -> tuple[Node, int, bool, list[Node]] | None:
     source = split.args[0]
     if not isinstance(source, Node):
         return None
-    before, after = _sizes(source), _sizes(split)
+    before, after = shape_of(source), shape_of(split)
     if len(before) != 4 or len(after) != 5 or before[:3] != after[:3]:
         return None
     halves = axis in (-2, 3)
@@ -179,19 +178,8 @@ def _read_member(node: Any) -> tuple[Node, int, bool, list[Node]] | None:
     return source, int(index), halves, [node, unbind, split]
 
 
-def _sizes(node: Any) -> tuple[Any, ...]:
-    """The shape in expressions, which add no guard; empty for what is no tensor."""
-    example = _example(node)
-    return () if example is None else sizes_of(example)
-
-
-def _example(node: Any) -> torch.Tensor | None:
-    value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
 def _keeps_device(node: Node) -> bool:
-    before, after = _example(node.args[0]), _example(node)
+    before, after = tensor_of(node.args[0]), tensor_of(node)
     return (
         before is not None
         and after is not None

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
 from dit_opt._compat import kernel_selections, operator_name
 from dit_opt.decisions import AttentionReason
 from dit_opt.facts.decomposed import match_decomposed
+from dit_opt.facts.nodes import tensor_of
 
 
 class Form(Enum):
@@ -190,7 +190,7 @@ def _read_opaque(
     node: Node, form: Form, reason: AttentionReason, detail: str = ""
 ) -> dict[str, Any]:
     names = _SDPA_ARGUMENTS[:3]
-    tensors = [n for n in node.args if isinstance(n, Node) and _is_tensor(n)]
+    tensors = [n for n in node.args if tensor_of(n) is not None]
     tensors += [n for n in map(node.kwargs.get, names) if isinstance(n, Node)]
     qkv = dict(zip(names, (*tensors, None, None, None), strict=False))
     return {"node": node, "form": form, **qkv, "refusal": reason, "detail": detail}
@@ -212,7 +212,3 @@ def _find_pinned(graph: Graph) -> dict[Node, str]:
         if current != outside:
             pinned[node] = ", ".join(current)
     return pinned
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("example_value"), torch.Tensor)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, Node
 
 from dit_opt._compat import belongs_to_model
-from dit_opt.facts.nodes import walk_ancestors
+from dit_opt.facts.nodes import tensor_of, walk_ancestors
 from dit_opt.facts.ops import Trait, has, is_op
 
 
@@ -73,8 +72,8 @@ def feeds_layer(node: Node) -> bool:
 def _scalar_inputs(node: Node) -> Iterator[Node]:
     """The user's tensors of at most two dimensions that a value is computed from."""
     for ancestor in walk_ancestors(node):
-        value = ancestor.meta.get("example_value")
+        value = tensor_of(ancestor)
         if ancestor.op != "placeholder" or belongs_to_model(ancestor):
             continue
-        if isinstance(value, torch.Tensor) and value.dim() <= 2:
+        if value is not None and value.dim() <= 2:
             yield ancestor

@@ -154,11 +154,9 @@ class _LayoutReader:
         if places and len(grids) == len(places) == places[-1] - places[0] + 1:
             stacked = stack_grids([grids[parts[i]] for i in places])
             latents = parts[places[0] : places[-1] + 1]
-            return (
-                (latents, stacked, "")
-                if isinstance(stacked, TokenGrid)
-                else (latents, None, stacked)
-            )
+            if isinstance(stacked, TokenGrid):
+                return latents, stacked, ""
+            return latents, None, stacked
         names = ", ".join(str(self._source([p])) for p in alive)
         reason = (
             f"Several segments reach the output ({names}), and nothing in this graph tells which "

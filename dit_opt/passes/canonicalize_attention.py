@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from dit_opt.decisions import Decision, RewriteReason
 from dit_opt.facts.decomposed import match_decomposed
 from dit_opt.facts.graph import Facts
+from dit_opt.facts.nodes import example_of
 from dit_opt.facts.ops import Trait, has, is_op
 from dit_opt.facts.sites import Form, Site
 from dit_opt.facts.writes import find_write
@@ -18,6 +18,7 @@ from dit_opt.options import Options
 from dit_opt.passes.base import Match, Pass
 from dit_opt.policy.choose_sites import find_choices
 from dit_opt.program.edit import erase_unused
+from dit_opt.program.emit import Emitter
 from dit_opt.program.program import Program
 
 
@@ -66,24 +67,27 @@ def _decide(site: Site, is_chosen: bool) -> Decision:
 def _rewrite(graph: Graph, site: Site) -> None:
     match = match_decomposed(site.node)
     assert match is not None
-    flat = _example(site.node).dim() == 3
+    example = example_of(site.node)
+    flat = example.dim() == 3
     with graph.inserting_before(site.node):
-        q, k, v = (
-            _add_heads(graph, n, site) if flat else n for n in (site.query, site.key, site.value)
-        )
-        mask = _write_mask(graph, site, flat)
+        emit = Emitter(graph, site.node)
+        qkv = (site.query, site.key, site.value)
         out = graph.call_function(
             F.scaled_dot_product_attention,
-            (q, k, v),
-            {"attn_mask": mask, "dropout_p": 0.0, "is_causal": False, "scale": site.scale},
+            tuple(emit.method("unsqueeze", n, 1) for n in qkv) if flat else qkv,
+            {
+                "attn_mask": _write_mask(emit, site, flat),
+                "dropout_p": 0.0,
+                "is_causal": False,
+                "scale": site.scale,
+            },
         )
-        _describe(out, site, _example(site.node).unsqueeze(1) if flat else _example(site.node))
+        # the fused kernels' own value would have other strides
+        out.meta = {**site.node.meta, "example_value": example.unsqueeze(1) if flat else example}
         if flat:
-            out = graph.call_method("squeeze", (out, 1))
-            _describe(out, site, _example(site.node))
+            out = emit.method("squeeze", out, 1)
         elif _shows_layout(site.node):
-            out = graph.call_method("contiguous", (out,))
-            _describe(out, site, _example(site.node))
+            out = emit.method("contiguous", out)
     site.node.replace_all_uses_with(out)
     interior = match.interior
     # transposes and casts that only the site needed, and baddbmm's empty input
@@ -119,32 +123,11 @@ def _swaps_heads(node: Node) -> bool:
     return is_op(node, "permute") and dims in ((0, 2, 1, 3), ((0, 2, 1, 3),), ([0, 2, 1, 3],))
 
 
-def _write_mask(graph: Graph, site: Site, flat: bool) -> Node | None:
+def _write_mask(emit: Emitter, site: Site, flat: bool) -> Node | None:
     mask = site.mask
     if mask is None:
         return None
-    if flat and _example(mask).dim() == 3:
-        mask = _add_heads(graph, mask, site)
-    dtype = _example(site.query).dtype
-    if _example(mask).dtype != dtype:
-        example = _example(mask)
-        mask = graph.call_method("to", (mask, dtype))
-        _describe(mask, site, example.to(dtype))
-    return mask
-
-
-def _add_heads(graph: Graph, node: Node | None, site: Site) -> Node:
-    assert node is not None
-    unsqueezed = graph.call_method("unsqueeze", (node, 1))
-    _describe(unsqueezed, site, _example(node).unsqueeze(1))
-    return unsqueezed
-
-
-def _describe(node: Node, site: Site, example: torch.Tensor) -> None:
-    """New nodes belong to the site's module and line."""
-    node.meta = {**site.node.meta, "example_value": example}
-
-
-def _example(node: Node | None) -> torch.Tensor:
-    assert node is not None
-    return node.meta["example_value"]
+    if flat and example_of(mask).dim() == 3:
+        mask = emit.method("unsqueeze", mask, 1)
+    dtype = example_of(site.query).dtype
+    return mask if example_of(mask).dtype == dtype else emit.method("to", mask, dtype)

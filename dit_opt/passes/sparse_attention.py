@@ -234,37 +234,33 @@ class _SiteRewriter:
         router, searches = sparse.router, self._mode is Mode.SEARCH
         if not router.searches:
             return router.search(site)
-        if self._switched and searches:
-            return self._write_switched(sparse, site)
-        routed = router.search(site) if searches else router.restore(site)
-        if searches:
-            for slot, node in routed.state.items():
-                self._graph.write(site.ref(slot), node)
-            recall, found = routed.statistics
-            density = _expand_heads(site, found)
-            self._graph.write(site.ref(RECALL), recall)
-            self._graph.write(site.ref(PLAN_DENSITY), density)
-        else:
+        if not searches:
+            routed = router.restore(site)
             density = site.read(PLAN_DENSITY, dtype=torch.float32)
+        elif self._switched:
+            # a search or a restored plan, as the mode of the call says
+            flag = self._graph.read_mode(Mode.SEARCH, sparse.example)
+            routed = router.search_or_restore(site, flag)
+            before = site.read(PLAN_DENSITY, dtype=torch.float32)
+            density = _expand_heads(site, routed.statistics[1])
+            density = site.emit.call(torch.where, flag, density, before)
+            self._keep(site, routed, density, (Mode.SEARCH,))
+        else:
+            routed = router.search(site)
+            density = _expand_heads(site, routed.statistics[1])
+            self._keep(site, routed, density)
         if self._guarded:
             return self._check(site, routed, density)
         self._graph.write(site.ref(DENSITY), density)
         return routed
 
-    def _write_switched(self, sparse: SparseSite, site: SiteWriter) -> Routed:
-        """A search or a restored plan, as the mode of the call says."""
-        only = (Mode.SEARCH,)
-        flag = self._graph.read_mode(Mode.SEARCH, sparse.example)
-        routed = sparse.router.search_or_restore(site, flag)
-        for slot, node in routed.state.items():
-            self._graph.write(site.ref(slot), node, only)
-        before = site.read(PLAN_DENSITY, dtype=torch.float32)
-        recall, found = routed.statistics
-        density = site.emit.call(torch.where, flag, _expand_heads(site, found), before)
-        self._graph.write(site.ref(RECALL), recall, only)
-        self._graph.write(site.ref(PLAN_DENSITY), density, only)
-        self._graph.write(site.ref(DENSITY), density)
-        return routed
+    def _keep(
+        self, site: SiteWriter, routed: Routed, density: Node, modes: Sequence[Mode] = ()
+    ) -> None:
+        """Hand out what a search found; in calls of `modes` only, where there are any."""
+        found = {**routed.state, RECALL: routed.statistics[0], PLAN_DENSITY: density}
+        for slot, node in found.items():
+            self._graph.write(site.ref(slot), node, modes)
 
     def _check(self, site: SiteWriter, routed: Routed, density: Node) -> Routed:
         """Let the guard check the plan, which goes on with every block for heads it caught."""

@@ -6,20 +6,20 @@ One table of questions, asked in order; the first "no" is the reason. Nothing is
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
-import torch
 from torch.fx import Node
 
 from dit_opt._compat import size_expression, size_hint
 from dit_opt.decisions import AttentionReason, LayoutSummary, SiteDecision
 from dit_opt.facts.anchors import find_layer_anchor
 from dit_opt.facts.graph import Facts
-from dit_opt.facts.grids import TokenGrid
 from dit_opt.facts.layouts import Layout, SegmentKind, SiteKind, declare_grid
 from dit_opt.facts.masks import Mask, MaskKind
+from dit_opt.facts.nodes import example_of, tensor_of
 from dit_opt.facts.sites import Site
 from dit_opt.options import OptionError, Options
 from dit_opt.policy import cost
@@ -123,14 +123,14 @@ def _judge(
     if reason is AttentionReason.REPLACED and not keeps_all:
         prediction = predict_site(site, options)
         if options.min_tokens is None:
-            least = _choose_least(prediction)
+            # None where no number of tokens is worth it
+            least = prediction.crossover and max(prediction.crossover, LEAST_BLOCKS * BLOCK_K)
     if reason is AttentionReason.REPLACED:
         reason, detail = _weigh_length(site, least, detail)
     sparse = None
     if reason is AttentionReason.REPLACED:
         assert layout is not None and least is not None
         sparse = _plan_site(site, facts, mask, layout, least, options)
-    grid = layout.grid if layout else None
     dense = cost.dense_flops(*_shape(site)) if site.query is not None else None
     kept = options.effective_density or cost.EXPECTED_DENSITY
     decision = SiteDecision(
@@ -140,7 +140,7 @@ def _judge(
         reason=reason,
         detail=detail,
         shapes=_describe_shapes(site),
-        layout=_summarise_layout(layout, grid),
+        layout=_summarise_layout(layout),
         router=sparse.router.name if sparse else "",
         flops_dense=dense,
         flops_sparse=None if sparse is None or dense is None else dense * kept,
@@ -156,7 +156,7 @@ def _plan_site(
     """How a site is to be replaced."""
     latents = layout.latents
     router = KEEP_ALL if options.density == 1 else find_router(options.router)
-    head_dim = int(_example(site.query).shape[-1])
+    head_dim = int(example_of(site.query).shape[-1])
     grid = layout.grid if router.searches else None
     return SparseSite(
         site=site,
@@ -226,12 +226,6 @@ def _is_text(layout: Layout) -> bool:
     )
 
 
-def _choose_least(prediction: cost.Prediction) -> int | None:
-    """The least tokens that are worth it; None where no number is."""
-    crossover = prediction.crossover
-    return None if crossover is None else max(crossover, LEAST_BLOCKS * BLOCK_K)
-
-
 def _weigh_length(site: Site, least: int | None, detail: str) -> tuple[AttentionReason, str]:
     """Whether a site that could be replaced should be; of unknown lengths each call is judged."""
     if least is None:
@@ -243,26 +237,19 @@ def _weigh_length(site: Site, least: int | None, detail: str) -> tuple[Attention
 
 def _predict_gain(site: Site, prediction: cost.Prediction | None) -> float | None:
     """At the length that the site was traced with."""
-    tokens = size_hint(_example(site.query).shape[-2])
+    tokens = size_hint(example_of(site.query).shape[-2])
     return None if prediction is None or tokens is None else prediction.gain(tokens)
 
 
 def _shape(site: Site):
     """(batch * heads, queries, keys, head dim) as expressions."""
-    q, k = (_example(n).shape for n in (site.query, site.key))
-    heads = sympy.Integer(1)
-    for size in q[:-2]:
-        heads *= size_expression(size)
+    q, k = (example_of(n).shape for n in (site.query, site.key))
+    heads = math.prod(map(size_expression, q[:-2]), start=sympy.Integer(1))
     return heads, size_expression(q[-2]), size_expression(k[-2]), size_expression(q[-1])
 
 
 def _length(site: Site, key: bool = False) -> sympy.Expr:
-    return size_expression(_example(site.key if key else site.query).shape[-2])
-
-
-def _example(node: Node | None) -> torch.Tensor:
-    assert node is not None
-    return node.meta["example_value"]
+    return size_expression(example_of(site.key if key else site.query).shape[-2])
 
 
 def _fewer(length: sympy.Expr, least: int) -> bool:
@@ -271,27 +258,20 @@ def _fewer(length: sympy.Expr, least: int) -> bool:
 
 
 def _describe_shapes(site: Site) -> tuple[str, ...]:
-    nodes = (site.query, site.key, site.value)
-    return tuple(
-        str(list(map(str, n.meta["example_value"].shape))).replace("'", "")
-        for n in nodes
-        if n is not None and isinstance(n.meta.get("example_value"), torch.Tensor)
-    )
+    tensors = map(tensor_of, (site.query, site.key, site.value))
+    return tuple(str(list(map(str, x.shape))).replace("'", "") for x in tensors if x is not None)
 
 
-def _summarise_layout(layout: Layout | None, grid: TokenGrid | None) -> LayoutSummary | None:
+def _summarise_layout(layout: Layout | None) -> LayoutSummary | None:
     if layout is None:
         return None
+    grid, source = layout.grid, ""
+    if grid is not None:
+        source = f"{grid.source}, one frame assumed" if grid.assumed else grid.source
     return LayoutSummary(
         kind=layout.kind.value,
         segments=tuple(f"{s.kind.value}[{s.start}:{s.stop}]" for s in layout.key),
         grid=None if grid is None else grid.sizes,
-        grid_source=_name_source(grid),
+        grid_source=source,
         reason="" if grid is not None else layout.reason,
     )
-
-
-def _name_source(grid: TokenGrid | None) -> str:
-    if grid is None:
-        return ""
-    return f"{grid.source}, one frame assumed" if grid.assumed else grid.source

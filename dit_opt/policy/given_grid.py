@@ -6,6 +6,7 @@ A grid that fits nothing, or more than one thing, is an error and never a guess.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,7 +57,8 @@ def _apply(layout: Layout, given: Sizes) -> Layout:
     if layout.grid is None:
         return declare_grid(layout, given)
     if layout.grid.assumed and _cuts_alike(given, layout.grid):
-        return replace(layout, grid=TokenGrid(_as_sizes(given), "option"))
+        t, h, w = map(sympy.Integer, given)
+        return replace(layout, grid=TokenGrid((t, h, w), "option"))
     proved = layout.grid.sizes
     if not all(size.is_Integer for size in proved):
         # what is proved for every call says more than the grid of one
@@ -77,11 +79,6 @@ def _cuts_alike(given: Sizes, assumed: TokenGrid) -> bool:
     _, first, second = map(int, assumed.sizes)
     cuts = tuple(itertools.accumulate(given, operator.mul))
     return cuts[-1] == first * second and first in (1, *cuts)
-
-
-def _as_sizes(given: Sizes) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
-    t, h, w = map(sympy.Integer, given)
-    return t, h, w
 
 
 def _contradict(given: Sizes, proved: TokenGrid) -> OptionError:
@@ -126,7 +123,4 @@ def _refuse(given: Sizes, sites: Sequence[Site], layouts: Sequence[Layout | None
 
 
 def _product(grid: Sequence) -> sympy.Expr:
-    out = sympy.Integer(1)
-    for size in grid:
-        out *= size
-    return out
+    return math.prod(grid, start=sympy.Integer(1))

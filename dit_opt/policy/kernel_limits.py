@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.fx import Node
 
 from dit_opt._compat import size_expression
 from dit_opt.decisions import AttentionReason
 from dit_opt.facts.layouts import Layout
+from dit_opt.facts.nodes import example_of
 from dit_opt.facts.sites import Site
 from dit_opt.facts.sizes import are_equal, divide
 from dit_opt.program.sizes import find_unknown_symbols
@@ -26,11 +26,11 @@ def find_limit(site: Site, layout: Layout | None) -> tuple[AttentionReason, str]
     """Why the kernel does not take a call as it is written, or None."""
     tensors = (site.query, site.key, site.value)
     # Under autocast the call has another dtype than what it is given.
-    dtypes = [_example(n).dtype for n in (site.node, *tensors)]
+    dtypes = [example_of(n).dtype for n in (site.node, *tensors)]
     others = [str(dtype) for dtype in dtypes if dtype not in DTYPES]
     if others:
         return AttentionReason.UNSUPPORTED_DTYPE, others[0]
-    shapes = [tuple(map(size_expression, _example(n).shape)) for n in tensors]
+    shapes = [tuple(map(size_expression, example_of(n).shape)) for n in tensors]
     if not _is_grouped(*shapes):
         return AttentionReason.UNSUPPORTED_SHAPE, ", ".join(str(list(shape)) for shape in shapes)
     dims = list(dict.fromkeys(shape[-1] for shape in shapes))
@@ -57,8 +57,3 @@ def _is_grouped(query: Sequence, key: Sequence, value: Sequence) -> bool:
     if len(query) == 3:
         return True
     return are_equal(key[1], value[1]) and divide(query[1], key[1]) is not None
-
-
-def _example(node: Node | None) -> torch.Tensor:
-    assert node is not None
-    return node.meta["example_value"]

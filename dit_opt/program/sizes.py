@@ -22,18 +22,19 @@ _SIZE_FUNCTIONS = {
     "Mod": operator.mod,
     "PythonMod": operator.mod,
 }
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
+}
 
 
 def find_unknown_symbols(graph: Graph, expressions: Iterable[sympy.Expr | int]) -> list[Any]:
     """The symbols, by name, that no input of a graph tells: sizes made by `.item()` or a mask."""
     free: set[Any] = set().union(*(sympy.sympify(e).free_symbols for e in expressions))
-    if not free:
-        return []
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta.get("example_value")
-        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-        free.difference_update(size_expression(s) for s in sizes if isinstance(s, torch.SymInt))
-    return sorted(free, key=str)
+    return sorted(free.difference(_find_sizes(graph)), key=str) if free else []
 
 
 class SizeWriter:
@@ -46,18 +47,12 @@ class SizeWriter:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._written: dict[sympy.Expr, int | Node] = {}
-        placeholders = graph.find_nodes(op="placeholder")
-        self._last = placeholders[-1] if placeholders else None
-        for node in placeholders:
-            value = node.meta.get("example_value")
-            if isinstance(value, torch.SymInt):
-                self._written.setdefault(size_expression(value), node)
-        self._shapes = [
-            (node, dim, size_expression(size))
-            for node in placeholders
-            if isinstance(node.meta.get("example_value"), torch.Tensor)
-            for dim, size in enumerate(node.meta["example_value"].shape)
-        ]
+        self._inputs = graph.find_nodes(op="placeholder")
+        self._last = self._inputs[-1] if self._inputs else None
+        self._sizes = _find_sizes(graph)
+        for size, (i, dim) in self._sizes.items():
+            if dim is None:
+                self._written[size] = self._inputs[i]
 
     def write(self, expression: sympy.Expr | int) -> int | Node:
         """An int where the expression is a number, else the node that computes it."""
@@ -74,27 +69,20 @@ class SizeWriter:
 
     def _compute(self, expression: sympy.Expr) -> Node:
         if expression.is_Symbol:
-            for node, dim, size in self._shapes:
-                if size == expression:
-                    return self._add("call_method", "size", (node, dim))
-            raise KeyError(f"No input of the graph has the size {expression}.")
+            if expression not in self._sizes:
+                raise KeyError(f"No input of the graph has the size {expression}.")
+            i, dim = self._sizes[expression]
+            return self._add("call_method", "size", (self._inputs[i], dim))
         if isinstance(expression, sympy.Pow) and expression.exp.is_Integer:
             # torch keeps squares of sizes as powers
             parts = [self.write(expression.base)] * int(expression.exp)
             return self._fold(operator.mul, parts)
         terms: Any = expression.args
         parts = [self.write(term) for term in terms]
-        if isinstance(expression, sympy.Add):
-            function = operator.add
-        elif isinstance(expression, sympy.Mul):
-            function = operator.mul
-        elif isinstance(expression, FloorDiv):
-            function = operator.floordiv
-        elif isinstance(expression, (Mod, PythonMod)):
-            function = operator.mod
-        else:
-            raise KeyError(f"The size {expression} is not made of +, *, // and %.")
-        return self._fold(function, parts)
+        for kind, function in _OPERATORS.items():
+            if isinstance(expression, kind):
+                return self._fold(function, parts)
+        raise KeyError(f"The size {expression} is not made of +, *, // and %.")
 
     def _fold(self, function: Callable[..., Any], parts: list[int | Node]) -> Node:
         result = parts[0]
@@ -117,6 +105,23 @@ class SizeWriter:
         return self._last
 
 
+def _find_sizes(graph: Graph) -> dict[sympy.Expr, tuple[int, int | None]]:
+    """Where the inputs of a graph have each symbolic size: (position, dimension).
+
+    The dimension is None where an input is the size itself; such are preferred.
+    """
+    found: dict[sympy.Expr, tuple[int, int | None]] = {}
+    values = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
+    for i, value in enumerate(values):
+        if isinstance(value, torch.SymInt):
+            found.setdefault(size_expression(value), (i, None))
+    for i, value in enumerate(values):
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt):
+                found.setdefault(size_expression(size), (i, dim))
+    return found
+
+
 def count_outputs(gm: GraphModule) -> int:
     """How many values a graph returns."""
     (output,) = gm.graph.find_nodes(op="output")
@@ -127,19 +132,7 @@ def read_sizes(
     expressions: Sequence[sympy.Expr | int], graph: Graph
 ) -> Callable[[tuple[Any, ...]], list[int]]:
     """A function from the arguments of a call to the values of size expressions."""
-    placeholders = graph.find_nodes(op="placeholder")
-    symbols = {
-        size_expression(value): i
-        for i, n in enumerate(placeholders)
-        if isinstance(value := n.meta.get("example_value"), torch.SymInt)
-    }
-    shapes = {
-        size_expression(size): (i, dim)
-        for i, n in enumerate(placeholders)
-        if isinstance(value := n.meta.get("example_value"), torch.Tensor)
-        for dim, size in enumerate(value.shape)
-        if isinstance(size, torch.SymInt)
-    }
+    sizes = _find_sizes(graph)
     wanted = [sympy.sympify(e) for e in expressions]
     free: list[Any] = sorted(set().union(*(e.free_symbols for e in wanted)), key=str)
     if not free:
@@ -150,11 +143,8 @@ def read_sizes(
     def read(args: tuple[Any, ...]) -> list[int]:
         values = []
         for symbol in free:
-            if symbol in symbols:
-                values.append(int(args[symbols[symbol]]))
-            else:
-                i, dim = shapes[symbol]
-                values.append(args[i].shape[dim])
+            i, dim = sizes[symbol]
+            values.append(int(args[i]) if dim is None else args[i].shape[dim])
         return [int(v) for v in compute(*values)]
 
     return read

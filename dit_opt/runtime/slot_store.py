@@ -73,8 +73,7 @@ class SlotStore:
 
     def find(self, owner: torch.Tensor, ref: SlotRef, call: CallKey) -> Entry | None:
         """The valid entry that a call would read; it is the last one used from now on."""
-        entries = self._find_entries(owner, ref)
-        key = _pick(ref.slot, call)
+        entries, key = self._locate(owner, ref, call)
         entry = entries.get(key)
         if entry is None:
             return None
@@ -103,8 +102,7 @@ class SlotStore:
 
     def write(self, owner: torch.Tensor, ref: SlotRef, call: CallKey, value: torch.Tensor) -> None:
         """Keep what a graph returned. Copies: a CUDA graph reuses the memory of its outputs."""
-        entries = self._find_entries(owner, ref)
-        key = _pick(ref.slot, call)
+        entries, key = self._locate(owner, ref, call)
         entry = entries.get(key)
         if entry is None or not _is_writable(entry.value, value):
             entry = Entry(_keep(value))
@@ -118,8 +116,8 @@ class SlotStore:
 
     def take_flag(self, owner: torch.Tensor, ref: SlotRef, call: CallKey) -> bool:
         """Whether a FLAG was raised since it was taken last. Waits for the device."""
-        entries = self._find_entries(owner, ref)
-        entry = entries.pop(_pick(ref.slot, call), None)
+        entries, key = self._locate(owner, ref, call)
+        entry = entries.pop(key, None)
         return entry is not None and bool(entry.value)
 
     def count_bytes(self) -> dict[str, int]:
@@ -136,10 +134,17 @@ class SlotStore:
                 for key, entry in list(entries.items()):
                     yield owner, where, key, entry
 
-    def _find_entries(self, owner: torch.Tensor, ref: SlotRef) -> dict[tuple[Any, ...], Entry]:
-        """The entries of a slot at a place, by the rest of their key."""
+    def _locate(
+        self, owner: torch.Tensor, ref: SlotRef, call: CallKey
+    ) -> tuple[dict[tuple[Any, ...], Entry], tuple[Any, ...]]:
+        """The entries of a slot at a place, and the rest of the key that a call has there.
+
+        That is (stream, branch, step), with None for what is not in the slot's key.
+        """
         slots: Any = self._by_owner.setdefault(owner, {})
-        return slots.setdefault((ref.slot, ref.place), {})
+        whole = {Key.STREAM: call.stream, Key.BRANCH: call.branch, Key.STEP: call.step}
+        key = tuple(value if kind in ref.slot.key else None for kind, value in whole.items())
+        return slots.setdefault((ref.slot, ref.place), {}), key
 
     def _fill(
         self,
@@ -155,8 +160,7 @@ class SlotStore:
                 f"Slot {ref.slot.name!r} has no value for this call and no blank one; a graph that "
                 "reads it may run only after one that writes it."
             )
-        entries = self._find_entries(owner, ref)
-        key = _pick(ref.slot, call)
+        entries, key = self._locate(owner, ref, call)
         entry, fresh = entries.get(key), make()
         if entry is None or not _is_writable(entry.value, fresh):
             entry = Entry(fresh)
@@ -164,15 +168,6 @@ class SlotStore:
         entry.epoch = None
         remember(entries, key, entry)
         return entry.value
-
-
-def _pick(slot: Slot, call: CallKey) -> tuple[Any, ...]:
-    """What of a call is in a slot's key: (stream, branch, step), None for what is not."""
-    return (
-        call.stream if Key.STREAM in slot.key else None,
-        call.branch if Key.BRANCH in slot.key else None,
-        call.step if Key.STEP in slot.key else None,
-    )
 
 
 def _is_valid(slot: Slot, entry: Entry, owner: torch.Tensor, call: CallKey) -> bool:
@@ -191,9 +186,7 @@ def _read_version(slot: Slot, owner: torch.Tensor) -> int | None:
 
 def _is_writable(kept: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a value can take the place of a kept one, at its address."""
-    if kept.device != value.device or kept.dtype != value.dtype:
-        return False
-    return kept.shape == value.shape
+    return (kept.device, kept.dtype, kept.shape) == (value.device, value.dtype, value.shape)
 
 
 def _keep(value: torch.Tensor) -> torch.Tensor:

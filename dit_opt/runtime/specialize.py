@@ -14,9 +14,8 @@ from typing import Any, TypeAlias
 from dit_opt.runtime.bound import Bound
 from dit_opt.runtime.handover import Spans, read_spans
 from dit_opt.runtime.scheduler_link import running_grid
-from dit_opt.runtime.token_ids import read_grid
+from dit_opt.runtime.token_ids import Grid, read_grid
 
-GridSizes: TypeAlias = "tuple[int, int, int]"
 # (argument, dimension, start, stop) of token ids
 IdsPlace: TypeAlias = "tuple[int, int, int, int]"
 
@@ -31,9 +30,9 @@ class LayoutHints:
         id_grids: the grids that token ids give, one for each argument that may hold ids.
     """
 
-    grid: GridSizes | None = None
+    grid: Grid | None = None
     spans: tuple[tuple[int, Spans], ...] = ()
-    id_grids: tuple[GridSizes | None, ...] = ()
+    id_grids: tuple[Grid | None, ...] = ()
 
     def __bool__(self) -> bool:
         return self.grid is not None or bool(self.spans) or bool(self.id_grids)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import adaptive
+from benchmarks.attention_mass import NOISE_LEVELS
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_calls_are_recorded_and_put_into_the_order_of_each_head_or_into_one():
             torch.nn.functional.scaled_dot_product_attention(query=place, key=place, value=v)
 
     calls = adaptive.record_calls(Model())
-    assert len(calls) == len(adaptive.NOISE_LEVELS) and {c.layer for c in calls} == {0}
+    assert len(calls) == len(NOISE_LEVELS) and {c.layer for c in calls} == {0}
     numbers = torch.arange(adaptive.TOKENS)
     assert torch.equal(calls[0].v[0, 0, :, 0].long(), numbers)
     order = adaptive.order_tokens(calls[0], 0.125).v[0, 0, :, 0].long()
