@@ -103,7 +103,7 @@ def test_a_bad_prompt_is_answered_with_an_example():
 
 
 def test_the_cold_pass_is_as_long_as_the_options_need():
-    options = Options(verify_every=3)
+    options = Options(verify_every=3, dense_steps=1)
     contestants = dataclasses.replace(make_contestants(), options=options)
     figures = run_demo(contestants, make_task(steps=5), ignore).to_json()
     assert figures["cold_steps"] == {"inductor": 4, "ditopt": 4}

@@ -81,8 +81,8 @@ def test_dense_steps_follow_the_options(asked, dense):
 @pytest.mark.parametrize(
     ("options", "cold"),
     [
-        # two after the four dense ones
-        ({}, 6),
+        # two after the seven dense ones: the noise level of the seventh is above 0.8
+        ({}, 9),
         ({"dense_steps": 0}, 2),
         ({"dense_steps": 3}, 5),
         ({"dense_steps": 1.0}, 20),

@@ -14,7 +14,8 @@ from dit_opt.program.slots import Lives
 from dit_opt.routers import AUTO, KEEP_ALL, ROUTERS, find_router
 from dit_opt.routers.base import Goal
 
-LAYOUT = VideoLayout(3, 4, 5, 0, 60)
+SIZES = (3, 4, 5, 0, 60)
+LAYOUT = VideoLayout(*SIZES)
 each_router = pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
 
 
@@ -64,9 +65,9 @@ def test_tables_are_made_for_a_layout(router):
 
 def test_heads_have_names():
     choice = {"rainfusion.choice": torch.tensor([[-1, -1]])}
-    assert find_router("rainfusion").name_heads(LAYOUT, choice) == ["dense", "dense"]
+    assert find_router("rainfusion").name_heads(SIZES, choice) == ["dense", "dense"]
     order = {"headwise.words": torch.empty(0), "headwise.order": torch.tensor([[2, 0]])}
     for name in ("headwise", "oracle"):
-        assert find_router(name).name_heads(LAYOUT, order) == [ORDER_NAMES[2], ORDER_NAMES[0]]
+        assert find_router(name).name_heads(SIZES, order) == [ORDER_NAMES[2], ORDER_NAMES[0]]
     assert [ORDER_NAMES[2], ORDER_NAMES[0]] == ["cubes", "raster"]
-    assert find_router("subblock").name_heads(LAYOUT, order) is None
+    assert find_router("subblock").name_heads(SIZES, order) is None
