@@ -129,7 +129,8 @@ def test_a_search_is_given_the_boost_of_the_catches_before_it(monkeypatch):
         run.step([t])
         densities.append(run.find(PLAN_DENSITY).value[0].tolist())
     caught, other = zip(*densities, strict=True)
-    assert list(caught) == sorted(caught) and caught[0] < caught[-1] == 1
+    # shares of blocks are summed in float32
+    assert list(caught) == sorted(caught) and caught[0] < caught[-1] == pytest.approx(1, abs=1e-6)
     assert len(set(other)) == 1 and other[0] < 1
 
 
@@ -183,10 +184,10 @@ def test_every_block_is_attended_to_by_a_head_that_is_caught(monkeypatch, router
         "refresh_every": 100,
     }
     model = compiled(layer, **asked, verify_every=1)
-    for t in (1000.0, 990.0, 980.0):
-        timestep = torch.tensor([t])
-        out = model(video, timestep)
-        if t < 1000.0:
-            torch.testing.assert_close(out, layer(video, timestep), rtol=1e-4, atol=1e-5)
+    # a search for a density promises no mass; the check after it is held to what the search kept
+    searched, checked = (model(video, torch.tensor([t])) for t in (1000.0, 990.0))
+    torch.testing.assert_close(checked, layer(video, torch.tensor([990.0])), rtol=1e-4, atol=1e-5)
+    dense = layer(video, torch.tensor([1000.0]))
+    assert router == "rainfusion" or (searched - dense).norm() > 1e-2 * dense.norm()
     (graph,) = dit_opt.report(layer).graphs
-    assert graph.calls.get("dense") is None and graph.layers[0].guard.caught > 0
+    assert graph.calls == {"search": 1, "verify": 1} and graph.layers[0].guard.caught == HEADS
