@@ -19,10 +19,12 @@ def test_a_graph_is_live_for_as_long_as_somebody_holds_it():
     for bound in bounds:
         register(bound)
     gc.collect()
-    assert live_bounds() == bounds
+    # other tests may have left graphs that Dynamo holds
+    assert live_bounds()[-3:] == bounds
+    count = len(live_bounds())
     del bound, bounds[1]
     gc.collect()
-    assert live_bounds() == bounds and len(bounds) == 2
+    assert live_bounds()[-2:] == bounds and len(live_bounds()) == count - 1
 
 
 def test_a_reset_forgets_all_but_compiled_graphs():
