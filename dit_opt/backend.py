@@ -87,6 +87,8 @@ def _compile(
     token_ids = tuple(dict.fromkeys(itertools.chain.from_iterable(ids)))
     lowering = run(passes.PASSES, program, options, Dumper(options.dump))
     log_summary(lowering.record, options, signature.forwards_latents)
+    # they may read the inputs of this call, which must not live as long as the program
+    program.facts.hints = InputHints()
     bound = _bind(gm, inputs, signature, lowering)
     register(bound)
     return bound, token_ids

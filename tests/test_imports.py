@@ -39,7 +39,6 @@ ALLOWED = {
         "runtime",
     },
     "backend": {
-        "decisions",
         "facts",
         "inspect",
         "kernels",
