@@ -46,16 +46,20 @@ def choose_sample_tiling(
     """Attention's tiling with more rows where they fit, or with a bias the smaller one of unaligned
     loads: gathered keys are loaded through pointers, and so is their bias.
 
-    The number of warps is one at which ptxas does not spill under either Triton: it caps registers
-    a little too low for wide heads on four warps, and for the bias on eight.
+    The number of warps, and of keys in a tile, is one at which ptxas does not spill under either
+    Triton: it caps registers a little too low for wide heads on four warps, for the bias and for
+    float32 on eight, and for the bias of many keys where products are accumulated by `mma.sync`.
     """
     tiling = choose_tiling(architecture, padded_dim, itemsize, _ROWS, block_k, aligned=not bias)
-    if is_amd(architecture) or itemsize != 2:
+    if is_amd(architecture):
         return tiling
+    if itemsize != 2:
+        return dataclasses.replace(tiling, num_warps=4) if padded_dim == 64 else tiling
     if padded_dim > 128:
         return dataclasses.replace(tiling, num_warps=8)
     if bias:
-        return dataclasses.replace(tiling, num_warps=4)
+        tile_k = min(tiling.tile_k, 32) if architecture.startswith("sm_8") else tiling.tile_k
+        return dataclasses.replace(tiling, num_warps=4, tile_k=tile_k)
     return dataclasses.replace(tiling, tile_q=_ROWS)
 
 
