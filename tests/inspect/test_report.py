@@ -44,6 +44,8 @@ def test_every_pass_that_ran_says_what_it_changed_and_how_long_it_took(router):
     layers = graph["layers"]
     assert [layer["module"] for layer in layers] == ["blocks.0.attn1", "blocks.1.attn1"]
     for layer in layers:
+        # the parameter that identifies it is its own
+        assert layer["layer"].startswith(layer["module"])
         assert (layer["calls"], layer["searches"]) == (3, 2)
         assert 0 < layer["density"] <= 0.6 + 1e-6
         assert sum(layer["heads"].values()) == 2
