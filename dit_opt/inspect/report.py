@@ -94,7 +94,7 @@ def report(model: torch.nn.Module) -> Report:
                 layers=tuple(sorted(layers, key=lambda r: (_natural(r.layer), r.branch))),
                 warm=bound.warm,
                 lacks_step=bound.lacks_step,
-                slot_bytes=bound.store.count_bytes(),
+                slot_bytes=bound.store.count_bytes(names),
             )
         )
     return Report(tuple(graphs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +120,12 @@ class SlotStore:
         entry = entries.pop(key, None)
         return entry is not None and bool(entry.value)
 
-    def count_bytes(self) -> dict[str, int]:
-        """Memory by slot name."""
+    def count_bytes(self, owners: Container[int] | None = None) -> dict[str, int]:
+        """Memory by slot name; of the parameters with these ids, where they are given."""
         found: dict[str, int] = {}
-        for _, (slot, _), _, entry in self:
+        for owner, (slot, _), _, entry in self:
+            if owners is not None and id(owner) not in owners:
+                continue
             found[slot.name] = found.get(slot.name, 0) + entry.value.nbytes
         return found
 
