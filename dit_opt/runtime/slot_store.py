@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dit_opt.program.slots import Key, Lives, Reduce, Slot, SlotRef
 
-# Streams of calls (threads, sizes, branches) whose values are kept, of each slot at a place.
+# Streams of calls (threads, sizes, branches) whose values are kept, of each layer.
 KEPT_STREAMS = 64
 
 _lock = threading.Lock()
@@ -64,8 +64,9 @@ class Entry:
 class SlotStore:
     """The values of all slots that one compiled graph reads and writes.
 
-    By the parameter that identifies a layer or a model, which is held weakly; then by slot, place
-    and the rest of the key. Of each slot at a place, those that were used last are kept.
+    By the parameter that identifies a layer or a model, which is held weakly; then by stream and
+    branch, of which those that were used last are kept, each with all of its slots; then by slot,
+    place and step.
     """
 
     def __init__(self) -> None:
@@ -75,10 +76,9 @@ class SlotStore:
         """The valid entry that a call would read; it is the last one used from now on."""
         entries, key = self._locate(owner, ref, call)
         entry = entries.get(key)
-        if entry is None:
+        if entry is None or not _is_valid(ref.slot, entry, owner, call):
             return None
-        remember(entries, key, entry)
-        return entry if _is_valid(ref.slot, entry, owner, call) else None
+        return entry
 
     def read(
         self,
@@ -97,12 +97,13 @@ class SlotStore:
             return self._fill(owner, ref, call, make)
         # follows a model that was moved between calls
         if entry.value.device != device:
-            entry.value = entry.value.to(device)
+            with torch.inference_mode(False):
+                entry.value = entry.value.to(device)
         return entry.value
 
     def write(self, owner: torch.Tensor, ref: SlotRef, call: CallKey, value: torch.Tensor) -> None:
         """Keep what a graph returned. Copies: a CUDA graph reuses the memory of its outputs."""
-        entries, key = self._locate(owner, ref, call)
+        entries, key = self._locate(owner, ref, call, is_written=True)
         entry = entries.get(key)
         if entry is None or not _is_writable(entry.value, value):
             entry = Entry(_keep(value))
@@ -112,7 +113,7 @@ class SlotStore:
             _combine(ref.slot.reduce, entry.value, value)
         entry.epoch, entry.version = call.epoch, _read_version(ref.slot, owner)
         entry.writes += 1
-        remember(entries, key, entry)
+        entries[key] = entry
 
     def take_flag(self, owner: torch.Tensor, ref: SlotRef, call: CallKey) -> bool:
         """Whether a FLAG was raised since it was taken last. Waits for the device."""
@@ -131,22 +132,24 @@ class SlotStore:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, tuple[Slot, int], tuple[Any, ...], Entry]]:
         """(owner, (slot, place), rest of the key, entry) of all that is kept."""
-        for owner, slots in list(self._by_owner.items()):
-            for where, entries in list(slots.items()):
-                for key, entry in list(entries.items()):
-                    yield owner, where, key, entry
+        for owner, groups in list(self._by_owner.items()):
+            for (stream, branch), entries in list(groups.items()):
+                for (slot, place, step), entry in list(entries.items()):
+                    yield owner, (slot, place), (stream, branch, step), entry
 
     def _locate(
-        self, owner: torch.Tensor, ref: SlotRef, call: CallKey
+        self, owner: torch.Tensor, ref: SlotRef, call: CallKey, is_written: bool = False
     ) -> tuple[dict[tuple[Any, ...], Entry], tuple[Any, ...]]:
-        """The entries of a slot at a place, and the rest of the key that a call has there.
-
-        That is (stream, branch, step), with None for what is not in the slot's key.
+        """The entries of a call's stream and branch, which are now the last ones used, and the key
+        of a slot among them. What is not in the slot's key is None.
         """
-        slots: Any = self._by_owner.setdefault(owner, {})
+        groups: Any = self._by_owner.setdefault(owner, {})
         whole = {Key.STREAM: call.stream, Key.BRANCH: call.branch, Key.STEP: call.step}
-        key = tuple(value if kind in ref.slot.key else None for kind, value in whole.items())
-        return slots.setdefault((ref.slot, ref.place), {}), key
+        *group, step = (value if kind in ref.slot.key else None for kind, value in whole.items())
+        entries = groups.get(tuple(group), {})
+        if entries or is_written:
+            remember(groups, tuple(group), entries)
+        return entries, (ref.slot, ref.place, step)
 
     def _fill(
         self,
@@ -162,13 +165,13 @@ class SlotStore:
                 f"Slot {ref.slot.name!r} has no value for this call and no blank one; a graph that "
                 "reads it may run only after one that writes it."
             )
-        entries, key = self._locate(owner, ref, call)
+        entries, key = self._locate(owner, ref, call, is_written=True)
         entry, fresh = entries.get(key), make()
         if entry is None or not _is_writable(entry.value, fresh):
             entry = Entry(fresh)
         entry.value.fill_(blank)
         entry.epoch = None
-        remember(entries, key, entry)
+        entries[key] = entry
         return entry.value
 
 

@@ -269,10 +269,24 @@ def test_what_was_used_last_is_kept():
     assert len(list(kept.store)) == KEPT_STREAMS
 
 
-def test_each_slot_at_each_place_keeps_as_many():
+def test_a_stream_is_kept_or_forgotten_with_all_of_its_slots():
     store, owner = SlotStore(), weight()
     refs = [SlotRef(make_slot(), place) for place in range(2)]
-    for ref in refs:
-        for number in range(KEPT_STREAMS + 3):
+    for number in range(KEPT_STREAMS + 3):
+        for ref in refs:
             store.write(owner, ref, other(stream=number), value(number))
     assert len(list(store)) == 2 * KEPT_STREAMS
+    # one that goes on reading a single slot keeps the others, too
+    for number in range(100, 100 + KEPT_STREAMS):
+        assert store.find(owner, refs[0], other(stream=10)) is not None
+        store.write(owner, refs[0], other(stream=number), value(number))
+    assert store.find(owner, refs[1], other(stream=10)) is not None
+    assert store.find(owner, refs[1], other(stream=11)) is None
+
+
+def test_the_steps_of_a_run_do_not_count_as_streams():
+    kept = Kept(key=frozenset({Key.LAYER, Key.BRANCH, Key.STREAM, Key.STEP}), lives=Lives.PROCESS)
+    steps = range(2 * KEPT_STREAMS)
+    for step in steps:
+        kept.write(step, other(step=step))
+    assert all(kept.find(other(step=step)) == step for step in steps)
