@@ -19,9 +19,6 @@ class Mode(enum.Enum):
     VERIFY = "verify"
 
 
-SPARSE_MODES = frozenset(Mode) - {Mode.DENSE}
-
-
 @dataclass(frozen=True)
 class Schedule:
     """When to be dense, to search and to check.
